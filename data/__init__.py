@@ -1,0 +1,1 @@
+"""Where data comes from: makers, checkers and readers of data sets, each run as a module."""

@@ -1,0 +1,1 @@
+"""Pictures of scans and label maps, each kind run as a module."""
