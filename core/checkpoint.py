@@ -1,0 +1,81 @@
+"""Checkpoints: a network with the settings it was trained under, saved whole and loaded with care."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.config import Config, config_from_dict, config_to_dict
+from core.files import whole_file
+from vnet import VNet, check_size
+
+KIND = "V-Net checkpoint"  # tells our files from any other that torch can load
+VERSION = 1
+
+
+def build_network(config: Config) -> VNet:
+    """The network that the settings describe, with fresh weights.
+
+    Raises:
+        ValueError: when the settings do not make a network, or their size does not fit it.
+    """
+    network = VNet(len(config.organs), config.channels, config.down_convs, config.up_convs, config.norm)
+    check_size(config.size, network.halvings)
+    return network
+
+
+def save_checkpoint(path: str | Path, network: VNet, config: Config, **state: Any) -> None:
+    """Write the network, its settings and whatever `state` there is (plain values and tensors), whole."""
+    content = {"kind": KIND, "version": VERSION, "config": config_to_dict(config), "network": network.state_dict()}
+    with whole_file(path) as temporary:
+        torch.save(content | state, temporary)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; `config` is a Config again.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no checkpoint of this repository.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise ValueError(f"{path}: is no checkpoint of this repository's train.py")
+    if content.get("version") != VERSION:
+        raise ValueError(f"{path}: is of version {content.get('version')}, expected {VERSION}")
+    content["config"] = config_from_dict(content["config"], str(path))
+    return content
+
+
+def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[VNet, dict[str, Any]]:
+    """The network of a checkpoint, ready to predict, and the checkpoint's whole content.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`, and when the weights do not fit the settings.
+    """
+    content = load_checkpoint(path, device)
+    network = build_network(content["config"]).to(device)
+    load_weights(network, content, path)
+    return network.eval(), content
+
+
+def load_weights(network: VNet, content: dict[str, Any], path: str | Path) -> None:
+    """Put a checkpoint's weights into a network.
+
+    Raises:
+        ValueError: when they are another network's.
+    """
+    try:
+        network.load_state_dict(content["network"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: its weights are another network's ({str(error).splitlines()[-1].strip()})"
+        ) from error

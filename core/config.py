@@ -1,0 +1,261 @@
+"""Settings: config.yaml, overridden by command-line flags, checked once, frozen.
+
+The defaults live in config.yaml and nowhere else, so every key must be there. Every key is also a flag of train.py,
+underscores as dashes: `learning_rate: 1e-4` in the file is `--learning-rate 1e-4` on the command line.
+"""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.files import whole_file
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "config.yaml"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a training run; config.yaml says what each is."""
+
+    data_dir: str
+    run_dir: str
+    cache_dir: str | None
+    val_cases: tuple[str, ...] | None
+    val_fraction: float
+    size: tuple[int, int, int]
+    window_hu: tuple[float, float]
+    organs: tuple[str, ...]
+    channels: int
+    down_convs: tuple[int, ...]
+    up_convs: tuple[int, ...]
+    norm: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    loss: str
+    schedule: str
+    precision: str
+    val_interval: int
+    augment: bool
+    augment_rotation_degrees: float
+    augment_scale: float
+    augment_shift: float
+    augment_contrast: float
+    augment_brightness: float
+    augment_gamma: float
+    augment_noise: float
+    augment_flip: bool
+    init_from: str | None
+    seed: int
+    workers: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting may be: a Python type, one value or a row of them, a condition, and both in words."""
+
+    kind: type
+    words: str
+    holds: Callable[[Any], bool] = lambda value: True
+    row: bool = False
+    optional: bool = False
+
+
+def whole_number(minimum: int) -> Rule:
+    return Rule(int, f"a whole number of {minimum} or more", lambda value: value >= minimum)
+
+
+def number(low: float, high: float) -> Rule:
+    return Rule(float, f"a number from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule(str, f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def row_of_counts(words: str) -> Rule:
+    return Rule(int, words, lambda values: len(values) > 0 and min(values) >= 1, row=True)
+
+
+RULES = {
+    "data_dir": Rule(str, "a folder", bool),
+    "run_dir": Rule(str, "a folder", bool),
+    "cache_dir": Rule(str, "a folder, or null for no cache", bool, optional=True),
+    "val_cases": Rule(str, "case ids, a file of them, or null", bool, row=True, optional=True),
+    "val_fraction": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "size": Rule(int, "three whole numbers", lambda values: len(values) == 3 and min(values) >= 1, row=True),
+    "window_hu": Rule(
+        float, "two numbers, the lower first", lambda values: len(values) == 2 and values[0] < values[1], row=True
+    ),
+    "organs": Rule(
+        str,
+        "two names or more, no name twice, at most 256, the first for background",
+        lambda values: 2 <= len(values) <= 256 and len(set(values)) == len(values) and all(values),
+        row=True,
+    ),
+    "channels": whole_number(1),
+    "down_convs": row_of_counts("whole numbers of 1 or more, one for each stage"),
+    "up_convs": row_of_counts("whole numbers of 1 or more, one for each stage, one stage fewer than down_convs"),
+    "norm": one_of("instance", "batch", "group", "none"),
+    "epochs": whole_number(1),
+    "batch_size": whole_number(1),
+    "learning_rate": Rule(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1),
+    "loss": one_of("cross_entropy", "dice_cross_entropy"),
+    "schedule": one_of("constant", "cosine", "poly"),
+    "precision": one_of("auto", "float32", "bf16", "fp16"),
+    "val_interval": whole_number(1),
+    "augment": Rule(bool, "true or false"),
+    "augment_rotation_degrees": number(0, 180),
+    "augment_scale": number(0, 0.9),
+    "augment_shift": number(0, 1),
+    "augment_contrast": number(0, 0.9),
+    "augment_brightness": number(0, 1),
+    "augment_gamma": number(0, 0.9),
+    "augment_noise": number(0, 1),
+    "augment_flip": Rule(bool, "true or false"),
+    "init_from": Rule(str, "a checkpoint, or null", bool, optional=True),
+    "seed": whole_number(0),
+    "workers": whole_number(0),
+    "device": Rule(str, "auto, cpu, cuda or cuda:N", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)),
+}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number (PyYAML wants 1.0e-4), and a key twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping of a node, refusing a key that stands there twice."""
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands there twice", node.start_mark)
+        return mapping
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path = DEFAULT_CONFIG, flags: dict[str, Any] | None = None) -> Config:
+    """Read settings from a YAML file; `flags` (key to the text or texts typed) go before it.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: naming the key that is unknown, missing, mistyped or out of range, and what is allowed.
+    """
+    settings = read_yaml(path)
+    check_keys(settings, str(path))
+    for key, typed in (flags or {}).items():
+        settings[key] = parse_flag(key, typed)
+    where = {key: f"--{key.replace('_', '-')}" for key in flags or {}}
+    return Config(**{key: check(key, settings[key], where.get(key, f"{path}: {key}")) for key in RULES})
+
+
+def config_from_dict(settings: dict[str, Any], source: str) -> Config:
+    """The inverse of `config_to_dict`, checking everything as for a file; `source` is named in errors."""
+    check_keys(settings, source)
+    return Config(**{key: check(key, settings[key], f"{source}: {key}") for key in RULES})
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Settings as plain dict, lists and scalars, for YAML, JSON and checkpoints."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write settings as YAML that `load_config` reads."""
+    with whole_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None))
+
+
+def load_organs(path: str | Path = DEFAULT_CONFIG) -> tuple[str, ...]:
+    """The organ names of a settings file; the index of a name is its id, 0 is the background.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_config`.
+    """
+    return load_config(path).organs
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such settings file")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: got {type(settings).__name__}, expected lines of 'key: value'")
+    return settings
+
+
+def check_keys(settings: dict[str, Any], source: str) -> None:
+    for key in settings:
+        if key not in RULES:
+            close = difflib.get_close_matches(str(key), RULES, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(RULES)}"
+            raise ValueError(f"{source}: unknown key {key}; {hint}")
+    missing = [key for key in RULES if key not in settings]
+    if missing:
+        raise ValueError(f"{source}: missing key {missing[0]}, expected {RULES[missing[0]].words}")
+
+
+def parse_flag(key: str, typed: str | list[str]) -> Any:
+    """Text from the command line as the value that YAML would make of it; words stay words where they are wanted."""
+    if isinstance(typed, list):
+        return None if typed == ["null"] else [parse_flag(key, text) for text in typed]
+    if RULES[key].kind is str:
+        return None if typed == "null" and RULES[key].optional else typed
+    try:
+        return yaml.load(typed, Loader)
+    except yaml.YAMLError:
+        return typed
+
+
+def check(key: str, value: Any, where: str) -> Any:
+    """A value as the type that RULES gives its key; `where` opens the error's sentence."""
+    rule = RULES[key]
+    if value is None and rule.optional:
+        return None
+    values = value if rule.row and isinstance(value, list | tuple) else [value]
+    typed = tuple(rule.kind(item) for item in values if is_a(item, rule.kind))
+    fits = len(typed) == len(values) and (rule.row or len(typed) == 1)
+    if not fits or not rule.holds(typed if rule.row else typed[0]):
+        got = " ".join(map(str, value)) if isinstance(value, list | tuple) else repr(value)
+        raise ValueError(f"{where}: got {got}, expected {rule.words}")
+    return typed if rule.row else typed[0]
+
+
+def is_a(value: Any, kind: type) -> bool:
+    if kind is float:  # a whole number will do, a truth value will not
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` a flag for every key; `flags_given` reads them back."""
+    for key, rule in RULES.items():
+        # A truth value may also stand alone: --augment is --augment true.
+        shape = {"nargs": "+"} if rule.row else {"nargs": "?", "const": "true"} if rule.kind is bool else {}
+        parser.add_argument(f"--{key.replace('_', '-')}", help=rule.words, metavar="VALUE", **shape)
+
+
+def flags_given(arguments: argparse.Namespace, keys: Iterable[str] = RULES) -> dict[str, Any]:
+    """The settings typed on the command line, as `load_config` takes them."""
+    return {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
+
+
+assert [field.name for field in fields(Config)] == list(RULES), "every field of Config has its rule, in its order"

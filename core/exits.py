@@ -1,0 +1,27 @@
+"""How a command ends: exit codes, and one clear sentence in place of a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DONE = 0
+REFUSED = 1  # some input was refused or some case failed; the others are done and kept
+USAGE = 2  # wrong usage or settings
+STOPPED = 3  # a run that had to stop
+
+
+@contextmanager
+def refusing(code: int) -> Iterator[None]:
+    """End the command with `code` when the block raises what a user can cause: bad values, files and folders."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print_error(error)
+        raise SystemExit(code) from error
+
+
+def print_error(error: Exception) -> None:
+    """Print an error as one sentence on stderr."""
+    # An error from a DataLoader's worker comes with the worker's traceback above its last line.
+    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    print(f"error: {last_line.removeprefix(f'{type(error).__name__}: ')}", file=sys.stderr)

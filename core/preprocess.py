@@ -1,0 +1,393 @@
+"""From a scan on disk to the network's grid and back; every transform stands beside its inverse.
+
+    load_scan -> window_hu -> resize_image          (voxels in HU, then an image in 0..255 on the network's grid)
+    load_labels -> resize_labels                    (a label map on the same grid)
+    logits_to_labels -> save_label_map              (back to the scan's own shape, axes, affine and header)
+
+Arrays are (X, Y, Z) in RAS+ order: X grows to the patient's right, Y to the front, Z to the head.
+No affine is ever computed: a `Geometry` carries the scan's own.
+"""
+
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
+from torch import Tensor
+
+from core.files import whole_file
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+ANTIALIAS_ABOVE = 2.0  # input voxels per output voxel: up to here linear interpolation still touches every voxel
+LABEL_TOLERANCE = 0.05  # a stored label may be this far from an integer (scaled and float files)
+GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and still count as the same
+READ_ERRORS = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, ValueError)  # of nibabel on bad files
+SLAB_BYTES = 128 * 2**20  # of float32 scores that logits_to_labels holds at a time
+NIFTI_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL of nifti1.h
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """How a file's voxels lie in the patient, and how to go back from RAS+ order to the file's own.
+
+    Attributes:
+        stored_shape: the file's own three extents in voxels.
+        affine: (4, 4), from the file's voxel indices to mm in the patient.
+        header: the file's NIfTI header, carried into everything written for this scan.
+    """
+
+    stored_shape: tuple[int, int, int]
+    affine: np.ndarray
+    header: nib.Nifti1Header
+
+    @property
+    def orientation(self) -> np.ndarray:
+        """(3, 2): for each stored axis the RAS+ axis nearest to it and its direction, as nibabel has it."""
+        return io_orientation(self.affine)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Extents in voxels, in RAS+ order."""
+        return self._in_ras_order(self.stored_shape)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxels in mm, in RAS+ order."""
+        return self._in_ras_order(nib.affines.voxel_sizes(self.affine).tolist())
+
+    @property
+    def extent_mm(self) -> tuple[float, float, float]:
+        """The volume's size in mm, outer faces to outer faces, in RAS+ order."""
+        return tuple(n * mm for n, mm in zip(self.shape, self.spacing_mm, strict=True))
+
+    @property
+    def voxel_ml(self) -> float:
+        """The volume of one voxel in mL; right for sheared grids too."""
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @property
+    def corners_mm(self) -> np.ndarray:
+        """(8, 3): the centres of the eight corner voxels in mm, in the order of the RAS+ array."""
+        last = np.array(self.shape) - 1
+        corners = np.array(np.meshgrid(*[(0, n) for n in last], indexing="ij")).reshape(3, -1).T
+        ras_to_stored = np.linalg.inv(inv_ornt_aff(ornt_transform(RAS, self.orientation), self.shape))
+        return nib.affines.apply_affine(self.affine @ ras_to_stored, corners)
+
+    def to_ras(self, stored: np.ndarray) -> np.ndarray:
+        """A view of an array in the file's own axes, (..3 axes..), as (X, Y, Z) in RAS+ order."""
+        return apply_orientation(stored, self.orientation)
+
+    def from_ras(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ras`: a view in the file's own axes of (X, Y, Z); further axes stay where they are."""
+        return apply_orientation(array, ornt_transform(RAS, self.orientation))
+
+    def _in_ras_order(self, per_stored_axis: Sequence) -> tuple:
+        ordered = [None, None, None]
+        for axis, value in zip(self.orientation[:, 0].astype(int), per_stored_axis, strict=True):
+            ordered[axis] = value
+        return tuple(ordered)
+
+
+RAS = axcodes2ornt(("R", "A", "S"))
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def load_scan(path: str | Path) -> tuple[np.ndarray, Geometry]:
+    """Read a CT scan.
+
+    Returns:
+        voxels, (X, Y, Z) float32 in HU and RAS+ order, and the geometry that leads back to the file's own order.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no readable 3-D NIfTI file, or has voxels that are not finite.
+    """
+    stored, slope, intercept, geometry = read_nifti(path)
+    voxels = np.array(geometry.to_ras(stored), dtype=np.float32, order="C")
+    if (slope, intercept) != (1, 0):
+        voxels *= np.float32(slope)
+        voxels += np.float32(intercept)
+    not_finite = voxels.size - np.count_nonzero(np.isfinite(voxels))
+    if not_finite:
+        raise ValueError(f"{path}: {not_finite} of {voxels.size} voxels are NaN or infinite, expected finite HU")
+    return voxels, geometry
+
+
+def load_labels(path: str | Path, classes: int | None = None) -> tuple[np.ndarray, Geometry]:
+    """Read a label map.
+
+    Args:
+        path: a NIfTI file of organ ids.
+        classes: K; ids must be below it. None allows any that fit into uint8.
+
+    Returns:
+        labels, (X, Y, Z) uint8 in RAS+ order, and the geometry of the file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no readable 3-D NIfTI file, or its values are no ids of the organ list.
+    """
+    stored, slope, intercept, geometry = read_nifti(path)
+    stored = geometry.to_ras(stored)
+    if (slope, intercept) != (1, 0) or not np.issubdtype(stored.dtype, np.integer):
+        scaled = stored.astype(np.float64) * slope + intercept
+        stored = np.rint(scaled)
+        far = np.count_nonzero(~(np.abs(scaled - stored) <= LABEL_TOLERANCE))  # NaN counts as far
+        if far:
+            raise ValueError(f"{path}: {far} of {scaled.size} voxels are no whole numbers, expected organ ids")
+    highest = 255 if classes is None else classes - 1
+    if stored.min() < 0 or stored.max() > highest:
+        ids, counts = np.unique(stored, return_counts=True)
+        outside = [(int(i), int(n)) for i, n in zip(ids, counts, strict=True) if i < 0 or i > highest]
+        listed = ", ".join(f"{i} ({n} voxels)" for i, n in outside[:5]) + (", ..." if len(outside) > 5 else "")
+        raise ValueError(f"{path}: ids outside the organ list: {listed}; expected 0 to {highest}")
+    return np.array(stored, dtype=np.uint8, order="C"), geometry
+
+
+def read_geometry(path: str | Path) -> Geometry:
+    """Read only the header of a 3-D NIfTI file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_scan`, as far as the header tells.
+    """
+    return open_nifti(path)[1]
+
+
+def read_nifti(path: str | Path) -> tuple[np.ndarray, float, float, Geometry]:
+    """Read a 3-D NIfTI file in its own data type and axes.
+
+    Returns:
+        the stored values (three axes), the slope and intercept that scale them, and the geometry.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_scan`.
+    """
+    file, geometry = open_nifti(path)
+    try:
+        stored = np.asanyarray(file.dataobj.get_unscaled())
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: cannot be read to its end ({error})") from error
+    return stored.reshape(geometry.stored_shape), file.dataobj.slope, file.dataobj.inter, geometry
+
+
+def open_nifti(path: str | Path) -> tuple[nib.Nifti1Image, Geometry]:
+    """Open a NIfTI file and check its header; the voxels are not read yet."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        file = nib.load(path)
+    except READ_ERRORS as error:
+        raise ValueError(f"{path}: cannot be read as NIfTI ({error})") from error
+    if not isinstance(file, nib.Nifti1Image):
+        raise ValueError(f"{path}: is a {type(file).__name__}, expected a NIfTI file (.nii or .nii.gz)")
+    shape = file.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"{path}: has the shape {'x'.join(map(str, file.shape))}, expected one 3-D volume")
+    kind = file.get_data_dtype()
+    if not np.issubdtype(kind, np.number) or np.issubdtype(kind, np.complexfloating):
+        raise ValueError(f"{path}: has voxels of type {kind}, expected real numbers")
+    if not np.isfinite(file.affine).all() or abs(np.linalg.det(file.affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path}: its affine cannot be inverted, so the scan has no place in the patient")
+    header = file.header.copy()
+    header.set_data_shape(shape)
+    return file, Geometry(tuple(shape), file.affine, header)
+
+
+def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path) -> None:
+    """Write labels, (X, Y, Z) uint8 in RAS+ order, as a label map in the scan's own geometry.
+
+    The file has the scan's shape, affine, qform and sform with their codes, and units; type uint8, intent "label".
+    It is written whole: `path` is the old file or the new one, never half of one.
+    """
+    header = geometry.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_intent(NIFTI_INTENT_LABEL, name="organ ids")
+    save_volume(geometry.from_ras(labels), header, path)
+
+
+def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> None:
+    """Write the classes' probabilities from logits, (K, X, Y, Z), as a file of (X, Y, Z, K) in the scan's own geometry.
+
+    NIfTI has no float16: the file stores uint16 steps of 1/65535, which is as small and nowhere coarser than 1e-5.
+    The K full-size volumes lie in a temporary file beside `path`, not in memory.
+    """
+    weights = [axis_weights(n, m).to(logits.device) for n, m in zip(logits.shape[1:], geometry.shape, strict=True)]
+    with tempfile.TemporaryFile(dir=Path(path).parent) as file:
+        steps = np.memmap(file, np.uint16, mode="w+", shape=(*geometry.shape, len(logits)), order="F")
+        for slab in slabs(len(logits), geometry.shape):
+            probabilities = resize_slab(logits, weights, slab).softmax(dim=0)
+            steps[slab] = (probabilities * 65535).round().cpu().numpy().astype(np.uint16).transpose(1, 2, 3, 0)
+        header = geometry.header.copy()
+        header.set_data_dtype(np.uint16)
+        header.set_intent("none")
+        save_volume(geometry.from_ras(steps), header, path, slope=1 / 65535)
+
+
+def save_volume(stored: np.ndarray, header: nib.Nifti1Header, path: str | Path, slope: float = 1) -> None:
+    """Write stored values, in a file's own axes, under (a changed copy of) that file's header, whole."""
+    header["cal_min"] = header["cal_max"] = 0
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    # With no affine given, nibabel keeps the header's qform and sform as they are.
+    file = kind(stored, None, header)
+    file.header.set_slope_inter(slope, 0)
+    with whole_file(path) as temporary:
+        nib.save(file, temporary)
+
+
+def check_same_grid(
+    first: Geometry, second: Geometry, name: str, first_is: str = "the scan", second_is: str = "the label map"
+) -> None:
+    """Check that two files of a case lie on the same voxels of the patient; their storage orders may differ.
+
+    Raises:
+        ValueError: naming the case and both grids.
+    """
+    if first.shape == second.shape:
+        apart_mm = np.abs(first.corners_mm - second.corners_mm).max()
+        if apart_mm <= GRID_TOLERANCE * min(first.spacing_mm):
+            return
+    raise ValueError(
+        f"{name}: {first_is} has {describe_grid(first)}, {second_is} {describe_grid(second)}; expected the same voxels"
+    )
+
+
+def describe_grid(geometry: Geometry) -> str:
+    """One line for messages: shape, spacing and origin in RAS+ order."""
+    shape = "x".join(map(str, geometry.shape))
+    spacing = "x".join(f"{mm:.3g}" for mm in geometry.spacing_mm)
+    origin = ", ".join(f"{mm:.1f}" for mm in geometry.corners_mm[0])
+    return f"{shape} voxels of {spacing} mm from ({origin})"
+
+
+# ---- Values ----------------------------------------------------------------------------------------------------------
+
+
+def window_hu(voxels: np.ndarray, window: Sequence[float]) -> np.ndarray:
+    """Clip HU to `window` (low, high) and scale it to 0..1; float32 in, float32 out, any shape.
+
+    There is no inverse: what lies outside the window is gone.
+    """
+    low, high = window
+    image = np.clip(voxels, np.float32(low), np.float32(high))
+    image -= np.float32(low)
+    image *= np.float32(1 / (high - low))
+    return image
+
+
+def prepare_image(voxels: np.ndarray, size: Sequence[int], window: Sequence[float]) -> np.ndarray:
+    """From HU, (X, Y, Z) float32, to what the network sees: `size` voxels, uint8, 0..255 across the HU window.
+
+    Training (through the cache) and inference both come through here, so they round alike.
+    """
+    return np.rint(resize_image(window_hu(voxels, window), size) * 255).astype(np.uint8)
+
+
+# ---- Resampling ------------------------------------------------------------------------------------------------------
+
+
+def axis_weights(n_in: int, n_out: int, antialias: bool = False) -> Tensor:
+    """The linear interpolation from `n_in` to `n_out` voxels over the same length, as a matrix.
+
+    Voxel i of the output has its centre at (i + 1/2) n_in / n_out - 1/2 of the input (half-voxel aligned); beyond the
+    outermost centres the outermost value goes on. With `antialias` and shrinking by more than ANTIALIAS_ABOVE the
+    interpolation's triangle is widened to cover every input voxel.
+
+    Returns:
+        (n_out, n_in) float32; every row sums to 1.
+    """
+    step = n_in / n_out
+    width = step if antialias and step > ANTIALIAS_ABOVE else 1.0
+    centres = (torch.arange(n_out, dtype=torch.float64) + 0.5) * step - 0.5
+    distances = (torch.arange(n_in, dtype=torch.float64) - centres[:, None]).abs()
+    weights = (1 - distances / width).clamp(min=0)
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
+
+
+def apply_weights(volume: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Apply one (n_out, n_in) matrix to each of the last three axes: (..., X, Y, Z) -> (..., X', Y', Z')."""
+    # The axis that shrinks most goes first, so that the rest has the least to do.
+    for axis in sorted(range(3), key=lambda a: weights[a].shape[0] / weights[a].shape[1]):
+        dim = axis - 3
+        volume = torch.matmul(volume.transpose(dim, -1), weights[axis].T).transpose(dim, -1)
+    return volume
+
+
+def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize an image, (X, Y, Z) float32, to `size`: trilinear, anti-aliased where it shrinks by more than 2.
+
+    The inverse is the same function with the image's own shape (what was averaged away stays away).
+    """
+    weights = [axis_weights(n_in, n_out, antialias=True) for n_in, n_out in zip(image.shape, size, strict=True)]
+    return apply_weights(torch.from_numpy(image), weights).contiguous().numpy()
+
+
+def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize a label map, (X, Y, Z) uint8, to `size`: each organ's share by linear interpolation, the largest wins.
+
+    No label comes out that did not go in; ties go to the lower id. The inverse is the same function with the label
+    map's own shape. Chosen over nearest neighbour by the Dice of going there and back (RESULTS.md).
+    """
+    weights = [axis_weights(n_in, n_out) for n_in, n_out in zip(labels.shape, size, strict=True)]
+    winner = torch.zeros(tuple(size), dtype=torch.uint8)
+    best = torch.zeros(tuple(size))  # the winning organ's share
+    background = torch.ones(tuple(size))  # what the organs leave over
+    for organ, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        # Only where the organ's box has any weight can its share be above zero.
+        target, inside = [], []
+        for matrix, cut in zip(weights, box, strict=True):
+            rows = matrix[:, cut].any(dim=1).nonzero()
+            first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+            target.append(slice(first, last + 1))
+            inside.append(matrix[first : last + 1, cut])
+        target = tuple(target)
+        share = apply_weights(torch.from_numpy(labels[box] == organ).float(), inside)
+        background[target] -= share
+        wins = share > best[target]
+        best[target] = torch.where(wins, share, best[target])
+        winner[target] = torch.where(wins, organ, winner[target])
+    winner[background >= best] = 0
+    return winner.numpy()
+
+
+def logits_to_labels(logits: Tensor, shape: Sequence[int]) -> np.ndarray:
+    """Resize logits, (K, X, Y, Z) on any device, to a scan's `shape` and take the largest class of each voxel.
+
+    Works through the volume in slabs along X, so that never K full-size volumes are in memory.
+
+    Returns:
+        labels of `shape`, uint8, RAS+ order like the logits.
+    """
+    weights = [axis_weights(n, m).to(logits.device) for n, m in zip(logits.shape[1:], shape, strict=True)]
+    labels = np.empty(tuple(shape), dtype=np.uint8)
+    for slab in slabs(len(logits), shape):
+        labels[slab] = resize_slab(logits, weights, slab).argmax(dim=0).to("cpu", torch.uint8).numpy()
+    return labels
+
+
+def slabs(classes: int, shape: Sequence[int]) -> list[slice]:
+    """Cut the X axis of `shape` so that `classes` float32 volumes of one piece stay within SLAB_BYTES."""
+    thickness = max(1, SLAB_BYTES // (4 * classes * shape[1] * shape[2]))
+    return [slice(start, min(start + thickness, shape[0])) for start in range(0, shape[0], thickness)]
+
+
+def resize_slab(logits: Tensor, weights: Sequence[Tensor], slab: slice) -> Tensor:
+    """The part `slab` along X of (K, X, Y, Z) logits resized by `weights`: (K, slab, Y', Z') float32."""
+    along_x = weights[0][slab]
+    used = along_x.any(dim=0).nonzero()
+    used = slice(int(used[0]), int(used[-1]) + 1)
+    return apply_weights(logits[:, used].float(), [along_x[:, used], *weights[1:]])

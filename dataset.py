@@ -1,0 +1,429 @@
+"""Cases: found on disk, checked, split, resized and cached, and augmented.
+
+    find_cases -> split_cases -> CaseDataset[i] -> (DataLoader) -> augment
+
+Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE.nii.gz`.
+"""
+
+import hashlib
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Sampler
+
+from core.config import Config
+from core.files import whole_file
+from core.preprocess import (
+    NIFTI_SUFFIXES,
+    check_same_grid,
+    load_labels,
+    load_scan,
+    prepare_image,
+    read_geometry,
+    resize_labels,
+)
+
+DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
+CACHE_VERSION = 1  # to be raised when what is cached for the same scan and settings changes
+BODY_ABOVE_HU = -500  # voxels above it belong to the body; its HU percentiles tell CT from other things
+HU_PERCENTILES = (5, 50, 95)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan and its label map, with the id that both files' names share."""
+
+    id: str
+    scan: Path
+    labels: Path
+
+
+# ---- Finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_data(data_dir: str | Path) -> Path:
+    """The folder that holds `images` and `labels`: `data_dir`, or one or two folders FLARE22Train below it.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    folder = Path(data_dir)
+    while not (folder / "images").is_dir() and (folder / "FLARE22Train").is_dir():
+        folder = folder / "FLARE22Train"
+    if not ((folder / "images").is_dir() and (folder / "labels").is_dir()):
+        raise FileNotFoundError(
+            f"{data_dir}: is no data set, expected a folder with images/CASE_0000.nii.gz and labels/CASE.nii.gz "
+            "(data/README.md says where to get one)"
+        )
+    return folder
+
+
+def find_cases(data_dir: str | Path) -> list[Case]:
+    """The labelled cases of a data set, ordered by id.
+
+    Reads FLARE22's layout, also under one or two folders FLARE22Train, and label maps in folders of their own name
+    (`labels/X.nii/X.nii`), as some mirrors unpack. Only headers are read.
+
+    Raises:
+        FileNotFoundError: when the folder or its images and labels are missing.
+        ValueError: naming the cases without a partner, given twice, or whose scan and label map differ in grid.
+    """
+    folder = find_data(data_dir)
+    scans = find_files(folder / "images")
+    labels = find_files(folder / "labels")
+    for have, lack, what in ((scans, labels, "label map"), (labels, scans, "scan")):
+        orphans = [case for case in have if case not in lack]
+        if orphans:
+            raise ValueError(f"{folder}: no {what} for the case {', '.join(orphans[:5])}{', ...' * (len(orphans) > 5)}")
+    if not scans:
+        raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii)")
+    cases = [Case(case, scans[case], labels[case]) for case in sorted(scans)]
+    for case in cases:
+        check_same_grid(read_geometry(case.scan), read_geometry(case.labels), f"case {case.id}")
+    return cases
+
+
+def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
+    """The scans among files and folders by case id, in order; of a whole data set's folder its `images` are taken.
+
+    Raises:
+        FileNotFoundError: when an input does not exist, or a folder has no scan.
+        ValueError: when two files mean the same case.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, inputs):
+        if path.is_dir():
+            files = find_files(path / "images" if (path / "images").is_dir() else path)
+        elif path.exists():
+            files = {case_id(path): path}
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        if not files:
+            raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
+        for case, file in files.items():
+            if found.setdefault(case, file) != file:
+                raise ValueError(f"case {case}: {found[case]} and {file} both mean it; rename one or leave it out")
+    return dict(sorted(found.items()))
+
+
+def find_label_maps(folder: str | Path) -> dict[str, Path]:
+    """The label maps of a folder by case id, in order; the folder may be a whole data set (its `labels` are taken).
+
+    Raises:
+        FileNotFoundError: when there is no such folder, or no label map in it.
+        ValueError: when two files mean the same case.
+    """
+    folder = Path(folder)
+    files = find_files(folder / "labels" if (folder / "labels").is_dir() else folder)
+    files = {case: path for case, path in sorted(files.items()) if not case.endswith("_probabilities")}
+    if not files:
+        raise FileNotFoundError(f"{folder}: no label map in this folder (CASE.nii.gz or CASE.nii)")
+    return files
+
+
+def find_files(folder: str | Path) -> dict[str, Path]:
+    """The NIfTI files of a folder by case id; hidden files are passed over.
+
+    Raises:
+        FileNotFoundError: when there is no such folder.
+        ValueError: when two files mean the same case.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.name.lower().endswith(NIFTI_SUFFIXES):
+            continue
+        if path.is_dir():  # labels/X.nii/X.nii
+            inside = [p for p in path.iterdir() if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
+            if len(inside) != 1:
+                raise ValueError(f"{path}: is a folder with {len(inside)} NIfTI files, expected one")
+            path = inside[0]
+        case = case_id(path)
+        if case in found:
+            raise ValueError(f"case {case}: {found[case]} and {path} both mean it; remove one")
+        found[case] = path
+    return found
+
+
+def case_id(path: Path) -> str:
+    """The file's name without its suffix and without the channel number _0000 of FLARE22's scans."""
+    return re.sub(r"(_0000)?(\.nii|\.nii\.gz)$", "", path.name, flags=re.IGNORECASE)
+
+
+def read_case_ids(given: Sequence[str]) -> list[str]:
+    """Case ids as given, or the lines of a file when one name is given that is a file's.
+
+    Raises:
+        ValueError: when the file lists no case.
+    """
+    if len(given) == 1 and Path(given[0]).is_file():
+        lines = [line.partition("#")[0].strip() for line in Path(given[0]).read_text(encoding="utf-8").splitlines()]
+        if not any(lines):
+            raise ValueError(f"{given[0]}: lists no case, expected one id a line")
+        return [line for line in lines if line]
+    return list(given)
+
+
+def select_cases(found: dict[str, Path], given: Sequence[str] | None) -> dict[str, Path]:
+    """The files of the cases that `given` names (ids or a file of ids), in the order of `found`; all when it is None.
+
+    Raises:
+        ValueError: naming the ids that are not among the cases.
+    """
+    if given is None:
+        return found
+    wanted = read_case_ids(given)
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise ValueError(
+            f"--cases: {', '.join(missing[:5])} not among the {len(found)} cases: {', '.join(list(found)[:3])}, ..."
+        )
+    return {case: path for case, path in found.items() if case in wanted}
+
+
+def split_cases(
+    cases: Sequence[Case], val_cases: Sequence[str] | None, val_fraction: float, seed: int
+) -> tuple[list[Case], list[Case], str]:
+    """Split cases into training and validation.
+
+    Ids in `val_cases` (or a file of them) decide. Without, data/val_cases.txt does where it fits the data; else the
+    fraction `val_fraction`, drawn by `seed`, at least one case when it is above 0.
+
+    Returns:
+        training cases, validation cases, and a sentence that says how they were chosen.
+
+    Raises:
+        ValueError: when a named case is missing, or no case is left to train on.
+    """
+    ids = [case.id for case in cases]
+    if val_cases is not None:
+        held_out, source = read_case_ids(val_cases), "val_cases"
+    else:
+        held_out, source = read_case_ids([str(DEFAULT_VAL_CASES)]), "data/val_cases.txt"
+    missing = [case for case in held_out if case not in ids]
+    if val_cases is None and len(missing) == len(held_out):
+        count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1) if val_fraction > 0 else 0
+        drawn = np.random.default_rng(seed).permutation(len(ids))[:count]
+        held_out = [ids[i] for i in drawn]
+        how = f"{count} of {len(ids)} held out by val_fraction and seed (data/val_cases.txt is for other data)"
+    elif missing:
+        raise ValueError(f"{source}: {', '.join(missing[:5])} not among the {len(ids)} cases of the data")
+    else:
+        how = f"{len(held_out)} of {len(ids)} held out by {source}"
+    train = [case for case in cases if case.id not in held_out]
+    if not train:
+        raise ValueError(f"{source}: holds out all {len(ids)} cases, so that none is left to train on")
+    return train, [case for case in cases if case.id in held_out], how
+
+
+# ---- Samples ---------------------------------------------------------------------------------------------------------
+
+
+class CaseDataset(Dataset):
+    """Labelled cases on the network's grid, kept on disk as bytes once they have been resized.
+
+    A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
+    uint8; `extent_mm` (3,) float32, the scan's size. It is the same to the bit with and without the cache.
+
+    Args:
+        cases: with label maps.
+        config: size, window_hu, organs and cache_dir are used.
+    """
+
+    def __init__(self, cases: Sequence[Case], config: Config):
+        self.cases = list(cases)
+        self.size = config.size
+        self.window_hu = config.window_hu
+        self.classes = len(config.organs)
+        self.cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+        self.checked: set[Path] = set()  # cache files whose checksum this process has seen to be right
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> dict:
+        case = self.cases[index]
+        volumes, facts = self.load(case)
+        image, labels = torch.from_numpy(volumes)
+        extent_mm = torch.tensor(facts["extent_mm"], dtype=torch.float32)
+        hu_percentiles = torch.tensor(facts["hu_percentiles"], dtype=torch.float32)
+        return {
+            "case": case.id,
+            "image": image[None],
+            "labels": labels,
+            "extent_mm": extent_mm,
+            "hu_percentiles": hu_percentiles,
+        }
+
+    def load(self, case: Case) -> tuple[np.ndarray, dict]:
+        """A case's volumes, (2, X, Y, Z) uint8: image and labels, and facts of its scan; from the cache if it can."""
+        if self.cache_dir is None:
+            return self.prepare(case)
+        path = self.cache_dir / f"{case.id}-{self.key(case)}.cache"
+        cached = self.read_cache(path)
+        if cached is None:
+            cached = self.prepare(case)
+            write_cache(path, *cached)
+        return cached
+
+    def prepare(self, case: Case) -> tuple[np.ndarray, dict]:
+        """Read and resize a case.
+
+        Raises:
+            FileNotFoundError, ValueError: when its files cannot be read or do not fit together.
+        """
+        voxels, geometry = load_scan(case.scan)
+        labels, labels_geometry = load_labels(case.labels, self.classes)
+        check_same_grid(geometry, labels_geometry, f"case {case.id}")
+        facts = {"extent_mm": list(geometry.extent_mm), "hu_percentiles": hu_percentiles(voxels)}
+        volumes = np.stack([prepare_image(voxels, self.size, self.window_hu), resize_labels(labels, self.size)])
+        return volumes, facts
+
+    def key(self, case: Case) -> str:
+        """A name for everything that a cached sample depends on."""
+        files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (case.scan, case.labels)]
+        settings = [CACHE_VERSION, self.size, self.window_hu, self.classes]
+        return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()[:16]
+
+    def read_cache(self, path: Path) -> tuple[np.ndarray, dict] | None:
+        """Memory-map a cached case; None when there is none or it is damaged."""
+        length = 2 * math.prod(self.size)
+        try:
+            with open(path, "rb") as file:
+                file.seek(length)
+                facts = json.loads(file.read())
+            # Copy on write: torch wants writable memory, the file stays as it is.
+            volumes = np.memmap(path, np.uint8, mode="c", shape=(2, *self.size))
+        except (FileNotFoundError, ValueError):
+            return None
+        if path not in self.checked:
+            if zlib.crc32(volumes) != facts.get("crc32"):
+                return None
+            self.checked.add(path)
+        return volumes, facts
+
+
+def write_cache(path: Path, volumes: np.ndarray, facts: dict) -> None:
+    """Write a cache file: the bytes of the volumes, then a line of JSON with the scan's facts and the checksum."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(volumes.tobytes())
+        file.write(json.dumps(facts | {"crc32": zlib.crc32(volumes)}).encode())
+
+
+def hu_percentiles(voxels: np.ndarray) -> list[float]:
+    """HU_PERCENTILES of the body's voxels in HU (of every fourth along each axis); of all where none is body."""
+    sample = voxels[::4, ::4, ::4]
+    body = sample[sample > BODY_ABOVE_HU]
+    return np.percentile(body if body.size else sample, HU_PERCENTILES).tolist()
+
+
+class EpochOrder(Sampler):
+    """The order of the cases in an epoch: a permutation that depends on (seed, epoch) alone."""
+
+    def __init__(self, length: int, seed: int):
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist())
+
+
+# ---- Augmentation ----------------------------------------------------------------------------------------------------
+
+
+def augment(
+    image: Tensor, labels: Tensor, extent_mm: Tensor, config: Config, epoch: int, positions: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Change a batch at random, on the device it is on.
+
+    What happens to a sample depends on the seed, the epoch and the sample's position in it, and on nothing else.
+
+    Args:
+        image: (B, 1, X, Y, Z) float32 in 0..1.
+        labels: (B, X, Y, Z), integer ids.
+        extent_mm: (B, 3), the volumes' size in mm: rotations keep right angles in the patient, not in voxels.
+        config: the strengths (augment_*), the seed, and the organs (for left and right).
+        epoch: number of the epoch.
+        positions: (B,) the samples' positions in the epoch.
+
+    Returns:
+        image in 0..1 and labels, shaped and typed as they came.
+    """
+    draws = [np.random.default_rng([config.seed, epoch, position]) for position in positions]
+    if config.augment_flip:
+        image, labels = flip_left_right(image, labels, [rng.random() < 0.5 for rng in draws], config.organs)
+    matrices = torch.stack([draw_affine(rng, mm, config) for rng, mm in zip(draws, extent_mm.tolist(), strict=True)])
+    image, labels = resample(image, labels, matrices.to(image.device))
+    return torch.stack([change_values(x, rng, config) for x, rng in zip(image, draws, strict=True)]), labels
+
+
+def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Config) -> Tensor:
+    """(3, 4): from places in the new volume to places in the old; axes X, Y, Z, each -1..1 across the volume."""
+    radians = np.radians(rng.uniform(-1, 1, 3) * config.augment_rotation_degrees)
+    rotation = np.eye(3)
+    for axis, angle in enumerate(radians):
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        rotation = turn @ rotation
+    scale = 1 + rng.uniform(-1, 1) * config.augment_scale
+    shift = 2 * rng.uniform(-1, 1, 3) * config.augment_shift
+    to_mm = np.diag(extent_mm)
+    matrix = np.linalg.inv(to_mm) @ rotation @ to_mm / scale
+    return torch.from_numpy(np.column_stack([matrix, shift])).float()
+
+
+def resample(image: Tensor, labels: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Move (B, 1, X, Y, Z) images and (B, X, Y, Z) labels by (B, 3, 4) `matrices`; outside is 0 in both."""
+    # torch orders coordinates from the last axis to the first: Z, Y, X.
+    linear = matrices[:, :, :3].flip(1, 2)
+    grid = F.affine_grid(torch.cat([linear, matrices[:, :, 3:].flip(1)], dim=2), image.shape, align_corners=False)
+    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
+    return F.grid_sample(image, grid, mode="bilinear", align_corners=False), moved[:, 0].to(labels.dtype)
+
+
+def flip_left_right(
+    image: Tensor, labels: Tensor, flips: Sequence[bool], organs: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Mirror the samples that `flips` marks along X and give paired organs each other's id: right is right again."""
+    swapped = torch.tensor(mirrored_ids(organs), device=labels.device, dtype=labels.dtype)
+    chosen = torch.tensor(flips, device=image.device)
+    image = torch.where(chosen[:, None, None, None, None], image.flip(2), image)
+    return image, torch.where(chosen[:, None, None, None], swapped[labels.long()].flip(1), labels)
+
+
+def mirrored_ids(organs: Sequence[str]) -> list[int]:
+    """For each id that of the organ on the other side: "right kidney" for "left kidney", itself where there is none."""
+    other = {"right": "left", "left": "right"}
+    names = [re.sub(r"\b(right|left)\b", lambda side: other[side[0]], organ) for organ in organs]
+    return [organs.index(name) if name in organs else i for i, name in enumerate(names)]
+
+
+def change_values(image: Tensor, rng: np.random.Generator, config: Config) -> Tensor:
+    """Change contrast, brightness and gamma of an image in 0..1 and add noise; back in 0..1."""
+    contrast = 1 + rng.uniform(-1, 1) * config.augment_contrast
+    brightness = rng.uniform(-1, 1) * config.augment_brightness
+    gamma = 1 + rng.uniform(-1, 1) * config.augment_gamma
+    noise = rng.uniform(0, 1) * config.augment_noise
+    mean = image.mean()
+    image = ((image - mean) * contrast + mean + brightness).clamp(0, 1) ** gamma
+    if noise > 0:
+        image = image + noise * torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32)).to(image.device)
+    return image.clamp(0, 1)

@@ -1,0 +1,250 @@
+"""Train a V-Net on labelled CT scans.
+
+    python train.py --data-dir data/FLARE22Train --run-dir runs/vnet
+    python train.py --resume ...            # go on with the run in --run-dir; start it when there is none
+    python train.py --help                  # every setting; config.yaml explains them
+
+Writes into the run folder: last.pt and best.pt (by mean validation Dice), log.csv, curves.png, config.yaml, run.json
+and val_cases.txt. Exit code 0: done, 1: data refused, 2: settings refused, 3: the loss was not finite.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from core.checkpoint import build_network, load_checkpoint, load_weights, save_checkpoint
+from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
+from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing
+from core.metrics import confusion_matrix, mean_defined, organ_scores
+from core.run_folder import RunFolder
+from core.step import NotFiniteError, autocast, choose_device, choose_loss, choose_precision, training_step
+from dataset import HU_PERCENTILES, CaseDataset, EpochOrder, augment, find_cases, find_data, split_cases
+from vnet import VNet
+
+
+@dataclass
+class Training:
+    """What is trained, and how."""
+
+    config: Config
+    device: torch.device
+    precision: torch.dtype
+    network: VNet
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loss_of: Callable[[Tensor, Tensor], Tensor]
+
+
+def train_one_epoch(training: Training, loader: DataLoader, epoch: int, bar: tqdm) -> dict[str, float]:
+    """One pass over the training cases: the mean loss, and the seconds that the network waited for data."""
+    config = training.config
+    training.network.train()
+    loader.sampler.epoch = epoch
+    losses, waited, asked = [], 0.0, time.perf_counter()
+    for number, batch in enumerate(loader):
+        waited += time.perf_counter() - asked
+        image, labels = to_device(batch, training.device)
+        if config.augment:
+            positions = range(number * config.batch_size, number * config.batch_size + len(image))
+            image, labels = augment(image, labels, batch["extent_mm"], config, epoch, positions)
+        for group in training.optimizer.param_groups:
+            group["lr"] = learning_rate(config, (epoch - 1) * len(loader) + number, config.epochs * len(loader))
+        try:
+            loss = training_step(
+                training.network, image, labels, training.loss_of, training.optimizer, training.scaler,
+                training.precision,
+            )  # fmt: skip
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                f"epoch {epoch}, step {number + 1}, case {', '.join(batch['case'])}: {error}"
+            ) from None
+        losses.append(loss)
+        bar.set_description(f"epoch {epoch}/{config.epochs} loss {np.mean(losses):.4f}")
+        bar.update()
+        asked = time.perf_counter()
+    return {"train_loss": float(np.mean(losses)), "data_seconds": waited}
+
+
+@torch.inference_mode()
+def validate(training: Training, loader: DataLoader) -> dict[str, float]:
+    """Loss and Dice over the held-out cases, on the network's grid (evaluate.py scores on the scans' own grids)."""
+    organs = training.config.organs
+    training.network.eval()
+    losses, dice = [], []
+    for batch in loader:
+        image, labels = to_device(batch, training.device)
+        with autocast(training.device, training.precision):
+            logits = training.network(image)  # (1, K, X, Y, Z)
+            losses.append(training.loss_of(logits, labels).item())
+        matrix = confusion_matrix(labels.cpu().numpy(), logits.argmax(dim=1).cpu().numpy(), len(organs))
+        dice.append(organ_scores(matrix)["dice"][1:])
+    scores = {organ: mean_defined(column)[0] for organ, column in zip(organs[1:], np.transpose(dice), strict=True)}
+    columns = {f"dice_{organ.replace(' ', '_')}": score for organ, score in scores.items()}
+    return {"val_loss": float(np.mean(losses)), "val_dice": mean_defined(scores.values())[0], **columns}
+
+
+def to_device(batch: dict, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the network takes: image (B, 1, X, Y, Z) float32 in 0..1 and labels (B, X, Y, Z) int64."""
+    image = batch["image"].to(device, non_blocking=True).float() / 255
+    return image, batch["labels"].to(device, non_blocking=True).long()
+
+
+def learning_rate(config: Config, step: int, steps: int) -> float:
+    """The rate of step 0, 1, ... of `steps`: constant, or down to 0 by a cosine or a power of 0.9 (poly)."""
+    left = 1 - step / steps
+    factor = {"constant": 1.0, "cosine": (1 - math.cos(math.pi * left)) / 2, "poly": left**0.9}[config.schedule]
+    return config.learning_rate * factor
+
+
+def describe_cases(dataset: CaseDataset, workers: int) -> dict:
+    """Read every training case once, which fills the cache, and note what infer.py compares new scans with.
+
+    Returns:
+        of each axis' extent in mm, and of each HU percentile of the body, the smallest and the largest.
+    """
+    loader = DataLoader(dataset, num_workers=workers)
+    samples = [
+        {name: sample[name] for name in ("extent_mm", "hu_percentiles")}
+        for sample in tqdm(loader, desc="preparing cases", disable=None)
+    ]
+    facts = {"percentiles": list(HU_PERCENTILES)}
+    for name in ("extent_mm", "hu_percentiles"):
+        values = torch.cat([sample[name] for sample in samples])  # (cases, 3)
+        facts[name] = {"min": values.amin(dim=0).tolist(), "max": values.amax(dim=0).tolist()}
+    return facts
+
+
+def make_loader(dataset: CaseDataset, training: Training, train: bool) -> DataLoader:
+    """Batches in the order that (seed, epoch) gives for training, single cases in their own order for validation."""
+    return DataLoader(
+        dataset,
+        batch_size=training.config.batch_size if train else 1,
+        sampler=EpochOrder(len(dataset), training.config.seed) if train else None,
+        num_workers=training.config.workers,
+        pin_memory=training.device.type == "cuda",
+        persistent_workers=training.config.workers > 0,
+    )
+
+
+def start_training(config: Config) -> Training:
+    """Network, optimiser and the rest as the settings say, before the first step."""
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    torch.manual_seed(config.seed)
+    network = build_network(config).to(device)
+    if config.init_from is not None:
+        load_weights(network, load_checkpoint(config.init_from, device), config.init_from)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    return Training(config, device, precision, network, optimizer, scaler, choose_loss(config.loss))
+
+
+def resume_training(training: Training, checkpoint: dict, path: str) -> None:
+    """Put network, optimiser and scaler back to where the checkpoint's epoch left them."""
+    load_weights(training.network, checkpoint, path)
+    training.optimizer.load_state_dict(checkpoint["optimizer"])
+    training.scaler.load_state_dict(checkpoint["scaler"])
+
+
+def train(training: Training, folder: RunFolder, train_set: CaseDataset, val_set: CaseDataset, resumed: dict) -> None:
+    """All epochs after the resumed one; each leaves a row in log.csv, the curves, last.pt, and best.pt if it is."""
+    from visualization.curves import draw_curves
+
+    config, network = training.config, training.network
+    training_data = describe_cases(train_set, config.workers)
+    train_loader, val_loader = make_loader(train_set, training, train=True), make_loader(val_set, training, train=False)
+    done, best_dice = resumed.get("epoch", 0), resumed.get("best_dice", -1.0)
+    bar = tqdm(total=config.epochs * len(train_loader), initial=done * len(train_loader), disable=None, unit="step")
+    for epoch in range(done + 1, config.epochs + 1):
+        started = time.perf_counter()
+        row = dict.fromkeys(folder.log_columns) | {"epoch": epoch}
+        row |= train_one_epoch(training, train_loader, epoch, bar)
+        if len(val_set) and (epoch % config.val_interval == 0 or epoch == config.epochs):
+            row |= validate(training, val_loader)
+        row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(training.device)}
+        folder.append_log(row)
+        draw_curves(folder.log, folder.curves, config.organs)
+        bar.write(summary_line(row, config.epochs))
+
+        facts = {"epoch": epoch, "val_dice": row["val_dice"], "training_data": training_data}
+        if row["val_dice"] is not None and row["val_dice"] > best_dice:
+            best_dice = row["val_dice"]
+            save_checkpoint(folder.best, network, config, **facts)
+        state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
+        save_checkpoint(folder.last, network, config, best_dice=best_dice, **facts, **state)
+    bar.close()
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """The most GPU memory in use since the last call, in GiB; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def summary_line(row: dict, epochs: int) -> str:
+    """One epoch in one line."""
+    scores = "" if row["val_dice"] is None else f"  validation loss {row['val_loss']:.4f}  Dice {row['val_dice']:.4f}"
+    return f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.4f}{scores}  {row['seconds']:.1f} s"
+
+
+def main() -> int:
+    """Read the settings, find and split the cases, train."""
+    arguments = parse_arguments()
+    with refusing(USAGE):
+        config = load_config(arguments.config, flags_given(arguments))
+        training = start_training(config)
+        folder = RunFolder(config)
+        resumed = folder.find_run(arguments.resume, arguments.overwrite)
+        if resumed:
+            resume_training(training, resumed, folder.last)
+        data_dir = find_data(config.data_dir)
+    with refusing(REFUSED):
+        cases = find_cases(data_dir)
+    with refusing(USAGE):
+        train_cases, val_cases, how = split_cases(cases, config.val_cases, config.val_fraction, config.seed)
+    train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)
+    fingerprint = [train_set.key(case) for case in train_cases]
+    print(f"{len(train_cases)} cases to train on; {how}; on {training.device} in {training.precision}", flush=True)
+    if resumed and resumed["epoch"] >= config.epochs:
+        print(f"{folder.path}: all {config.epochs} epochs are done")
+        return DONE
+    with refusing(REFUSED):
+        if not resumed:
+            ids = [[case.id for case in part] for part in (train_cases, val_cases)]
+            folder.start(training.device, *ids, fingerprint, arguments.overwrite)
+        try:
+            train(training, folder, train_set, val_set, resumed or {})
+        except NotFiniteError as error:
+            print_error(error)
+            return STOPPED
+    print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
+    return DONE
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a V-Net on labelled CT scans.",
+        epilog="Every setting of config.yaml is a flag; what is given here goes before the file.",
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings (default: config.yaml)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir; start it if none")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
+    add_config_flags(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
