@@ -1,0 +1,256 @@
+"""The training script as users run it: on phantoms, from the command line."""
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import train
+from core.checkpoint import load_checkpoint, load_network
+from core.config import load_config
+from core.step import NotFiniteError
+from data.make_phantom import write_phantom
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = [f"phantom_{number:04d}" for number in range(1, 6)]
+# A network and a grid on which an epoch takes a second.
+TINY = [
+    *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
+    *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--workers", "0", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantom(folder, cases=5, shape=(40, 36, 28), seed=0)
+    return folder
+
+
+@pytest.fixture
+def run(data, tmp_path, monkeypatch, capsys):
+    """Run train.py's main in this process: exit code, stdout and stderr; the run folder is tmp_path/run."""
+
+    def run(*flags: str, folder: str = "run") -> tuple[int, str, str]:
+        where = ["--data-dir", data, "--run-dir", tmp_path / folder, "--cache-dir", tmp_path / "cache"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, where), *TINY, *map(str, flags)])
+        try:
+            code = train.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return run
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path)["network"]
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    a, b = weights(first), weights(second)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read_log(folder: Path) -> list[dict]:
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_what_it_promises(data, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", "--data-dir", data, "--run-dir", folder, "--cache-dir", tmp_path / "cache"]
+    flags = [*TINY, "--epochs", "4", "--workers", "1", "--augment", "--batch-size", "2", "--val-interval", "3"]
+    done = subprocess.run([*map(str, command), *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {"config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "best.pt"}
+    assert {path.name for path in folder.iterdir()} == names
+
+    log = read_log(folder)
+    assert [row["epoch"] for row in log] == ["1", "2", "3", "4"]
+    assert [bool(row["val_dice"]) for row in log] == [False, False, True, True]  # every third epoch and the last
+    assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
+    organs = load_config().organs
+    dice = [f"dice_{organ.replace(' ', '_')}" for organ in organs[1:]]
+    assert list(log[0]) == [
+        "epoch", "train_loss", "val_loss", "val_dice", *dice, "seconds", "data_seconds", "peak_gib"
+    ]  # fmt: skip
+    per_organ = [float(log[-1][name]) for name in dice if log[-1][name]]
+    assert float(log[-1]["val_dice"]) == pytest.approx(np.mean(per_organ), abs=1e-5)
+
+    held_out = (folder / "val_cases.txt").read_text().split()
+    assert len(held_out) == 1
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["val_cases"] == held_out
+    assert sorted(facts["train_cases"] + held_out) == CASES
+    assert facts["versions"]["torch"] == torch.__version__
+    network, checkpoint = load_network(folder / "best.pt")
+    assert checkpoint["config"] == load_config(folder / "config.yaml")
+    assert checkpoint["config"].channels == 2
+    assert not network.training
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # The phantoms' field of view is some 370 x 280 x 290 mm.
+    low, high = (np.array(checkpoint["training_data"]["extent_mm"][end]) for end in ("min", "max"))
+    assert (low <= high).all()
+    assert (low > (280, 200, 250)).all()
+    assert (high < (450, 380, 330)).all()
+
+
+def test_best_is_the_epoch_with_the_highest_validation_dice(run, tmp_path):
+    assert run("--epochs", "4")[0] == 0
+    dice = [float(row["val_dice"]) for row in read_log(tmp_path / "run")]
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["epoch"] == 1 + int(np.argmax(dice))
+    assert best["val_dice"] == pytest.approx(max(dice), abs=1e-5)
+
+
+def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path, monkeypatch):
+    flags = ["--epochs", "4", "--augment", "--schedule", "cosine"]
+    assert run(*flags, folder="whole")[0] == 0
+
+    one_epoch = train.train_one_epoch
+
+    def power_cut(training, loader, epoch, bar):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return one_epoch(training, loader, epoch, bar)
+
+    monkeypatch.setattr(train, "train_one_epoch", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--resume", folder="broken")  # --resume starts a run where there is none
+    monkeypatch.setattr(train, "train_one_epoch", one_epoch)
+    assert run(*flags, "--resume", folder="broken")[0] == 0
+
+    assert same_weights(tmp_path / "whole" / "last.pt", tmp_path / "broken" / "last.pt")
+    scores = [[(row["epoch"], row["train_loss"], row["val_dice"]) for row in read_log(tmp_path / name)]
+              for name in ("whole", "broken")]  # fmt: skip
+    assert scores[0] == scores[1]
+    code, out, _ = run(*flags, "--resume", folder="broken")
+    assert (code, "all 4 epochs are done" in out) == (0, True)
+
+
+def test_resuming_with_other_settings_is_refused_by_name(run, tmp_path):
+    assert run("--epochs", "1")[0] == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    code, _, err = run("--epochs", "1", "--resume", "--seed", "7", "--norm", "group")
+    assert code == 2
+    assert "norm was instance, is group" in err
+    assert "seed was 0, is 7" in err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_a_folder_that_holds_a_run_is_refused_or_overwritten(run, tmp_path):
+    assert run("--epochs", "2")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    code, _, err = run("--epochs", "1")
+    assert code == 2
+    assert "holds a run already; go on with --resume or replace it by --overwrite" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert run("--epochs", "1", "--overwrite")[0] == 0
+    assert len(read_log(tmp_path / "run")) == 1
+    assert run("--epochs", "1", "--overwrite", "--resume")[0] == 2
+
+
+def test_seed_decides_the_weights_and_workers_do_not(run, tmp_path):
+    flags = ["--epochs", "1", "--augment"]
+    for folder, more in {"a": [], "b": ["--workers", "2"], "c": ["--seed", "1", "--val-cases", CASES[0]]}.items():
+        assert run(*flags, *more, folder=folder)[0] == 0
+    assert same_weights(tmp_path / "a" / "last.pt", tmp_path / "b" / "last.pt")
+    assert not same_weights(tmp_path / "a" / "last.pt", tmp_path / "c" / "last.pt")
+
+
+def test_loss_that_is_not_finite_stops_the_run_with_the_case(run, tmp_path, monkeypatch):
+    one_step = train.training_step
+    calls = []
+
+    def third_epoch_explodes(*args):
+        calls.append(1)
+        if len(calls) > 2 * 4:  # 4 training cases an epoch
+            raise NotFiniteError("the loss is nan")
+        return one_step(*args)
+
+    monkeypatch.setattr(train, "training_step", third_epoch_explodes)
+    code, _, err = run("--epochs", "3")
+    assert code == 3
+    assert "epoch 3, step 1, case phantom_000" in err
+    assert "the loss is nan" in err
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
+
+
+def test_without_validation_cases_there_is_no_best(run, tmp_path):
+    code, out, _ = run("--epochs", "1", "--val-fraction", "0")
+    assert code == 0
+    assert "5 cases to train on" in out
+    assert "best.pt" not in out
+    assert not (tmp_path / "run" / "best.pt").exists()
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_init_from_starts_with_the_other_runs_weights(run, tmp_path):
+    assert run("--epochs", "2", folder="first")[0] == 0
+    start = tmp_path / "first" / "last.pt"
+    assert run("--epochs", "1", "--init-from", start, folder="second")[0] == 0
+    losses = [float(read_log(tmp_path / name)[0]["train_loss"]) for name in ("first", "second")]
+    assert losses[1] < losses[0]
+    code, _, err = run("--epochs", "1", "--init-from", start, "--channels", "3", folder="third")
+    assert code == 2
+    assert "last.pt: its weights are another network's" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size", "30", "32", "16"], "size: got 30 32 16, expected multiples of 4"),
+        (["--up-convs", "1", "1", "1"], "up_convs: got 3 stages up for 3 down"),
+        (["--precision", "bf16"], "precision: got bf16 on a CPU"),
+        (["--device", "cuda:99"], "device: got cuda:99, but torch sees"),
+        (["--epochs", "0"], "--epochs: got 0, expected a whole number of 1 or more"),
+        (["--val-cases", "phantom_0001", "nobody"], "val_cases: nobody not among the 5 cases"),
+        (["--val-cases", *CASES], "val_cases: holds out all 5 cases"),
+        (["--data-dir", "no/such/folder"], "no/such/folder: is no data set"),
+        (["--config", "no.yaml"], "no.yaml: no such settings file"),
+        (["--init-from", "no.pt"], "no.pt: no such checkpoint"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(run, tmp_path, flags, message):
+    code, _, err = run(*flags)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1  # one sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_label_beyond_the_organ_list_is_refused_by_case(run, data, tmp_path, workers):
+    # The predecessor had 4 classes for ids up to 13.
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    path = broken / "labels" / "phantom_0002.nii.gz"
+    file = nib.load(path)
+    labels = np.asarray(file.dataobj).copy()
+    labels[0, 0, :3] = 14
+    nib.save(nib.Nifti1Image(labels, file.affine, file.header), path)
+    code, _, err = run("--data-dir", broken, "--workers", workers, "--val-fraction", "0")
+    assert code == 1
+    assert "phantom_0002.nii.gz: ids outside the organ list: 14 (3 voxels); expected 0 to 13" in err
+
+
+def test_learning_rates_by_hand():
+    config = load_config(flags={"learning_rate": "0.1", "schedule": "cosine"})
+    assert train.learning_rate(config, 0, 8) == pytest.approx(0.1)
+    assert train.learning_rate(config, 4, 8) == pytest.approx(0.05)
+    assert train.learning_rate(config, 6, 8) == pytest.approx(0.1 * (1 - math.sqrt(0.5)) / 2)
+    poly = load_config(flags={"learning_rate": "0.1", "schedule": "poly"})
+    assert train.learning_rate(poly, 0, 8) == pytest.approx(0.1)
+    assert train.learning_rate(poly, 4, 8) == pytest.approx(0.1 * 0.5**0.9)
+    assert train.learning_rate(load_config(), 7, 8) == 1e-4
