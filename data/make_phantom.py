@@ -15,7 +15,6 @@ the middle of the trunk at the height of the first lumbar vertebra.
 import argparse
 import gzip
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,9 @@ from scipy import ndimage
 from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
+
+from core.exits import DONE, USAGE, refusing
+from core.files import whole_file
 
 VERSION = 1  # raised when the same settings begin to give other voxels, so that an older set is not reused
 
@@ -414,16 +416,6 @@ def nifti_bytes(voxels: np.ndarray, affine: np.ndarray, axis_order: str) -> byte
     return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def write_case(data_dir: Path, seed: int, number: int, shape: tuple) -> None:
     """Make one case and write its two files; labels first, so that a scan is never without them."""
     voxels, labels, spacing_mm = make_case(seed, number, shape)
@@ -432,8 +424,9 @@ def write_case(data_dir: Path, seed: int, number: int, shape: tuple) -> None:
     affine = scan_affine(rng, shape, spacing_mm)
     axis_order = "LPS" if rng.random() < LPS_SHARE else str(rng.choice(AXIS_ORDERS))
     image_path, labels_path = case_paths(data_dir, number)
-    write_whole(labels_path, nifti_bytes(labels, affine, axis_order))
-    write_whole(image_path, nifti_bytes(voxels, affine, axis_order))
+    for path, array in ((labels_path, labels), (image_path, voxels)):
+        with whole_file(path) as temporary:
+            temporary.write_bytes(nifti_bytes(array, affine, axis_order))
 
 
 def case_paths(data_dir: Path, number: int) -> tuple[Path, Path]:
@@ -444,7 +437,7 @@ def case_paths(data_dir: Path, number: int) -> tuple[Path, Path]:
 
 def first_foreign_file(data_dir: Path) -> Path | None:
     """Return some path in data_dir that this script does not write, or None."""
-    ours = re.compile(r"images|labels|(images/|labels/)?\.?phantom(_\d{4}(_0000)?\.nii\.gz|\.json)(\.partial)?")
+    ours = re.compile(r"images|labels|(images/|labels/)?(\.\d+\.)?phantom(_\d{4}(_0000)?\.nii\.gz|\.json)")
     found = (path.relative_to(data_dir) for path in data_dir.rglob("*"))
     return next((path for path in found if not ours.fullmatch(path.as_posix())), None)
 
@@ -456,6 +449,12 @@ def read_record(data_dir: Path) -> dict:
     except (FileNotFoundError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def write_record(data_dir: Path, record: dict) -> None:
+    """Write phantom.json, whole."""
+    with whole_file(data_dir / "phantom.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def write_phantom(data_dir: Path, cases: int, shape: tuple[int, int, int], seed: int) -> bool:
@@ -484,29 +483,20 @@ def write_phantom(data_dir: Path, cases: int, shape: tuple[int, int, int], seed:
         raise ValueError(f"{data_dir} holds phantoms made with {found}, not with {settings}; give another folder")
     for folder in ("images", "labels"):
         (data_dir / folder).mkdir(parents=True, exist_ok=True)
-    write_whole(data_dir / "phantom.json", json.dumps({"finished": False, "settings": settings}, indent=2).encode())
-    for number in tqdm(range(1, cases + 1), desc="phantoms", unit="case"):
+    write_record(data_dir, {"finished": False, "settings": settings})
+    for number in tqdm(range(1, cases + 1), desc="phantoms", unit="case", disable=None):
         write_case(data_dir, seed, number, shape)
-    write_whole(data_dir / "phantom.json", json.dumps({"finished": True, "settings": settings}, indent=2).encode())
+    write_record(data_dir, {"finished": True, "settings": settings})
     return True
 
 
 def main() -> int:
     """Write the data set that the command line asks for; return the exit code."""
     args = parse_arguments()
-    try:
+    with refusing(USAGE):
         written = write_phantom(args.data_dir, args.cases, tuple(args.shape), args.seed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write {args.data_dir}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command begins again", file=sys.stderr)
-        return 130
     print(f"{args.data_dir}: {args.cases} phantoms " + ("written" if written else "there already, reused"))
-    return 0
+    return DONE
 
 
 def parse_arguments() -> argparse.Namespace:

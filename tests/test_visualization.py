@@ -41,7 +41,12 @@ VISIONS = {
     ),
 }
 # Smallest CIEDE2000 between two organs, and between an organ and a gray, as the docstring of style.py states them.
-SMALLEST = {"normal": (0, 0), "protanopia": (0, 0), "deuteranopia": (0, 0), "tritanopia": (0, 0)}
+SMALLEST = {
+    "normal": (20.8, 20.7),
+    "protanopia": (11.0, 8.8),
+    "deuteranopia": (11.3, 6.0),
+    "tritanopia": (11.1, 8.7),
+}
 
 # A scan without any symmetry: 24 x 20 x 12 voxels of 4 x 5 x 8 mm. The boxes are in RAS+ order, x from the patient's
 # left to the right; liver right, front, top; spleen left, back, bottom.
@@ -108,6 +113,7 @@ def test_organs_can_be_told_apart(vision):
     distances = {(i + 1, j + 1): ciede2000(lab[i], lab[j]) for i, j in combinations(range(len(lab)), 2)}
     pair = min(distances, key=distances.get)
     assert distances[pair] >= SMALLEST[vision][0], f"{ORGANS[pair[0]]} and {ORGANS[pair[1]]} look alike"
+    assert distances[1, 2] > 30, "liver and right kidney touch, and must differ at a glance"
 
 
 @pytest.mark.parametrize("vision", VISIONS)
@@ -266,10 +272,10 @@ def test_all_panels_have_one_scale_in_mm():
 
 def test_slices_show_every_organ_that_three_slices_can():
     labels = np.zeros((30, 30, 30), np.uint8)
-    # Ids 1 to 4 meet in the axial slice 20; id 5 is large, alone below them, and only another view can add it.
+    # Ids 1 to 4 share axial and coronal slices; id 5 lies alone, and only a sagittal slice without the others adds it.
     for organ in range(1, 5):
         labels[5 * organ : 5 * organ + 2, 8:10, 19:22] = organ
-    labels[2:28, 15:28, 2:12] = 5
+    labels[26:29, 15:28, 2:12] = 5
     counts = count_by_slice(labels, 6)
     x, y, z = choose_slices(counts)
     assert 19 <= z <= 21
@@ -351,10 +357,16 @@ def test_shapes_and_ids_that_do_not_fit_are_refused():
 def test_a_picture_that_fails_leaves_the_old_one(tmp_path):
     path = tmp_path / "slices.png"
     path.write_bytes(b"old")
-    figure = Figure()
-    figure.text(0.5, 0.5, r"$\undefined$", parse_math=True)
-    with pytest.raises(ValueError, match="undefined"):
-        save_figure(figure, path)
+
+    class HalfFigure(Figure):
+        """Its disk is full."""
+
+        def savefig(self, path: Path) -> None:
+            Path(path).write_bytes(b"half")
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        save_figure(HalfFigure(), path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.config import load_organs
+from core.exits import DONE, REFUSED, refusing
 from visualization.style import INK, apply_style, colour_of, save_figure
 
 # Up to this many points are drawn one by one: a single epoch has no line, and a few are easier to read off.
@@ -166,13 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m visualization.curves", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="the run's folder, with log.csv and config.yaml")
     run_dir = parser.parse_args(arguments).run_dir
-    try:
+    with refusing(REFUSED):
         draw_curves(run_dir / "log.csv", run_dir / "curves.png", load_organs(run_dir / "config.yaml"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     print(f"wrote {run_dir / 'curves.png'}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

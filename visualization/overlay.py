@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import offset_copy
 
 from core.config import DEFAULT_CONFIG, load_organs
+from core.exits import DONE, REFUSED, USAGE, refusing
 from core.preprocess import check_same_grid, load_labels, load_scan
 from visualization.style import INK, apply_style, check_format, colour_of, colour_table, save_figure
 
@@ -192,7 +193,12 @@ def draw_legend(axes: Axes, volumes_ml: np.ndarray, shown: set[int], organs: Seq
 
 
 def draw_overlay(
-    voxels: np.ndarray, labels: np.ndarray, spacing_mm: Sequence[float], organs: Sequence[str], title: str
+    voxels: np.ndarray,
+    labels: np.ndarray,
+    spacing_mm: Sequence[float],
+    organs: Sequence[str],
+    title: str,
+    voxel_ml: float | None = None,
 ) -> Figure:
     """Draw the three slices that show the most organs, with directions, scale bar and the organs' volumes.
 
@@ -202,6 +208,7 @@ def draw_overlay(
         spacing_mm: distance of neighbouring voxels along X, Y, Z in mm.
         organs: names by id, background first.
         title: written above, the case as a rule.
+        voxel_ml: volume of one voxel in mL, smaller than the spacing makes it where the grid is sheared.
 
     Returns:
         the figure, for `save_figure`.
@@ -214,7 +221,7 @@ def draw_overlay(
     if labels.max() >= len(organs):
         raise ValueError(f"{title}: label {labels.max()} found, expected 0 to {len(organs) - 1}")
     counts = count_by_slice(labels, len(organs))
-    volumes_ml = counts[0].sum(axis=0) * np.prod(spacing_mm) / 1000
+    volumes_ml = counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)
     slices, box = choose_slices(counts), crop_to_organs(counts, spacing_mm)
     extent_mm = [(cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=True)]
     apply_style()
@@ -235,23 +242,17 @@ def draw_overlay(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 input refused, 2 wrong usage or settings."""
     args = parse_arguments(arguments)
-    try:
+    with refusing(USAGE):
         check_format(args.output)
         organs = load_organs(args.config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
+    with refusing(REFUSED):
         voxels, scan = load_scan(args.scan)
         labels, grid = load_labels(args.labels, len(organs))
         check_same_grid(scan, grid, args.labels.name)
         title = args.scan.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-        save_figure(draw_overlay(voxels, labels, scan.spacing_mm, organs, title), args.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        save_figure(draw_overlay(voxels, labels, scan.spacing_mm, organs, title, scan.voxel_ml), args.output)
     print(f"wrote {args.output}")
-    return 0
+    return DONE
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
