@@ -483,6 +483,8 @@ def write_phantom(data_dir: Path, cases: int, shape: tuple[int, int, int], seed:
         raise ValueError(f"{data_dir} holds phantoms made with {found}, not with {settings}; give another folder")
     for folder in ("images", "labels"):
         (data_dir / folder).mkdir(parents=True, exist_ok=True)
+    for half_written in data_dir.glob("**/.*.phantom*"):  # by a run that was killed
+        half_written.unlink()
     write_record(data_dir, {"finished": False, "settings": settings})
     for number in tqdm(range(1, cases + 1), desc="phantoms", unit="case", disable=None):
         write_case(data_dir, seed, number, shape)

@@ -216,7 +216,7 @@ def test_same_data_set_is_reused_and_a_broken_one_completed(tmp_path: Path) -> N
 
     # As a run leaves it that was ended while it wrote the second case's image.
     image = tmp_path / "images" / "phantom_0002_0000.nii.gz"
-    image.rename(image.with_name(f".{image.name}.partial"))
+    image.rename(image.with_name(f".123.{image.name}"))
     record = json.loads((tmp_path / "phantom.json").read_text())
     (tmp_path / "phantom.json").write_text(json.dumps(record | {"finished": False}))
     completed = run(*command)

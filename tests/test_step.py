@@ -36,8 +36,8 @@ def test_dice_loss_by_hand():
     probabilities = torch.tensor([[0.5, 0.5, 0.0], [0.75, 0.25, 0.0], [0.75, 0.25, 0.0], [1.0, 0.0, 0.0]])
     logits = probabilities.clamp(min=1e-30).log().T.reshape(1, 3, 4, 1, 1)
     labels = torch.tensor([1, 1, 0, 0]).reshape(1, 4, 1, 1)
-    # 2 * (.5 + .25) / ((.5 + .25 + .25) + 2) = 0.5
-    assert dice_loss(logits, labels).item() == pytest.approx(0.5, abs=1e-6)
+    # 2 * (1/2 + 1/4) / ((1/4 + 1/16 + 1/16) + 2) = 12/19
+    assert dice_loss(logits, labels).item() == pytest.approx(1 - 12 / 19, abs=1e-6)
 
 
 def test_dice_loss_is_the_mean_over_organs_that_occur():
@@ -59,8 +59,8 @@ def test_dice_loss_without_organs_is_zero_and_has_a_gradient():
 
 def test_dice_cross_entropy_is_their_sum():
     logits, labels = torch.zeros(1, 4, 2, 2, 2), torch.ones(1, 2, 2, 2, dtype=torch.long)
-    # Every class has 1/4: cross-entropy ln 4; Dice of organ 1 is 2 * 8/4 / (8/4 + 8) = 0.4.
-    assert dice_cross_entropy(logits, labels).item() == pytest.approx(math.log(4) + 0.6, abs=1e-6)
+    # Every class has 1/4: cross-entropy ln 4; Dice of organ 1 is 2 * 8/4 / (8/16 + 8) = 8/17.
+    assert dice_cross_entropy(logits, labels).item() == pytest.approx(math.log(4) + 9 / 17, abs=1e-6)
 
 
 def test_cross_entropy_counts_every_voxel_alike():

@@ -174,7 +174,10 @@ def run_main(name: str, *arguments: object) -> subprocess.CompletedProcess:
     """Do the same in this process, which is quicker."""
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = {"overlay": overlay, "curves": curves}[name].main([*map(str, arguments)])
+        try:
+            code = {"overlay": overlay, "curves": curves}[name].main([*map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
