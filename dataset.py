@@ -33,6 +33,7 @@ from core.preprocess import (
 )
 
 DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
+CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file
 CACHE_VERSION = 1  # to be raised when what is cached for the same scan and settings changes
 BODY_ABOVE_HU = -500  # voxels above it belong to the body; its HU percentiles tell CT from other things
 HU_PERCENTILES = (5, 50, 95)
@@ -83,7 +84,7 @@ def find_cases(data_dir: str | Path) -> list[Case]:
     for have, lack, what in ((scans, labels, "label map"), (labels, scans, "scan")):
         orphans = [case for case in have if case not in lack]
         if orphans:
-            raise ValueError(f"{folder}: no {what} for the case {', '.join(orphans[:5])}{', ...' * (len(orphans) > 5)}")
+            raise ValueError(f"{folder}: no {what} for the case {listed(orphans)}")
     if not scans:
         raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii)")
     cases = [Case(case, scans[case], labels[case]) for case in sorted(scans)]
@@ -161,6 +162,11 @@ def case_id(path: Path) -> str:
     return re.sub(r"(_0000)?(\.nii|\.nii\.gz)$", "", path.name, flags=re.IGNORECASE)
 
 
+def listed(cases: Sequence[str], most: int = 5) -> str:
+    """Case ids for a message, `most` of them at most."""
+    return ", ".join([*cases[:most], *["..."] * (len(cases) > most)])
+
+
 def read_case_ids(given: Sequence[str]) -> list[str]:
     """Case ids as given, or the lines of a file when one name is given that is a file's.
 
@@ -168,7 +174,7 @@ def read_case_ids(given: Sequence[str]) -> list[str]:
         ValueError: when the file lists no case.
     """
     if len(given) == 1 and Path(given[0]).is_file():
-        lines = [line.partition("#")[0].strip() for line in Path(given[0]).read_text(encoding="utf-8").splitlines()]
+        lines = [line.partition("#")[0].strip() for line in Path(given[0]).read_text(encoding="utf-8-sig").splitlines()]
         if not any(lines):
             raise ValueError(f"{given[0]}: lists no case, expected one id a line")
         return [line for line in lines if line]
@@ -186,9 +192,7 @@ def select_cases(found: dict[str, Path], given: Sequence[str] | None) -> dict[st
     wanted = read_case_ids(given)
     missing = sorted(set(wanted) - set(found))
     if missing:
-        raise ValueError(
-            f"--cases: {', '.join(missing[:5])} not among the {len(found)} cases: {', '.join(list(found)[:3])}, ..."
-        )
+        raise ValueError(f"--cases: {listed(missing)} not among the {len(found)} cases: {listed(list(found), 3)}")
     return {case: path for case, path in found.items() if case in wanted}
 
 
@@ -198,7 +202,7 @@ def split_cases(
     """Split cases into training and validation.
 
     Ids in `val_cases` (or a file of them) decide. Without, data/val_cases.txt does where it fits the data; else the
-    fraction `val_fraction`, drawn by `seed`, at least one case when it is above 0.
+    fraction `val_fraction`, drawn by `seed`: when it is above 0 at least one case, but never the last one to train on.
 
     Returns:
         training cases, validation cases, and a sentence that says how they were chosen.
@@ -218,9 +222,9 @@ def split_cases(
         held_out = [ids[i] for i in drawn]
         how = f"{count} of {len(ids)} held out by val_fraction and seed (data/val_cases.txt is for other data)"
     elif missing:
-        raise ValueError(f"{source}: {', '.join(missing[:5])} not among the {len(ids)} cases of the data")
+        raise ValueError(f"{source}: {listed(missing)} not among the {len(ids)} cases of the data")
     else:
-        how = f"{len(held_out)} of {len(ids)} held out by {source}"
+        how = f"{len(set(held_out))} of {len(ids)} held out by {source}"
     train = [case for case in cases if case.id not in held_out]
     if not train:
         raise ValueError(f"{source}: holds out all {len(ids)} cases, so that none is left to train on")
@@ -234,7 +238,8 @@ class CaseDataset(Dataset):
     """Labelled cases on the network's grid, kept on disk as bytes once they have been resized.
 
     A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
-    uint8; `extent_mm` (3,) float32, the scan's size. It is the same to the bit with and without the cache.
+    uint8; `extent_mm` (3,) float32, the scan's size; `hu_percentiles` (3,) float32, of its body. It is the same to the
+    bit with and without the cache.
 
     Args:
         cases: with label maps.
@@ -300,26 +305,30 @@ class CaseDataset(Dataset):
         """Memory-map a cached case; None when there is none or it is damaged."""
         length = 2 * math.prod(self.size)
         try:
-            with open(path, "rb") as file:
-                file.seek(length)
-                facts = json.loads(file.read())
             # Copy on write: torch wants writable memory, the file stays as it is.
-            volumes = np.memmap(path, np.uint8, mode="c", shape=(2, *self.size))
-        except (FileNotFoundError, ValueError):
+            content = np.memmap(path, np.uint8, mode="c")
+        except (FileNotFoundError, ValueError):  # ValueError: the file is empty
             return None
         if path not in self.checked:
-            if zlib.crc32(volumes) != facts.get("crc32"):
+            if content.size <= length + CHECKSUM_BYTES or checksum(content[:-CHECKSUM_BYTES]) != bytes(
+                content[-CHECKSUM_BYTES:]
+            ):
                 return None
             self.checked.add(path)
-        return volumes, facts
+        return content[:length].reshape(2, *self.size), json.loads(bytes(content[length:-CHECKSUM_BYTES]))
 
 
 def write_cache(path: Path, volumes: np.ndarray, facts: dict) -> None:
-    """Write a cache file: the bytes of the volumes, then a line of JSON with the scan's facts and the checksum."""
+    """Write a cache file: the bytes of the volumes, the scan's facts as JSON, and the checksum of both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(volumes.tobytes())
-        file.write(json.dumps(facts | {"crc32": zlib.crc32(volumes)}).encode())
+    content = volumes.tobytes() + json.dumps(facts).encode()
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content + checksum(content))
+
+
+def checksum(content: bytes | np.ndarray) -> bytes:
+    """CRC-32 in CHECKSUM_BYTES bytes."""
+    return zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big")
 
 
 def hu_percentiles(voxels: np.ndarray) -> list[float]:

@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,51 +63,43 @@ def summarise(rows: Sequence[dict], organs: Sequence[str]) -> dict:
         organ: {name: spread([row[name] for row in rows if row["organ"] == organ]) for name in SCORES}
         for organ in organs[1:]
     }
-    means = {
-        name: spread([nan_if_none(scores[name]["mean"]) for scores in per_organ.values()])["mean"] for name in SCORES
-    }
+    means = {name: spread([scores[name]["mean"] for scores in per_organ.values()])["mean"] for name in SCORES}
     return {"mean": means, "organs": per_organ}
 
 
-def spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean, sample standard deviation, median and number of the values that are defined; None where there is none."""
-    defined = np.array([value for value in values if not math.isnan(value)])
+def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
+    """Mean, sample standard deviation and median of the values that are defined (not None, not NaN), and their number.
+
+    What is itself not defined, or infinite, is None: JSON knows neither.
+    """
+    defined = np.array([value for value in values if value is not None and not math.isnan(value)])
     infinite = int(np.isinf(defined).sum())
+    median = float(np.median(defined)) if len(defined) else math.inf
     return {
         "mean": float(defined.mean()) if len(defined) and not infinite else None,
         "sd": float(defined.std(ddof=1)) if len(defined) > 1 and not infinite else None,
-        "median": float(np.median(defined)) if len(defined) else None,
+        "median": median if math.isfinite(median) else None,
         "n": len(defined),
         "n_infinite": infinite,
     }
 
 
-def nan_if_none(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
 def format_table(summary: dict, cases: int) -> str:
     """The summary as text: a line per organ, the mean over organs below."""
-
-    def cell(value: float | None, width: int) -> str:
-        return f"{'-' if value is None else f'{value:.4f}':>{width}}"
-
-    lines = [f"{'organ':<22}{'n':>4}{'Dice':>9}{'sd':>9}{'precision':>11}{'recall':>9}{'accuracy':>10}"]
+    lines = [f"{'organ':<22}{'n':>4}" + "".join(f"{name:>11}" for name in ("Dice", "sd", *SCORES[1:]))]
     for organ, scores in summary["organs"].items():
-        dice = scores["dice"]
-        lines.append(
-            f"{organ:<22}{dice['n']:>4}{cell(dice['mean'], 9)}{cell(dice['sd'], 9)}"
-            f"{cell(scores['precision']['mean'], 11)}{cell(scores['recall']['mean'], 9)}"
-            f"{cell(scores['accuracy']['mean'], 10)}"
-        )
+        dice, others = scores["dice"], [scores[name]["mean"] for name in SCORES[1:]]
+        lines.append(format_line(organ, dice["n"], [dice["mean"], dice["sd"], *others]))
     mean = summary["mean"]
-    lines.append(
-        f"{'mean over organs':<22}{'':>4}{cell(mean['dice'], 9)}{'':>9}{cell(mean['precision'], 11)}"
-        f"{cell(mean['recall'], 9)}{cell(mean['accuracy'], 10)}"
-    )
+    lines.append(format_line("mean over organs", "", [mean["dice"], None, *(mean[name] for name in SCORES[1:])]))
     lines.append(f"n: of {cases} cases, those with the organ in reference or prediction. Background is in no mean.")
     lines.append("accuracy: near 1 even for an organ that was wholly missed; read Dice.")
     return "\n".join(lines)
+
+
+def format_line(name: str, n: int | str, values: Sequence[float | None]) -> str:
+    """A line of the table; "-" for what is not defined."""
+    return f"{name:<22}{n:>4}" + "".join(f"{'-' if value is None else f'{value:.4f}':>11}" for value in values)
 
 
 def write_metrics(path: Path, rows: Sequence[dict]) -> None:
@@ -130,6 +123,8 @@ def main() -> int:
         references = select_cases(find_label_maps(arguments.labels), arguments.cases)
         predictions = find_label_maps(arguments.predictions)
         output.mkdir(parents=True, exist_ok=True)
+        # Whoever may not write there learns it now, not after the work.
+        tempfile.TemporaryFile(dir=output).close()
 
     rows, scored, failed = [], [], []
     for case, reference in tqdm(references.items(), desc="cases", disable=None):
@@ -143,9 +138,10 @@ def main() -> int:
             failed.append(case)
     summary = {"protocol": "default", **summarise(rows, organs), "cases": scored, "failed": failed}
     summary["definitions"] = DEFINITIONS
-    write_metrics(output / "metrics.csv", rows)
-    with whole_file(output / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    with refusing(USAGE):
+        write_metrics(output / "metrics.csv", rows)
+        with whole_file(output / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     print(format_table(summary, len(scored)))
     print(f"{len(scored)} of {len(references)} cases scored into {output}: metrics.csv, summary.json")
     return REFUSED if failed else DONE

@@ -10,7 +10,8 @@ Exit code 0: done, 1: some scan was refused (the others are done), 2: wrong usag
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from core.checkpoint import load_network
-from core.config import Config
+from core.config import Config, check
 from core.exits import DONE, REFUSED, USAGE, print_error, refusing
 from core.files import whole_file
 from core.preprocess import (
@@ -33,6 +34,7 @@ from core.step import autocast, choose_device, choose_precision
 from dataset import find_scans, hu_percentiles, select_cases
 from vnet import VNet
 
+VOLUME_COLUMNS = ["case", "id", "organ", "ml"]
 EXTENT_TOLERANCE = 0.25  # a scan may be this much smaller or larger than every training case before infer.py warns
 HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may lie outside those of the training cases
 
@@ -47,11 +49,11 @@ def predict(network: VNet, voxels: np.ndarray, config: Config, device: torch.dev
 
 def segment(
     case: str, scan: Path, network: VNet, checkpoint: dict, device: torch.device, output: Path, probabilities: bool
-) -> np.ndarray:
-    """Predict a scan and write its label map; the volumes in mL by id, (K,).
+) -> None:
+    """Predict a scan and write its label map and volumes, and its probabilities if asked to.
 
     Raises:
-        FileNotFoundError, ValueError: when the scan cannot be read.
+        OSError, ValueError: when the scan cannot be read, the network's output is not finite, or a file not written.
     """
     voxels, geometry = load_scan(scan)
     unlike = differences(voxels, geometry, checkpoint["training_data"])
@@ -60,12 +62,17 @@ def segment(
             f"warning: case {case}: unlike the training cases, expect a poor prediction: {', '.join(unlike)}",
             file=sys.stderr,
         )
-    logits = predict(network, voxels, checkpoint["config"], device)
+    config = checkpoint["config"]
+    logits = predict(network, voxels, config, device)
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"case {case}: the network's output is not finite, so that no label map can be made of it")
     labels = logits_to_labels(logits, geometry.shape)
-    save_label_map(labels, geometry, output / f"{case}.nii.gz")
+    volumes_ml = np.bincount(labels.ravel(), minlength=len(config.organs)) * geometry.voxel_ml
     if probabilities:
         save_probabilities(logits, geometry, output / f"{case}_probabilities.nii.gz")
-    return np.bincount(labels.ravel(), minlength=len(logits)) * geometry.voxel_ml
+    write_volumes(output / "volumes.csv", case, volumes_ml, config.organs)
+    # The label map comes last: --skip-existing takes it as the sign that all of the case is done.
+    save_label_map(labels, geometry, output / f"{case}.nii.gz")
 
 
 def differences(voxels: np.ndarray, geometry: Geometry, training_data: dict) -> list[str]:
@@ -83,19 +90,64 @@ def differences(voxels: np.ndarray, geometry: Geometry, training_data: dict) -> 
     return found
 
 
-def write_volumes(path: Path, volumes_ml: dict[str, Sequence[float]], organs: Sequence[str]) -> None:
-    """Put the volumes of cases, each (K,) in mL by id, into volumes.csv; rows of other cases stay."""
-    rows = []
-    if path.is_file():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["case"] not in volumes_ml]
-    for case, values in volumes_ml.items():
-        for i, organ in enumerate(organs[1:], start=1):
-            rows.append({"case": case, "id": i, "organ": organ, "ml": f"{values[i]:.3f}"})
+def read_volumes(path: Path) -> list[dict]:
+    """The rows of a volumes.csv; none when there is no such file.
+
+    Raises:
+        ValueError: when the file has other columns.
+    """
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != VOLUME_COLUMNS:
+            raise ValueError(f"{path}: has the columns {reader.fieldnames}, expected {VOLUME_COLUMNS}; move it away")
+        return list(reader)
+
+
+def write_volumes(path: Path, case: str, volumes_ml: Sequence[float], organs: Sequence[str]) -> None:
+    """Put the volumes of a case, (K,) in mL by id, into volumes.csv; the rows of other cases stay."""
+    rows = [row for row in read_volumes(path) if row["case"] != case]
+    for i, organ in enumerate(organs[1:], start=1):
+        rows.append({"case": case, "id": i, "organ": organ, "ml": f"{volumes_ml[i]:.3f}"})
     with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["case", "id", "organ", "ml"])
+        writer = csv.DictWriter(file, VOLUME_COLUMNS)
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: (row["case"], int(row["id"]))))
+
+
+def find_inputs(inputs: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """The scans of the inputs by case id, and the inputs that had to be refused, each named on stderr.
+
+    Raises:
+        ValueError: when two inputs mean the same case.
+    """
+    refused = []
+    for path in inputs:
+        try:
+            find_scans([path])
+        except (ValueError, OSError) as error:
+            print_error(error)
+            refused.append(path)
+    return find_scans([path for path in inputs if path not in refused]), refused
+
+
+def prepare_output(output: Path, scans: Iterable[Path]) -> None:
+    """Make the folder for the results, where they replace nothing but earlier results.
+
+    Raises:
+        OSError, ValueError: when the folder cannot be written to, or holds scans or their reference label maps.
+    """
+    for scan in scans:
+        for folder in (scan.parent.resolve(), scan.resolve().parent):  # where a link stands, and where it leads
+            if output.resolve() == folder:
+                raise ValueError(f"--output: {output} holds the scan {scan}; choose another folder")
+            if folder.name == "images" and output.resolve() == folder.parent / "labels":
+                raise ValueError(f"--output: {output} holds the data's own label maps; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    # Whoever may not write there learns it now, not after the work.
+    tempfile.TemporaryFile(dir=output).close()
+    read_volumes(output / "volumes.csv")
 
 
 def main() -> int:
@@ -103,31 +155,28 @@ def main() -> int:
     arguments = parse_arguments()
     output = Path(arguments.output)
     with refusing(USAGE):
-        device = choose_device(arguments.device)
-        network, checkpoint = load_network(arguments.checkpoint, device)
-        output.mkdir(parents=True, exist_ok=True)
-    with refusing(REFUSED):
-        found = find_scans(arguments.inputs)
-    with refusing(USAGE):
+        device = choose_device(check("device", arguments.device, "--device"))
+        found, refused = find_inputs(arguments.inputs)
+        if not found:
+            return REFUSED
         cases = select_cases(found, arguments.cases)
-        for case, scan in cases.items():
-            if scan.resolve() == (output / f"{case}.nii.gz").resolve():
-                raise ValueError(f"--output: {output} would replace the scan {scan}; choose another folder")
+        prepare_output(output, cases.values())
+        network, checkpoint = load_network(arguments.checkpoint, device)
     if arguments.skip_existing:
         cases = {case: scan for case, scan in cases.items() if not (output / f"{case}.nii.gz").is_file()}
 
     failed = []
     for case, scan in tqdm(cases.items(), desc="scans", disable=None):
         try:
-            volumes_ml = segment(case, scan, network, checkpoint, device, output, arguments.probabilities)
-            write_volumes(output / "volumes.csv", {case: volumes_ml}, checkpoint["config"].organs)
+            segment(case, scan, network, checkpoint, device, output, arguments.probabilities)
         except (ValueError, OSError) as error:
             print_error(error)
             failed.append(case)
     print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented into {output}")
-    if failed:
-        print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
-    return REFUSED if failed else DONE
+    if failed or refused:
+        print(f"error: failed: {', '.join(failed + refused)}", file=sys.stderr)
+        return REFUSED
+    return DONE
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -133,21 +134,27 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """The mapping of a node, refusing a key that stands there twice."""
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) < len(node.value):
-            keys = [key.value for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands there twice", node.start_mark)
-        return mapping
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if keys[i] in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {keys[i]} stands there twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class Dumper(yaml.SafeDumper):
+    """The inverse: puts quotes round a word, such as a case 1e-4, that Loader would take for a number."""
+
+
+for side in (Loader, Dumper):
+    side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def load_config(path: str | Path = DEFAULT_CONFIG, flags: dict[str, Any] | None = None) -> Config:
-    """Read settings from a YAML file; `flags` (key to the text or texts typed) go before it.
+    """Read settings from a YAML file; `flags`, each key with the text or texts typed for it, win over the file.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -175,7 +182,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def save_config(config: Config, path: str | Path) -> None:
     """Write settings as YAML that `load_config` reads."""
     with whole_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None))
+        temporary.write_text(yaml.dump(config_to_dict(config), Dumper=Dumper, sort_keys=False, default_flow_style=None))
 
 
 def load_organs(path: str | Path = DEFAULT_CONFIG) -> tuple[str, ...]:
@@ -188,19 +195,24 @@ def load_organs(path: str | Path = DEFAULT_CONFIG) -> tuple[str, ...]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked; errors as `load_config`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such settings file")
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-01
+        raise ValueError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: got {type(settings).__name__}, expected lines of 'key: value'")
+        got = "nothing" if settings is None else f"a {type(settings).__name__}"
+        raise ValueError(f"{path}: got {got}, expected lines of 'key: value'")
     return settings
 
 
 def check_keys(settings: dict[str, Any], source: str) -> None:
+    """Check that every key is there and none besides; `source` opens the error's sentence."""
     for key in settings:
         if key not in RULES:
             close = difflib.get_close_matches(str(key), RULES, n=1)
@@ -219,7 +231,7 @@ def parse_flag(key: str, typed: str | list[str]) -> Any:
         return None if typed == "null" and RULES[key].optional else typed
     try:
         return yaml.load(typed, Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return typed
 
 
@@ -232,17 +244,23 @@ def check(key: str, value: Any, where: str) -> Any:
     typed = tuple(rule.kind(item) for item in values if is_a(item, rule.kind))
     fits = len(typed) == len(values) and (rule.row or len(typed) == 1)
     if not fits or not rule.holds(typed if rule.row else typed[0]):
-        got = " ".join(map(str, value)) if isinstance(value, list | tuple) else repr(value)
-        raise ValueError(f"{where}: got {got}, expected {rule.words}")
+        raise ValueError(f"{where}: got {as_yaml(value)}, expected {rule.words}")
     return typed if rule.row else typed[0]
 
 
 def is_a(value: Any, kind: type) -> bool:
-    if kind is float:  # a whole number will do, a truth value will not
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value can be of that type without loss; a truth value is no number, though Python says so."""
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # no NaN, nothing infinite
     return isinstance(value, kind)
+
+
+def as_yaml(value: Any) -> str:
+    """A value as it would stand in the file: null, true, [1, 2]."""
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

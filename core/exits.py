@@ -9,6 +9,9 @@ REFUSED = 1  # some input was refused or some case failed; the others are done a
 USAGE = 2  # wrong usage or settings
 STOPPED = 3  # a run that had to stop
 
+# An error from a DataLoader's worker has the worker's whole traceback as its message, the error itself at the end.
+WORKER_TRACEBACK = "Traceback (most recent call last):"
+
 
 @contextmanager
 def refusing(code: int) -> Iterator[None]:
@@ -22,6 +25,8 @@ def refusing(code: int) -> Iterator[None]:
 
 def print_error(error: Exception) -> None:
     """Print an error as one sentence on stderr."""
-    # An error from a DataLoader's worker comes with the worker's traceback above its last line.
-    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    print(f"error: {last_line.removeprefix(f'{type(error).__name__}: ')}", file=sys.stderr)
+    name = type(error).__name__
+    message = str(error) or name
+    if WORKER_TRACEBACK in message:
+        message = message.rpartition(f"\n{name}: ")[2]
+    print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)

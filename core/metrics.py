@@ -21,7 +21,7 @@ def confusion_matrix(reference: np.ndarray, prediction: np.ndarray, classes: int
     """Count how often each pair of ids meets.
 
     Args:
-        reference: label map, any shape, ids below `classes`.
+        reference: label map, any shape, whole numbers from 0 to below `classes`.
         prediction: label map of the same shape.
         classes: K, the number of classes with background.
 
@@ -29,20 +29,19 @@ def confusion_matrix(reference: np.ndarray, prediction: np.ndarray, classes: int
         (K, K) int64; row: id in the reference, column: id in the prediction. All zeros for empty arrays.
 
     Raises:
-        ValueError: when the shapes differ or an id is not below `classes`.
+        ValueError: when the shapes differ or an id is out of range.
     """
     if reference.shape != prediction.shape:
         raise ValueError(f"reference of shape {reference.shape}, prediction of shape {prediction.shape}")
-    highest = max(reference.max(initial=0), prediction.max(initial=0))
-    if highest >= classes:
-        raise ValueError(f"got the id {highest}, expected ids below {classes}")
-    # Contiguous in memory order, so that cutting into chunks copies nothing.
-    order = "F" if reference.flags.f_contiguous else "C"
-    flat_reference, flat_prediction = reference.ravel(order=order), prediction.ravel(order=order)
+    for labels in (reference, prediction):
+        lowest, highest = labels.min(initial=0), labels.max(initial=0)
+        if lowest < 0 or highest >= classes:
+            raise ValueError(f"got ids from {lowest} to {highest}, expected 0 to {classes - 1}")
+    flat_reference, flat_prediction = reference.ravel(), prediction.ravel()
     counts = np.zeros(classes * classes, dtype=np.int64)
     for start in range(0, flat_reference.size, CHUNK_VOXELS):
         chunk = slice(start, start + CHUNK_VOXELS)
-        pairs = flat_reference[chunk].astype(np.intp) * classes + flat_prediction[chunk]
+        pairs = flat_reference[chunk].astype(np.intp) * classes + flat_prediction[chunk].astype(np.intp)
         counts += np.bincount(pairs, minlength=classes * classes)
     return counts.reshape(classes, classes)
 

@@ -18,10 +18,13 @@ import nibabel as nib
 import numpy as np
 import torch
 from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import array_from_file
 from scipy import ndimage
 from torch import Tensor
+from torch.nn import functional as F
 
 from core.files import whole_file
 
@@ -29,8 +32,9 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ANTIALIAS_ABOVE = 2.0  # input voxels per output voxel: up to here linear interpolation still touches every voxel
 LABEL_TOLERANCE = 0.05  # a stored label may be this far from an integer (scaled and float files)
 GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and still count as the same
-READ_ERRORS = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, ValueError)  # of nibabel on bad files
-SLAB_BYTES = 128 * 2**20  # of float32 scores that logits_to_labels holds at a time
+# What nibabel raises on bad files; a header that promises too much is a MemoryError.
+READ_ERRORS = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, ValueError, MemoryError)
+SLAB_BYTES = 16 * 2**20  # of float32 scores resized at a time; larger slabs leave the CPU's cache and are slower
 NIFTI_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL of nifti1.h
 
 
@@ -82,7 +86,7 @@ class Geometry:
         return nib.affines.apply_affine(self.affine @ ras_to_stored, corners)
 
     def to_ras(self, stored: np.ndarray) -> np.ndarray:
-        """A view of an array in the file's own axes, (..3 axes..), as (X, Y, Z) in RAS+ order."""
+        """A view of an array in the file's own three axes as (X, Y, Z) in RAS+ order; further axes stay."""
         return apply_orientation(stored, self.orientation)
 
     def from_ras(self, array: np.ndarray) -> np.ndarray:
@@ -113,7 +117,8 @@ def load_scan(path: str | Path) -> tuple[np.ndarray, Geometry]:
         ValueError: when it is no readable 3-D NIfTI file, or has voxels that are not finite.
     """
     stored, slope, intercept, geometry = read_nifti(path)
-    voxels = np.array(geometry.to_ras(stored), dtype=np.float32, order="C")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is counted below
+        voxels = np.array(geometry.to_ras(stored), dtype=np.float32, order="C")
     if (slope, intercept) != (1, 0):
         voxels *= np.float32(slope)
         voxels += np.float32(intercept)
@@ -140,9 +145,10 @@ def load_labels(path: str | Path, classes: int | None = None) -> tuple[np.ndarra
     stored, slope, intercept, geometry = read_nifti(path)
     stored = geometry.to_ras(stored)
     if (slope, intercept) != (1, 0) or not np.issubdtype(stored.dtype, np.integer):
-        scaled = stored.astype(np.float64) * slope + intercept
-        stored = np.rint(scaled)
-        far = np.count_nonzero(~(np.abs(scaled - stored) <= LABEL_TOLERANCE))  # NaN counts as far
+        with np.errstate(all="ignore"):  # NaN and infinite count as far
+            scaled = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+            stored = np.rint(scaled)
+            far = np.count_nonzero(~(np.abs(scaled - stored) <= LABEL_TOLERANCE))
         if far:
             raise ValueError(f"{path}: {far} of {scaled.size} voxels are no whole numbers, expected organ ids")
     highest = 255 if classes is None else classes - 1
@@ -173,11 +179,16 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, float, float, Geometry]:
         FileNotFoundError, ValueError: as `load_scan`.
     """
     file, geometry = open_nifti(path)
+    proxy = file.dataobj
     try:
-        stored = np.asanyarray(file.dataobj.get_unscaled())
+        with ImageOpener(path) as stream:
+            stored = array_from_file(geometry.stored_shape, proxy.dtype, stream, proxy.offset, mmap=False)
+            # gzip's checksum stands behind the last voxel: without reading on, damaged voxels pass for good ones.
+            while stream.read(2**20):
+                pass
     except READ_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read to its end ({error})") from error
-    return stored.reshape(geometry.stored_shape), file.dataobj.slope, file.dataobj.inter, geometry
+        raise ValueError(f"{path}: cannot be read to its end ({error or type(error).__name__})") from error
+    return stored, proxy.slope, proxy.inter, geometry
 
 
 def open_nifti(path: str | Path) -> tuple[nib.Nifti1Image, Geometry]:
@@ -224,11 +235,10 @@ def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> 
     NIfTI has no float16: the file stores uint16 steps of 1/65535, which is as small and nowhere coarser than 1e-5.
     The K full-size volumes lie in a temporary file beside `path`, not in memory.
     """
-    weights = [axis_weights(n, m).to(logits.device) for n, m in zip(logits.shape[1:], geometry.shape, strict=True)]
     with tempfile.TemporaryFile(dir=Path(path).parent) as file:
         steps = np.memmap(file, np.uint16, mode="w+", shape=(*geometry.shape, len(logits)), order="F")
         for slab in slabs(len(logits), geometry.shape):
-            probabilities = resize_slab(logits, weights, slab).softmax(dim=0)
+            probabilities = resize_slab(logits, geometry.shape, slab).softmax(dim=0)
             steps[slab] = (probabilities * 65535).round().cpu().numpy().astype(np.uint16).transpose(1, 2, 3, 0)
         header = geometry.header.copy()
         header.set_data_dtype(np.uint16)
@@ -238,6 +248,7 @@ def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> 
 
 def save_volume(stored: np.ndarray, header: nib.Nifti1Header, path: str | Path, slope: float = 1) -> None:
     """Write stored values, in a file's own axes, under (a changed copy of) that file's header, whole."""
+    assert stored.shape[:3] == header.get_data_shape(), f"{stored.shape[:3]} for {header.get_data_shape()}"
     header["cal_min"] = header["cal_max"] = 0
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # With no affine given, nibabel keeps the header's qform and sform as they are.
@@ -265,11 +276,11 @@ def check_same_grid(
 
 
 def describe_grid(geometry: Geometry) -> str:
-    """One line for messages: shape, spacing and origin in RAS+ order."""
+    """One line for messages: shape, spacing, first and last voxel in RAS+ order."""
     shape = "x".join(map(str, geometry.shape))
     spacing = "x".join(f"{mm:.3g}" for mm in geometry.spacing_mm)
-    origin = ", ".join(f"{mm:.1f}" for mm in geometry.corners_mm[0])
-    return f"{shape} voxels of {spacing} mm from ({origin})"
+    first, last = (", ".join(f"{mm:.1f}" for mm in geometry.corners_mm[i]) for i in (0, -1))
+    return f"{shape} voxels of {spacing} mm from ({first}) to ({last})"
 
 
 # ---- Values ----------------------------------------------------------------------------------------------------------
@@ -283,7 +294,7 @@ def window_hu(voxels: np.ndarray, window: Sequence[float]) -> np.ndarray:
     low, high = window
     image = np.clip(voxels, np.float32(low), np.float32(high))
     image -= np.float32(low)
-    image *= np.float32(1 / (high - low))
+    image /= np.float32(high) - np.float32(low)  # the same difference as above, so that no value comes out above 1
     return image
 
 
@@ -320,8 +331,13 @@ def apply_weights(volume: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Apply one (n_out, n_in) matrix to each of the last three axes: (..., X, Y, Z) -> (..., X', Y', Z')."""
     # The axis that shrinks most goes first, so that the rest has the least to do.
     for axis in sorted(range(3), key=lambda a: weights[a].shape[0] / weights[a].shape[1]):
-        dim = axis - 3
-        volume = torch.matmul(volume.transpose(dim, -1), weights[axis].T).transpose(dim, -1)
+        # Each product takes the volume as it lies in memory; moving the axis to the end would copy it.
+        if axis == 0:
+            volume = (weights[axis] @ volume.flatten(-2)).unflatten(-1, volume.shape[-2:])
+        elif axis == 1:
+            volume = weights[axis] @ volume
+        else:
+            volume = volume @ weights[axis].T
     return volume
 
 
@@ -331,7 +347,7 @@ def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     The inverse is the same function with the image's own shape (what was averaged away stays away).
     """
     weights = [axis_weights(n_in, n_out, antialias=True) for n_in, n_out in zip(image.shape, size, strict=True)]
-    return apply_weights(torch.from_numpy(image), weights).contiguous().numpy()
+    return apply_weights(torch.from_numpy(image), weights).numpy()
 
 
 def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -367,15 +383,16 @@ def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
 def logits_to_labels(logits: Tensor, shape: Sequence[int]) -> np.ndarray:
     """Resize logits, (K, X, Y, Z) on any device, to a scan's `shape` and take the largest class of each voxel.
 
-    Works through the volume in slabs along X, so that never K full-size volumes are in memory.
+    The labels are those of F.interpolate (trilinear, align_corners=False) and argmax, but worked out in slabs along X,
+    so that never K full-size volumes are in memory.
 
     Returns:
-        labels of `shape`, uint8, RAS+ order like the logits.
+        labels of `shape`, uint8, RAS+ order like the logits; ties go to the lower id.
     """
-    weights = [axis_weights(n, m).to(logits.device) for n, m in zip(logits.shape[1:], shape, strict=True)]
     labels = np.empty(tuple(shape), dtype=np.uint8)
     for slab in slabs(len(logits), shape):
-        labels[slab] = resize_slab(logits, weights, slab).argmax(dim=0).to("cpu", torch.uint8).numpy()
+        # Along the first axis max is three times as fast as argmax on a CPU.
+        labels[slab] = resize_slab(logits, shape, slab).max(dim=0).indices.to("cpu", torch.uint8).numpy()
     return labels
 
 
@@ -385,9 +402,11 @@ def slabs(classes: int, shape: Sequence[int]) -> list[slice]:
     return [slice(start, min(start + thickness, shape[0])) for start in range(0, shape[0], thickness)]
 
 
-def resize_slab(logits: Tensor, weights: Sequence[Tensor], slab: slice) -> Tensor:
-    """The part `slab` along X of (K, X, Y, Z) logits resized by `weights`: (K, slab, Y', Z') float32."""
-    along_x = weights[0][slab]
+def resize_slab(logits: Tensor, shape: Sequence[int], slab: slice) -> Tensor:
+    """The part `slab` along X of (K, X, Y, Z) logits resized to `shape`: (K, slab, Y', Z') float32."""
+    along_x = axis_weights(logits.shape[1], shape[0])[slab].to(logits.device)
     used = along_x.any(dim=0).nonzero()
     used = slice(int(used[0]), int(used[-1]) + 1)
-    return apply_weights(logits[:, used].float(), [along_x[:, used], *weights[1:]])
+    part = along_x[:, used] @ logits[:, used].float().flatten(2)  # (K, slab, Y Z)
+    part = part.unflatten(2, logits.shape[2:])
+    return F.interpolate(part, size=tuple(shape[1:]), mode="bilinear", align_corners=False)

@@ -80,7 +80,8 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     empty = own.new_zeros(probabilities.shape[:2])  # (B, K)
     shared = empty.scatter_add(1, ids, own)
     in_labels = empty.scatter_add(1, ids, torch.ones_like(own))
-    dice = 2 * shared / (probabilities.square().sum(dim=2) + in_labels)
+    # An organ that is there has at least one voxel; for one that is not, 0 / 0 must not come out.
+    dice = 2 * shared / (probabilities.square().sum(dim=2) + in_labels).clamp(min=1)
     present = in_labels[:, 1:] > 0
     return ((1 - dice[:, 1:]) * present).sum() / present.sum().clamp(min=1)
 
