@@ -46,8 +46,8 @@ class Training:
 
 def train_one_epoch(training: Training, loader: DataLoader, epoch: int, bar: tqdm) -> dict[str, float]:
     """One pass over the training cases: the mean loss, and the seconds that the network waited for data."""
-    config = training.config
-    training.network.train()
+    config, network = training.config, training.network
+    network.train()
     loader.sampler.epoch = epoch
     losses, waited, asked = [], 0.0, time.perf_counter()
     for number, batch in enumerate(loader):
@@ -60,13 +60,11 @@ def train_one_epoch(training: Training, loader: DataLoader, epoch: int, bar: tqd
             group["lr"] = learning_rate(config, (epoch - 1) * len(loader) + number, config.epochs * len(loader))
         try:
             loss = training_step(
-                training.network, image, labels, training.loss_of, training.optimizer, training.scaler,
-                training.precision,
-            )  # fmt: skip
+                network, image, labels, training.loss_of, training.optimizer, training.scaler, training.precision
+            )
         except NotFiniteError as error:
-            raise NotFiniteError(
-                f"epoch {epoch}, step {number + 1}, case {', '.join(batch['case'])}: {error}"
-            ) from None
+            where = f"epoch {epoch}, step {number + 1}, case {', '.join(batch['case'])}"
+            raise NotFiniteError(f"{where}: {error}; a lower --learning-rate may help") from None
         losses.append(loss)
         bar.set_description(f"epoch {epoch}/{config.epochs} loss {np.mean(losses):.4f}")
         bar.update()
@@ -105,22 +103,27 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
     return config.learning_rate * factor
 
 
+def case_ids(train_set: CaseDataset, val_set: CaseDataset) -> dict[str, list[str]]:
+    """Which cases a run trains on and which it holds out."""
+    return {"train": [case.id for case in train_set.cases], "val": [case.id for case in val_set.cases]}
+
+
 def describe_cases(dataset: CaseDataset, workers: int) -> dict:
     """Read every training case once, which fills the cache, and note what infer.py compares new scans with.
 
     Returns:
         of each axis' extent in mm, and of each HU percentile of the body, the smallest and the largest.
     """
-    loader = DataLoader(dataset, num_workers=workers)
-    samples = [
-        {name: sample[name] for name in ("extent_mm", "hu_percentiles")}
-        for sample in tqdm(loader, desc="preparing cases", disable=None)
-    ]
-    facts = {"percentiles": list(HU_PERCENTILES)}
-    for name in ("extent_mm", "hu_percentiles"):
-        values = torch.cat([sample[name] for sample in samples])  # (cases, 3)
-        facts[name] = {"min": values.amin(dim=0).tolist(), "max": values.amax(dim=0).tolist()}
-    return facts
+    found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
+    for sample in tqdm(DataLoader(dataset, num_workers=workers), desc="preparing cases", disable=None):
+        for name, values in found.items():
+            values += sample[name].tolist()
+    ranges = {
+        name: {"min": np.min(values, axis=0).tolist(), "max": np.max(values, axis=0).tolist()}
+        for name, values in found.items()
+        if values
+    }
+    return {"percentiles": list(HU_PERCENTILES), **ranges}
 
 
 def make_loader(dataset: CaseDataset, training: Training, train: bool) -> DataLoader:
@@ -160,7 +163,8 @@ def train(training: Training, folder: RunFolder, train_set: CaseDataset, val_set
     from visualization.curves import draw_curves
 
     config, network = training.config, training.network
-    training_data = describe_cases(train_set, config.workers)
+    ids, training_data = case_ids(train_set, val_set), describe_cases(train_set, config.workers)
+    describe_cases(val_set, config.workers)  # read now, so that a broken file shows before the first epoch
     train_loader, val_loader = make_loader(train_set, training, train=True), make_loader(val_set, training, train=False)
     done, best_dice = resumed.get("epoch", 0), resumed.get("best_dice", -1.0)
     bar = tqdm(total=config.epochs * len(train_loader), initial=done * len(train_loader), disable=None, unit="step")
@@ -174,8 +178,10 @@ def train(training: Training, folder: RunFolder, train_set: CaseDataset, val_set
         folder.append_log(row)
         draw_curves(folder.log, folder.curves, config.organs)
         bar.write(summary_line(row, config.epochs))
+        if row["val_dice"] is not None:
+            bar.set_postfix(dice=f"{row['val_dice']:.4f}")
 
-        facts = {"epoch": epoch, "val_dice": row["val_dice"], "training_data": training_data}
+        facts = {"epoch": epoch, "val_dice": row["val_dice"], "training_data": training_data, "cases": ids}
         if row["val_dice"] is not None and row["val_dice"] > best_dice:
             best_dice = row["val_dice"]
             save_checkpoint(folder.best, network, config, **facts)
@@ -214,20 +220,25 @@ def main() -> int:
         cases = find_cases(data_dir)
     with refusing(USAGE):
         train_cases, val_cases, how = split_cases(cases, config.val_cases, config.val_fraction, config.seed)
-    train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)
-    fingerprint = [train_set.key(case) for case in train_cases]
+        train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)
+        ids = case_ids(train_set, val_set)
+        if resumed:
+            folder.check_same_cases(resumed["cases"], ids)
+        else:
+            fingerprint = [train_set.key(case) for case in train_cases]
+            folder.start(training.device, ids, fingerprint, arguments.overwrite)
     print(f"{len(train_cases)} cases to train on; {how}; on {training.device} in {training.precision}", flush=True)
     if resumed and resumed["epoch"] >= config.epochs:
         print(f"{folder.path}: all {config.epochs} epochs are done")
         return DONE
     with refusing(REFUSED):
-        if not resumed:
-            ids = [[case.id for case in part] for part in (train_cases, val_cases)]
-            folder.start(training.device, *ids, fingerprint, arguments.overwrite)
         try:
             train(training, folder, train_set, val_set, resumed or {})
         except NotFiniteError as error:
             print_error(error)
+            return STOPPED
+        except torch.OutOfMemoryError:
+            print_error(MemoryError(f"out of memory on {training.device}; try a smaller --size, --channels or batch"))
             return STOPPED
     print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
     return DONE

@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,9 +81,17 @@ class RunFolder:
                 f"{self.path}: cannot go on with other settings ({listed}); start anew in another --run-dir"
             )
 
-    def start(
-        self, device: torch.device, train_cases: Sequence[str], val_cases: Sequence[str], data: Any, overwrite: bool
-    ) -> None:
+    def check_same_cases(self, before: dict[str, list[str]], now: dict[str, list[str]]) -> None:
+        """Check that the run so far was trained on the same cases, else some held out would be trained on."""
+        for part, what in (("train", "to train on"), ("val", "held out")):
+            changed = sorted(set(before[part]) ^ set(now[part]))
+            if changed:
+                raise ValueError(
+                    f"{self.path}: cannot go on with other cases; {what} only before or only now: "
+                    f"{', '.join(changed[:5])}; start anew in another --run-dir"
+                )
+
+    def start(self, device: torch.device, cases: dict[str, list[str]], data: Any, overwrite: bool) -> None:
         """Make the folder, clear it if asked to, and write config.yaml, val_cases.txt and run.json.
 
         `data` is plain values that change when the training data do; its hash is the data's fingerprint.
@@ -95,15 +102,15 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         save_config(self.config, self.path / "config.yaml")
         with whole_file(self.val_cases) as temporary:
-            temporary.write_text("".join(f"{case}\n" for case in val_cases))
+            temporary.write_text("".join(f"{case}\n" for case in cases["val"]))
         facts = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "commit": git_commit(),
             "versions": versions(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
-            "train_cases": list(train_cases),
-            "val_cases": list(val_cases),
+            "train_cases": cases["train"],
+            "val_cases": cases["val"],
             "data_fingerprint": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
             "config": config_to_dict(self.config),
         }

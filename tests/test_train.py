@@ -149,6 +149,29 @@ def test_resuming_with_other_settings_is_refused_by_name(run, tmp_path):
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def test_resuming_with_other_cases_is_refused_by_name(run, data, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(data, mine)
+    assert run("--epochs", "2", "--data-dir", mine)[0] == 0
+    (held_out,) = (tmp_path / "run" / "val_cases.txt").read_text().split()
+    (mine / "images" / f"{held_out}_0000.nii.gz").unlink()
+    (mine / "labels" / f"{held_out}.nii.gz").unlink()
+    code, _, err = run("--epochs", "2", "--data-dir", mine, "--resume")
+    assert code == 2
+    assert "cannot go on with other cases; to train on only before or only now: phantom_000" in err
+
+
+def test_broken_validation_case_shows_before_the_first_epoch(run, data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    path = broken / "images" / f"{CASES[3]}_0000.nii.gz"
+    path.write_bytes(path.read_bytes()[:20_000])
+    code, _, err = run("--data-dir", broken, "--val-cases", CASES[3])
+    assert code == 1
+    assert f"{CASES[3]}_0000.nii.gz: cannot be read to its end" in err
+    assert not (tmp_path / "run" / "log.csv").exists()
+
+
 def test_a_folder_that_holds_a_run_is_refused_or_overwritten(run, tmp_path):
     assert run("--epochs", "2")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
