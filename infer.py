@@ -4,7 +4,7 @@
 
 INPUT is a NIfTI file or a folder of them. Writes OUTPUT/CASE.nii.gz, a label map in the scan's own geometry, for each
 scan, and OUTPUT/volumes.csv with every organ's volume in mL. Size, HU window and organs come from the checkpoint.
-Exit code 0: done, 1: some scan was refused (the others are done), 2: wrong usage.
+Exit code 0: done, 1: some input or scan was refused (the others are done), 2: wrong usage.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Checkpoints: a network with the settings it was trained under, saved whole and loaded with care."""
 
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from vnet import VNet, check_size
 
 KIND = "V-Net checkpoint"  # tells our files from any other that torch can load
 VERSION = 1
+# What torch.load raises on files that are cut, empty or something else altogether.
+UNREADABLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, struct.error,
+    OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, ImportError,
+)  # fmt: skip
 
 
 def build_network(config: Config) -> VNet:
@@ -45,8 +51,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{path}: is no checkpoint of this repository's train.py")
     if content.get("version") != VERSION:

@@ -134,12 +134,13 @@ class Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """The mapping of a node, refusing a key that stands there twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if keys[i] in keys[:i]:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {keys[i]} stands there twice", problem_mark=key.start_mark
-                )
+        seen = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                problem = f"the key {key} stands there twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
+            seen.append(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -147,10 +148,9 @@ class Dumper(yaml.SafeDumper):
     """The inverse: puts quotes round a word, such as a case 1e-4, that Loader would take for a number."""
 
 
+SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for side in (Loader, Dumper):
-    side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+    side.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
 
 
 def load_config(path: str | Path = DEFAULT_CONFIG, flags: dict[str, Any] | None = None) -> Config:

@@ -8,6 +8,7 @@ DONE = 0
 REFUSED = 1  # some input was refused or some case failed; the others are done and kept
 USAGE = 2  # wrong usage or settings
 STOPPED = 3  # a run that had to stop
+INTERRUPTED = 130  # Ctrl-C
 
 # An error from a DataLoader's worker has the worker's whole traceback as its message, the error itself at the end.
 WORKER_TRACEBACK = "Traceback (most recent call last):"
@@ -21,6 +22,9 @@ def refusing(code: int) -> Iterator[None]:
     except (ValueError, OSError) as error:
         print_error(error)
         raise SystemExit(code) from error
+    except KeyboardInterrupt:
+        print("interrupted; what was written before is whole", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def print_error(error: Exception) -> None:

@@ -1,0 +1,500 @@
+"""The prediction script as users run it, with a small untrained network: it is the way there and back that counts."""
+
+import csv
+import dataclasses
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from torch.nn import functional as F
+
+import infer
+from core.checkpoint import build_network, load_network, save_checkpoint
+from core.config import Config, load_config
+from dataset import CaseDataset, find_cases
+from train import describe_cases
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE, WINDOW_HU = (32, 32, 16), (-100.0, 300.0)
+ORGANS = ("background", "liver", "spleen", "left kidney")
+SPACING_MM = (2.0, 1.5, 3.0)
+VOXEL_ML = 2.0 * 1.5 * 3.0 / 1000
+AFFINE = np.diag([*SPACING_MM, 1.0])
+AFFINE[:3, 3] = (-30, 12, 500)
+AXIS_CODES = [
+    "".join(pair[flip] for pair, flip in zip(pairs, flips, strict=True))
+    for pairs in itertools.permutations(("RL", "AP", "SI"))
+    for flips in itertools.product((0, 1), repeat=3)
+]
+
+
+def make_voxels(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    """Blobs of -200 to 400 HU, (X, Y, Z) int16, different at every end of every axis."""
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.uniform(-200, 400, (1, 1, 5, 4, 3)))
+    return F.interpolate(coarse, shape, mode="trilinear")[0, 0].round().numpy().astype(np.int16)
+
+
+def save_scan(path: Path, voxels: np.ndarray, axes: str = "RAS", affine: np.ndarray = AFFINE) -> Path:
+    """Write voxels, (X, Y, Z) in RAS+ order, with their axes stored in another order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = nib.Nifti1Image(voxels, affine)
+    file.header.set_xyzt_units("mm")
+    nib.save(file.as_reoriented(ornt_transform(io_orientation(affine), axcodes2ornt(axes))), path)
+    return path
+
+
+def in_ras(path: Path) -> np.ndarray:
+    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return dataclasses.replace(
+        load_config(), size=SIZE, window_hu=WINDOW_HU, organs=ORGANS, channels=2, down_convs=(1, 1, 1), up_convs=(1, 1),
+        cache_dir=None, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(config, tmp_path_factory) -> Path:
+    """An untrained network, said to have been trained on two scans: one of SIZE, one a little larger."""
+    folder = tmp_path_factory.mktemp("training")
+    for case, shape in (("a", SIZE), ("b", (36, 36, 20))):
+        save_scan(folder / "images" / f"{case}_0000.nii.gz", make_voxels(shape))
+        save_scan(folder / "labels" / f"{case}.nii.gz", np.zeros(shape, np.uint8))
+    training_data = describe_cases(CaseDataset(find_cases(folder), config), workers=0)
+    torch.manual_seed(0)
+    save_checkpoint(folder / "best.pt", build_network(config), config, training_data=training_data)
+    return folder / "best.pt"
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, monkeypatch, capsys):
+    """Run infer.py's main in this process, into tmp_path/out: exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        defaults = ["--checkpoint", checkpoint, "--output", tmp_path / "out", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, (*defaults, *arguments))])
+        try:
+            code = infer.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return run
+
+
+def predict_by_hand(checkpoint: Path, voxels: np.ndarray) -> np.ndarray:
+    """The label map of voxels, (X, Y, Z) in RAS+ order, by torch's own resizing."""
+    network, _ = load_network(checkpoint)
+    low, high = WINDOW_HU
+    image = torch.from_numpy(np.clip((voxels.astype(np.float64) - low) / (high - low), 0, 1)).float()[None, None]
+    image = (F.interpolate(image, SIZE, mode="trilinear") * 255).round() / 255
+    with torch.inference_mode():
+        logits = F.interpolate(network(image), voxels.shape, mode="trilinear")
+    return logits[0].argmax(dim=0).numpy()
+
+
+def read_volumes(folder: Path) -> dict[tuple[str, str], float]:
+    with open(folder / "volumes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["case", "id", "organ", "ml"]
+    assert all(ORGANS[int(row["id"])] == row["organ"] for row in rows)
+    found = {(row["case"], row["organ"]): float(row["ml"]) for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- There and back
+
+
+def test_the_command_gives_every_storage_order_the_same_label_map(checkpoint, tmp_path):
+    voxels = make_voxels((36, 30, 20))
+    for axes in AXIS_CODES:
+        save_scan(tmp_path / "scans" / f"{axes}_0000.nii", voxels, axes)
+    command = [sys.executable, ROOT / "infer.py", "scans", "--checkpoint", checkpoint, "--output", "out"]
+    result = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "48 of 48 scans segmented into out" in result.stdout
+
+    expected = predict_by_hand(checkpoint, voxels)
+    assert min(np.bincount(expected.ravel(), minlength=4)) > 50  # every class is there to be misplaced
+    for axes in AXIS_CODES:
+        scan = nib.load(tmp_path / "scans" / f"{axes}_0000.nii")
+        labels = nib.load(tmp_path / "out" / f"{axes}.nii.gz")
+        assert labels.shape == scan.shape
+        assert labels.get_data_dtype() == np.uint8
+        assert "".join(nib.aff2axcodes(labels.affine)) == axes
+        assert np.array_equal(labels.affine, scan.affine)
+        assert np.mean(in_ras(tmp_path / "out" / f"{axes}.nii.gz") != expected) < 1e-3
+    # To the last voxel the same, in the patient, as the scan stored in RAS+ order.
+    first = in_ras(tmp_path / "out" / "RAS.nii.gz")
+    assert all(np.array_equal(in_ras(tmp_path / "out" / f"{axes}.nii.gz"), first) for axes in AXIS_CODES)
+    volumes = read_volumes(tmp_path / "out")
+    for axes, (i, organ) in itertools.product(AXIS_CODES, enumerate(ORGANS[1:], start=1)):
+        assert volumes[axes, organ] == pytest.approx((first == i).sum() * VOXEL_ML, abs=5e-4)
+
+
+def test_a_scan_on_the_networks_own_grid_is_predicted_to_the_voxel(run, checkpoint, tmp_path):
+    voxels = make_voxels(SIZE, seed=1)
+    code, *_ = run(save_scan(tmp_path / "scan.nii.gz", voxels, "PIR"))
+    assert code == 0
+    assert np.array_equal(in_ras(tmp_path / "out" / "scan.nii.gz"), predict_by_hand(checkpoint, voxels))
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPI"])
+def test_an_oblique_scan_keeps_its_place_and_its_header(run, checkpoint, tmp_path, axes):
+    turn = nib.eulerangles.euler2mat(0.3, -0.2, 0.1)
+    affine = nib.affines.from_matvec(turn @ np.diag(SPACING_MM), (5, -7, 90))
+    voxels = make_voxels((34, 32, 18), seed=2)
+    file = nib.Nifti1Image(voxels, affine)
+    file = file.as_reoriented(ornt_transform(io_orientation(affine), axcodes2ornt(axes)))
+    file.header.set_xyzt_units("mm", "sec")
+    file.set_sform(file.affine, code="mni")
+    file.set_qform(file.affine, code="scanner")
+    nib.save(file, tmp_path / "scan.nii.gz")
+    code, *_ = run(tmp_path / "scan.nii.gz")
+    assert code == 0
+
+    scan, labels = nib.load(tmp_path / "scan.nii.gz"), nib.load(tmp_path / "out" / "scan.nii.gz")
+    assert labels.shape == scan.shape
+    assert np.array_equal(labels.affine, scan.affine)
+    for form in ("get_sform", "get_qform"):
+        expected, code = getattr(scan, form)(coded=True)
+        found, found_code = getattr(labels, form)(coded=True)
+        assert np.array_equal(found, expected)
+        assert found_code == code != 0
+    assert labels.header.get_zooms() == scan.header.get_zooms()
+    assert labels.header.get_xyzt_units() == scan.header.get_xyzt_units() == ("mm", "sec")
+    assert np.mean(in_ras(tmp_path / "out" / "scan.nii.gz") != predict_by_hand(checkpoint, voxels)) < 1e-3
+    volumes = read_volumes(tmp_path / "out")
+    assert volumes["scan", "liver"] == pytest.approx((np.asarray(labels.dataobj) == 1).sum() * VOXEL_ML, abs=5e-4)
+
+
+def test_probabilities_belong_to_the_label_map(run, tmp_path):
+    scan = save_scan(tmp_path / "scan.nii.gz", make_voxels((36, 30, 20)), "LSA")
+    code, *_ = run(scan, "--probabilities")
+    assert code == 0
+    file = nib.load(tmp_path / "out" / "scan_probabilities.nii.gz")
+    labels = np.asarray(nib.load(tmp_path / "out" / "scan.nii.gz").dataobj)
+    probabilities = file.get_fdata()
+    assert probabilities.shape == (*labels.shape, len(ORGANS))
+    assert np.array_equal(file.affine, nib.load(scan).affine)
+    assert np.abs(probabilities.sum(axis=-1) - 1).max() < 1e-4
+    of_label = np.take_along_axis(probabilities, labels[..., None].astype(int), axis=-1)[..., 0]
+    assert (probabilities.max(axis=-1) - of_label).max() < 1e-4
+    assert probabilities.min() >= 0
+    assert np.ptp(probabilities) > 0.1
+
+
+def test_without_the_flag_there_are_no_probabilities(run, tmp_path):
+    run(save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE)))
+    assert set(files_in(tmp_path / "out")) == {"scan.nii.gz", "volumes.csv"}
+
+
+@pytest.mark.parametrize("flag", ["--size", "--window-hu", "--organs", "--config"])
+def test_no_flag_contradicts_the_checkpoint(run, tmp_path, flag):
+    scan = save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE))
+    code, _, err = run(scan, flag, "1")
+    assert code == 2
+    assert f"unrecognized arguments: {flag} 1" in err
+
+
+def test_the_window_comes_from_the_checkpoint(run, config, checkpoint, tmp_path):
+    scan = save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE))
+    network, content = load_network(checkpoint)
+    other = dataclasses.replace(config, window_hu=(-1000.0, 1000.0), organs=("background", "x", "y", "z"))
+    save_checkpoint(tmp_path / "other.pt", network, other, training_data=content["training_data"])
+    run(scan)
+    code, *_ = run(scan, "--checkpoint", tmp_path / "other.pt", "--output", tmp_path / "other")
+    assert code == 0
+    assert (in_ras(tmp_path / "out" / "scan.nii.gz") != in_ras(tmp_path / "other" / "scan.nii.gz")).any()
+    assert "scan,1,x," in (tmp_path / "other" / "volumes.csv").read_text()
+
+
+# ---- Which scans
+
+
+@pytest.fixture
+def scans(tmp_path) -> Path:
+    """A folder of three scans: one, three, two."""
+    for seed, case in enumerate(("one", "two", "three")):
+        save_scan(tmp_path / "scans" / f"{case}_0000.nii.gz", make_voxels(SIZE, seed))
+    return tmp_path / "scans"
+
+
+def test_cases_by_id_and_by_file(run, scans, tmp_path):
+    assert run(scans, "--cases", "two")[0] == 0
+    assert set(files_in(tmp_path / "out")) == {"two.nii.gz", "volumes.csv"}
+    (tmp_path / "val_cases.txt").write_text("three\n")
+    assert run(scans, "--cases", tmp_path / "val_cases.txt")[0] == 0
+    assert set(files_in(tmp_path / "out")) == {"three.nii.gz", "two.nii.gz", "volumes.csv"}
+    code, _, err = run(scans, "--cases", "two", "four", "--output", tmp_path / "other")
+    assert code == 2
+    assert "error: --cases: four not among the 3 cases: one, three, two" in err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_data_sets_folder_is_taken_by_its_images(run, scans, tmp_path):
+    scans.rename(tmp_path / "images")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "data").mkdir()
+    for name in ("images", "labels"):
+        (tmp_path / name).rename(tmp_path / "data" / name)
+    code, out, _ = run(tmp_path / "data")
+    assert code == 0
+    assert "3 of 3 scans segmented" in out
+
+
+def test_volumes_of_other_cases_stay_and_those_of_the_same_are_replaced(run, scans, tmp_path):
+    assert run(scans, "--cases", "two")[0] == 0
+    before = read_volumes(tmp_path / "out")
+    assert set(before) == {("two", organ) for organ in ORGANS[1:]}
+    assert run(scans, "--cases", "one")[0] == 0
+    both = read_volumes(tmp_path / "out")
+    assert list(both) == [(case, organ) for case in ("one", "two") for organ in ORGANS[1:]]
+    assert before.items() <= both.items()
+    save_scan(scans / "two_0000.nii.gz", make_voxels(SIZE, seed=7))
+    assert run(scans, "--cases", "two")[0] == 0
+    after = read_volumes(tmp_path / "out")
+    assert list(after) == list(both)
+    assert after["one", "liver"] == both["one", "liver"]
+    assert after["two", "liver"] != both["two", "liver"]
+
+
+def test_skip_existing_leaves_finished_cases_alone(run, scans, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "two.nii.gz").write_text("done before")
+    code, out, _ = run(scans, "--skip-existing")
+    assert code == 0
+    assert "2 of 2 scans segmented" in out
+    assert (tmp_path / "out" / "two.nii.gz").read_text() == "done before"
+    assert {case for case, _ in read_volumes(tmp_path / "out")} == {"one", "three"}
+    assert run(scans)[0] == 0
+    assert (tmp_path / "out" / "two.nii.gz").read_bytes() != b"done before"
+
+
+def test_a_case_whose_volumes_could_not_be_written_is_not_finished(run, scans, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(infer, "write_volumes", fail)
+        assert run(scans)[0] == 1
+    assert run(scans, "--skip-existing")[0] == 0
+    assert len(read_volumes(tmp_path / "out")) == 9
+
+
+# ---- What is refused
+
+
+def test_broken_scans_are_named_and_the_others_are_done(run, scans, tmp_path):
+    (scans / "broken.nii.gz").write_text("no NIfTI at all")
+    whole = save_scan(scans / "cut.nii", make_voxels(SIZE)).read_bytes()
+    (scans / "cut.nii").write_bytes(whole[: len(whole) // 2])
+    holes = make_voxels(SIZE).astype(np.float32)
+    holes[3, 4, 5] = math.nan
+    save_scan(scans / "holes.nii.gz", holes)
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 2), np.int16), np.eye(4)), scans / "moving.nii.gz")
+    code, out, err = run(scans)
+    assert code == 1
+    *errors, last = err.splitlines()
+    for line, (name, complaint) in zip(
+        errors,
+        [
+            ("broken.nii.gz", "cannot be read as NIfTI"),
+            ("cut.nii", "cannot be read to its end"),
+            ("holes.nii.gz", "1 of 16384 voxels are NaN or infinite, expected finite HU"),
+            ("moving.nii.gz", "has the shape 8x8x8x2, expected one 3-D volume"),
+        ],
+        strict=True,
+    ):
+        assert line.startswith(f"error: {scans / name}: {complaint}")
+    assert last == "error: failed: broken, cut, holes, moving"
+    assert "3 of 7 scans segmented" in out
+    assert set(files_in(tmp_path / "out")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", "volumes.csv"}
+    assert {case for case, _ in read_volumes(tmp_path / "out")} == {"one", "two", "three"}
+
+
+def test_a_missing_input_is_named_and_the_others_are_done(run, scans, tmp_path):
+    (tmp_path / "empty").mkdir()
+    nowhere = tmp_path / "nowhere.nii.gz"
+    code, out, err = run(scans / "one_0000.nii.gz", nowhere, tmp_path / "empty", scans / "two_0000.nii.gz")
+    assert code == 1
+    assert f"error: {nowhere}: no such file or folder\n" in err
+    assert f"error: {tmp_path / 'empty'}: no scan in this folder" in err
+    assert f"error: failed: {nowhere}, {tmp_path / 'empty'}\n" in err
+    assert "2 of 2 scans segmented" in out
+    assert set(files_in(tmp_path / "out")) == {"one.nii.gz", "two.nii.gz", "volumes.csv"}
+
+
+def test_nothing_but_missing_inputs(run, tmp_path):
+    code, out, err = run(tmp_path / "nowhere")
+    assert (code, out) == (1, "")
+    assert err == f"error: {tmp_path / 'nowhere'}: no such file or folder\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_scans_of_one_case_are_refused(run, scans, tmp_path):
+    save_scan(tmp_path / "more" / "one.nii", make_voxels(SIZE))
+    code, _, err = run(scans, tmp_path / "more")
+    assert code == 2
+    assert "error: case one: " in err
+    assert str(scans / "one_0000.nii.gz") in err
+    assert str(tmp_path / "more" / "one.nii") in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["data/images", "data/labels", "link"])
+def test_no_output_into_the_folders_of_the_data(run, scans, tmp_path, output):
+    (tmp_path / "data" / "labels").mkdir(parents=True)
+    scans.rename(tmp_path / "data" / "images")
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "images")
+    before = files_in(tmp_path / "data")
+    code, _, err = run(tmp_path / "data", "--output", tmp_path / output)
+    assert code == 2
+    assert f"error: --output: {tmp_path / output} holds " in err
+    assert "choose another folder" in err
+    assert files_in(tmp_path / "data") == before
+
+
+def test_no_output_over_the_file_that_a_link_leads_to(run, scans, tmp_path):
+    shutil.move(scans / "one_0000.nii.gz", tmp_path / "one.nii.gz")
+    (scans / "one.nii.gz").symlink_to(tmp_path / "one.nii.gz")
+    before = (tmp_path / "one.nii.gz").read_bytes()
+    assert run(scans, "--output", tmp_path)[0] == 2
+    assert (tmp_path / "one.nii.gz").read_bytes() == before
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_network_is_read(run, scans, tmp_path):
+    (tmp_path / "a_file").write_text("text")
+    for output in (tmp_path / "a_file", tmp_path / "a_file" / "below", Path("/proc")):  # not even root writes there
+        code, out, err = run(scans, "--output", output, "--checkpoint", tmp_path / "none.pt")
+        assert (code, out) == (2, "")
+        assert str(output) in err
+        assert "none.pt" not in err
+    assert (tmp_path / "a_file").read_text() == "text"
+
+
+def test_a_table_of_another_kind_is_not_replaced(run, scans, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "volumes.csv").write_text("patient,volume\n1,2\n")
+    code, _, err = run(scans)
+    assert code == 2
+    assert "volumes.csv: has the columns ['patient', 'volume'], expected ['case', 'id', 'organ', 'ml']" in err
+    assert files_in(tmp_path / "out") == {"volumes.csv": b"patient,volume\n1,2\n"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        ("none", "no such checkpoint"),
+        ("text", "cannot be read as a checkpoint"),
+        ("cut", "cannot be read as a checkpoint"),
+        ("foreign", "is no checkpoint of this repository's train.py"),
+        ("other network", "its weights are another network's"),
+        ("other size", "size: got 30 32 16, expected multiples of 4"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_refused_by_name(run, scans, config, checkpoint, tmp_path, kind, complaint):
+    path = tmp_path / "bad.pt"
+    network, content = load_network(checkpoint)
+    state = {"training_data": content["training_data"]}
+    if kind == "text":
+        path.write_text("weights, they said\n" * 100)
+    elif kind == "cut":
+        path.write_bytes(checkpoint.read_bytes()[:-2000])
+    elif kind == "foreign":
+        torch.save({"state_dict": network.state_dict()}, path)
+    elif kind == "other network":
+        save_checkpoint(path, network, dataclasses.replace(config, channels=4), **state)
+    elif kind == "other size":
+        save_checkpoint(path, network, dataclasses.replace(config, size=(30, 32, 16)), **state)
+    code, out, err = run(scans, "--checkpoint", path)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert complaint in err
+    assert str(path) in err or kind == "other size"
+    assert err.count("\n") == 1
+    assert not files_in(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("device", "complaint"),
+    [
+        ("gpu", "error: --device: got gpu, expected auto, cpu, cuda or cuda:N\n"),
+        ("cuda:99", "error: device: got cuda:99, but torch sees"),
+    ],
+)
+def test_a_device_that_is_not_there(run, scans, device, complaint):
+    code, _, err = run(scans, "--device", device)
+    assert code == 2
+    assert complaint in err
+
+
+def test_a_network_that_computes_nan_makes_no_label_map(run, scans, config, checkpoint, tmp_path):
+    network, content = load_network(checkpoint)
+    network.classify.bias.data[1] = math.nan
+    save_checkpoint(tmp_path / "nan.pt", network, config, training_data=content["training_data"])
+    code, out, err = run(scans, "--checkpoint", tmp_path / "nan.pt")
+    assert code == 1
+    assert "error: case two: the network's output is not finite" in err
+    assert "0 of 3 scans segmented" in out
+    assert not files_in(tmp_path / "out")
+
+
+# ---- What is unlike the training cases: 64 to 72 mm along X, 48 to 54 along Y, 48 to 60 along Z
+
+
+@pytest.mark.parametrize(
+    ("shape", "warning"),
+    [
+        ((44, 36, 20), ""),  # 88 mm is below 72 + 25 %
+        ((48, 36, 20), "it covers 96 mm along X (64 to 72)"),
+        ((36, 36, 10), "it covers 30 mm along Z (48 to 60)"),
+        ((36, 36, 13), ""),  # 39 mm is above 48 - 25 %
+    ],
+)
+def test_a_scan_larger_or_smaller_than_those_trained_on(run, tmp_path, shape, warning):
+    scan = save_scan(tmp_path / "scan.nii.gz", make_voxels(shape), "SPL")
+    code, _, err = run(scan)
+    assert code == 0
+    assert ("warning: case scan: unlike the training cases, expect a poor prediction: " in err) == bool(warning)
+    assert warning in err
+
+
+def test_a_scan_brighter_than_those_trained_on(run, tmp_path):
+    code, _, err = run(save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE) + np.int16(1000)))
+    assert code == 0
+    assert err.count("% of its body lies below") == 3
+    code, _, err = run(save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE) + np.int16(40)))
+    assert (code, err) == (0, "")
+
+
+def test_percentiles_are_compared_one_by_one():
+    training_data = {
+        "percentiles": [5, 50, 95],
+        "extent_mm": {"min": [64, 48, 48], "max": [64, 48, 48]},
+        "hu_percentiles": {"min": [-100, 0, 200], "max": [-90, 20, 300]},
+    }
+    geometry = infer.Geometry(SIZE, AFFINE, nib.Nifti1Header())
+    flat = np.full(SIZE, 60, np.float32)
+    assert infer.differences(flat, geometry, training_data) == [
+        "5 % of its body lies below 60 HU (-100 to -90)",
+        "95 % of its body lies below 60 HU (200 to 300)",
+    ]
