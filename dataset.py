@@ -252,7 +252,7 @@ class CaseDataset(Dataset):
         self.window_hu = config.window_hu
         self.classes = len(config.organs)
         self.cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-        self.checked: set[Path] = set()  # cache files whose checksum this process has seen to be right
+        self.checked: set[tuple] = set()  # cache files, as they were when this process found their checksum right
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -307,14 +307,13 @@ class CaseDataset(Dataset):
         try:
             # Copy on write: torch wants writable memory, the file stays as it is.
             content = np.memmap(path, np.uint8, mode="c")
+            version = (path, content.size, path.stat().st_mtime_ns)
         except (FileNotFoundError, ValueError):  # ValueError: the file is empty
             return None
-        if path not in self.checked:
-            if content.size <= length + CHECKSUM_BYTES or checksum(content[:-CHECKSUM_BYTES]) != bytes(
-                content[-CHECKSUM_BYTES:]
-            ):
+        if version not in self.checked:
+            if content.size <= length or checksum(content[:-CHECKSUM_BYTES]) != bytes(content[-CHECKSUM_BYTES:]):
                 return None
-            self.checked.add(path)
+            self.checked.add(version)
         return content[:length].reshape(2, *self.size), json.loads(bytes(content[length:-CHECKSUM_BYTES]))
 
 
@@ -374,7 +373,7 @@ def augment(
     Returns:
         image in 0..1 and labels, shaped and typed as they came.
     """
-    draws = [np.random.default_rng([config.seed, epoch, position]) for position in positions]
+    draws = [np.random.default_rng([config.seed, epoch, 1 + position]) for position in positions]
     if config.augment_flip:
         image, labels = flip_left_right(image, labels, [rng.random() < 0.5 for rng in draws], config.organs)
     matrices = torch.stack([draw_affine(rng, mm, config) for rng, mm in zip(draws, extent_mm.tolist(), strict=True)])

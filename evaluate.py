@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.config import DEFAULT_CONFIG, load_organs
-from core.exits import DONE, REFUSED, USAGE, print_error, refusing
+from core.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
 from core.files import whole_file
 from core.metrics import SCORES, confusion_matrix, organ_scores
 from core.preprocess import check_same_grid, load_labels
@@ -159,4 +158,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

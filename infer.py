@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from core.checkpoint import load_network
 from core.config import Config, check
-from core.exits import DONE, REFUSED, USAGE, print_error, refusing
+from core.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
 from core.files import whole_file
 from core.preprocess import (
     Geometry,
@@ -169,7 +169,7 @@ def main() -> int:
     for case, scan in tqdm(cases.items(), desc="scans", disable=None):
         try:
             segment(case, scan, network, checkpoint, device, output, arguments.probabilities)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
             print_error(error)
             failed.append(case)
     print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented into {output}")
@@ -193,4 +193,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

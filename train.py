@@ -10,7 +10,6 @@ and val_cases.txt. Exit code 0: done, 1: data refused, 2: settings refused, 3: t
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from core.checkpoint import build_network, load_checkpoint, load_weights, save_checkpoint
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
-from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing
+from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
 from core.metrics import confusion_matrix, mean_defined, organ_scores
 from core.run_folder import RunFolder
 from core.step import NotFiniteError, autocast, choose_device, choose_loss, choose_precision, training_step
@@ -177,9 +176,6 @@ def train(training: Training, folder: RunFolder, train_set: CaseDataset, val_set
         row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(training.device)}
         folder.append_log(row)
         draw_curves(folder.log, folder.curves, config.organs)
-        bar.write(summary_line(row, config.epochs))
-        if row["val_dice"] is not None:
-            bar.set_postfix(dice=f"{row['val_dice']:.4f}")
 
         facts = {"epoch": epoch, "val_dice": row["val_dice"], "training_data": training_data, "cases": ids}
         if row["val_dice"] is not None and row["val_dice"] > best_dice:
@@ -187,6 +183,9 @@ def train(training: Training, folder: RunFolder, train_set: CaseDataset, val_set
             save_checkpoint(folder.best, network, config, **facts)
         state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
         save_checkpoint(folder.last, network, config, best_dice=best_dice, **facts, **state)
+        bar.write(summary_line(row, config.epochs))
+        if row["val_dice"] is not None:
+            bar.set_postfix(dice=f"{row['val_dice']:.4f}")
     bar.close()
 
 
@@ -258,4 +257,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

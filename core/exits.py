@@ -1,8 +1,9 @@
 """How a command ends: exit codes, and one clear sentence in place of a traceback."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 DONE = 0
 REFUSED = 1  # some input was refused or some case failed; the others are done and kept
@@ -14,6 +15,15 @@ INTERRUPTED = 130  # Ctrl-C
 WORKER_TRACEBACK = "Traceback (most recent call last):"
 
 
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Run a script's main and end with the exit code that it returns; Ctrl-C ends it in one sentence."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; what was written before is whole", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
 @contextmanager
 def refusing(code: int) -> Iterator[None]:
     """End the command with `code` when the block raises what a user can cause: bad values, files and folders."""
@@ -22,9 +32,6 @@ def refusing(code: int) -> Iterator[None]:
     except (ValueError, OSError) as error:
         print_error(error)
         raise SystemExit(code) from error
-    except KeyboardInterrupt:
-        print("interrupted; what was written before is whole", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
 
 
 def print_error(error: Exception) -> None:

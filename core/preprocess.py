@@ -148,7 +148,8 @@ def load_labels(path: str | Path, classes: int | None = None) -> tuple[np.ndarra
         with np.errstate(all="ignore"):  # NaN and infinite count as far
             scaled = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
             stored = np.rint(scaled)
-            far = np.count_nonzero(~(np.abs(scaled - stored) <= LABEL_TOLERANCE))
+            scaled -= stored
+            far = np.count_nonzero(~(np.abs(scaled) <= LABEL_TOLERANCE))
         if far:
             raise ValueError(f"{path}: {far} of {scaled.size} voxels are no whole numbers, expected organ ids")
     highest = 255 if classes is None else classes - 1
@@ -187,7 +188,7 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, float, float, Geometry]:
             while stream.read(2**20):
                 pass
     except READ_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read to its end ({error or type(error).__name__})") from error
+        raise ValueError(f"{path}: cannot be read to its end ({one_line(error)})") from error
     return stored, proxy.slope, proxy.inter, geometry
 
 
@@ -199,7 +200,7 @@ def open_nifti(path: str | Path) -> tuple[nib.Nifti1Image, Geometry]:
     try:
         file = nib.load(path)
     except READ_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read as NIfTI ({error})") from error
+        raise ValueError(f"{path}: cannot be read as NIfTI ({one_line(error)})") from error
     if not isinstance(file, nib.Nifti1Image):
         raise ValueError(f"{path}: is a {type(file).__name__}, expected a NIfTI file (.nii or .nii.gz)")
     shape = file.shape
@@ -217,6 +218,11 @@ def open_nifti(path: str | Path) -> tuple[nib.Nifti1Image, Geometry]:
     return file, Geometry(tuple(shape), file.affine, header)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path) -> None:
     """Write labels, (X, Y, Z) uint8 in RAS+ order, as a label map in the scan's own geometry.
 
@@ -232,7 +238,7 @@ def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path) -> 
 def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> None:
     """Write the classes' probabilities from logits, (K, X, Y, Z), as a file of (X, Y, Z, K) in the scan's own geometry.
 
-    NIfTI has no float16: the file stores uint16 steps of 1/65535, which is as small and nowhere coarser than 1e-5.
+    NIfTI has no float16: the file stores uint16 steps of 1/65535, which is as small and off by less than 1e-5.
     The K full-size volumes lie in a temporary file beside `path`, not in memory.
     """
     with tempfile.TemporaryFile(dir=Path(path).parent) as file:

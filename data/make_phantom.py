@@ -16,7 +16,6 @@ import argparse
 import gzip
 import json
 import re
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from core.exits import DONE, USAGE, refusing
+from core.exits import DONE, USAGE, refusing, run_command
 from core.files import whole_file
 
 VERSION = 1  # raised when the same settings begin to give other voxels, so that an older set is not reused
@@ -530,4 +529,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,7 +127,8 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
         return one_epoch(training, loader, epoch, bar)
 
     monkeypatch.setattr(train, "train_one_epoch", power_cut)
-    assert run(*flags, "--resume", folder="broken")[0] == 130  # --resume starts a run where there is none
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--resume", folder="broken")  # --resume starts a run where there is none
     monkeypatch.setattr(train, "train_one_epoch", one_epoch)
     assert run(*flags, "--resume", folder="broken")[0] == 0
 
@@ -265,6 +267,24 @@ def test_label_beyond_the_organ_list_is_refused_by_case(run, data, tmp_path, wor
     code, _, err = run("--data-dir", broken, "--workers", workers, "--val-fraction", "0")
     assert code == 1
     assert "phantom_0002.nii.gz: ids outside the organ list: 14 (3 voxels); expected 0 to 13" in err
+
+
+def test_ctrl_c_ends_in_one_sentence(data, tmp_path):
+    where = ["--data-dir", data, "--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, where), *TINY, "--epochs", "1000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not process.stdout.readline().startswith("epoch"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err == "interrupted; what was written before is whole\n"
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 
 
 def test_learning_rates_by_hand():

@@ -7,7 +7,6 @@ writes RUN_DIR/curves.png, as training does after every epoch.
 
 import argparse
 import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.config import load_organs
-from core.exits import DONE, REFUSED, refusing
+from core.exits import DONE, REFUSED, refusing, run_command
 from visualization.style import INK, apply_style, colour_of, save_figure
 
 # Up to this many points are drawn one by one: a single epoch has no line, and a few are easier to read off.
@@ -174,4 +173,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

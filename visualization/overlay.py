@@ -8,7 +8,6 @@ The slice numbers in the captions count from 0 in RAS+ order: from the left, the
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import offset_copy
 
 from core.config import DEFAULT_CONFIG, load_organs
-from core.exits import DONE, REFUSED, USAGE, refusing
+from core.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.preprocess import check_same_grid, load_labels, load_scan
 from visualization.style import INK, apply_style, check_format, colour_of, colour_table, save_figure
 
@@ -266,4 +265,4 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
