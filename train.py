@@ -2,17 +2,18 @@
 
     python train.py --data-dir data/FLARE22Train --run-dir runs/vnet
     python train.py --resume ...            # go on with the run in --run-dir; start it when there is none
+    python train.py --plan --card-gib 6     # what a step needs under each memory plan
     python train.py --help                  # every setting; config.yaml explains them
 
 Writes into the run folder: last.pt and best.pt (by mean validation Dice), log.csv, curves.png, config.yaml, run.json
-and val_cases.txt. Exit code 0: done, 1: data refused, 2: settings refused, 3: the loss was not finite.
+and val_cases.txt. Exit code 0: done, 1: data refused, 2: settings refused, 3: no memory plan fits,
+or the loss was not finite.
 """
 
 import argparse
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,44 +24,30 @@ from tqdm import tqdm
 from core.checkpoint import build_network, load_checkpoint, load_weights, save_checkpoint
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
 from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
+from core.memory import NothingFitsError, choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
 from core.metrics import confusion_matrix, mean_defined, organ_scores
 from core.run_folder import RunFolder
-from core.step import NotFiniteError, autocast, choose_device, choose_loss, choose_precision, training_step
+from core.step import DTYPES, PLANS, Loss, NotFiniteError, Training, choose_device, choose_precision, validation_step
 from dataset import HU_PERCENTILES, CaseDataset, EpochOrder, augment, find_cases, find_data, split_cases
-from vnet import VNet
 
 
-@dataclass
-class Training:
-    """What is trained, and how."""
-
-    config: Config
-    device: torch.device
-    precision: torch.dtype
-    network: VNet
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    loss_of: Callable[[Tensor, Tensor], Tensor]
-
-
-def train_one_epoch(training: Training, loader: DataLoader, epoch: int, bar: tqdm) -> dict[str, float]:
+def train_one_epoch(
+    training: Training, loader: DataLoader, config: Config, epoch: int, device: torch.device, bar: tqdm
+) -> dict[str, float]:
     """One pass over the training cases: the mean loss, and the seconds that the network waited for data."""
-    config, network = training.config, training.network
-    network.train()
+    training.network.train()
     loader.sampler.epoch = epoch
     losses, waited, asked = [], 0.0, time.perf_counter()
     for number, batch in enumerate(loader):
         waited += time.perf_counter() - asked
-        image, labels = to_device(batch, training.device)
+        image, labels = to_device(batch, device)
         if config.augment:
             positions = range(number * config.batch_size, number * config.batch_size + len(image))
             image, labels = augment(image, labels, batch["extent_mm"], config, epoch, positions)
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(config, (epoch - 1) * len(loader) + number, config.epochs * len(loader))
         try:
-            loss = training_step(
-                network, image, labels, training.loss_of, training.optimizer, training.scaler, training.precision
-            )
+            loss = step_that_fits(training, image, labels)
         except NotFiniteError as error:
             where = f"epoch {epoch}, step {number + 1}, case {', '.join(batch['case'])}"
             raise NotFiniteError(f"{where}: {error}; a lower --learning-rate may help") from None
@@ -71,18 +58,15 @@ def train_one_epoch(training: Training, loader: DataLoader, epoch: int, bar: tqd
     return {"train_loss": float(np.mean(losses)), "data_seconds": waited}
 
 
-@torch.inference_mode()
-def validate(training: Training, loader: DataLoader) -> dict[str, float]:
+def validate(training: Training, loader: DataLoader, organs: Sequence[str], device: torch.device) -> dict[str, float]:
     """Loss and Dice over the held-out cases, on the network's grid (evaluate.py scores on the scans' own grids)."""
-    organs = training.config.organs
     training.network.eval()
     losses, dice = [], []
     for batch in loader:
-        image, labels = to_device(batch, training.device)
-        with autocast(training.device, training.precision):
-            logits = training.network(image)  # (1, K, X, Y, Z)
-            losses.append(training.loss_of(logits, labels).item())
-        matrix = confusion_matrix(labels.cpu().numpy(), logits.argmax(dim=1).cpu().numpy(), len(organs))
+        image, labels = to_device(batch, device)
+        loss, predicted = validation_step(training, image, labels)
+        losses.append(loss)
+        matrix = confusion_matrix(labels.cpu().numpy(), predicted.cpu().numpy(), len(organs))
         dice.append(organ_scores(matrix)["dice"][1:])
     scores = {organ: mean_defined(column)[0] for organ, column in zip(organs[1:], np.transpose(dice), strict=True)}
     columns = {f"dice_{organ.replace(' ', '_')}": score for organ, score in scores.items()}
@@ -90,9 +74,9 @@ def validate(training: Training, loader: DataLoader) -> dict[str, float]:
 
 
 def to_device(batch: dict, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the network takes: image (B, 1, X, Y, Z) float32 in 0..1 and labels (B, X, Y, Z) int64."""
+    """What the network takes: image (B, 1, X, Y, Z) float32 in 0..1 and labels (B, X, Y, Z) uint8."""
     image = batch["image"].to(device, non_blocking=True).float() / 255
-    return image, batch["labels"].to(device, non_blocking=True).long()
+    return image, batch["labels"].to(device, non_blocking=True)
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
@@ -125,29 +109,29 @@ def describe_cases(dataset: CaseDataset, workers: int) -> dict:
     return {"percentiles": list(HU_PERCENTILES), **ranges}
 
 
-def make_loader(dataset: CaseDataset, training: Training, train: bool) -> DataLoader:
+def make_loader(dataset: CaseDataset, config: Config, device: torch.device, train: bool) -> DataLoader:
     """Batches in the order that (seed, epoch) gives for training, single cases in their own order for validation."""
     return DataLoader(
         dataset,
-        batch_size=training.config.batch_size if train else 1,
-        sampler=EpochOrder(len(dataset), training.config.seed) if train else None,
-        num_workers=training.config.workers,
-        pin_memory=training.device.type == "cuda",
-        persistent_workers=training.config.workers > 0,
+        batch_size=config.batch_size if train else 1,
+        sampler=EpochOrder(len(dataset), config.seed) if train else None,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=config.workers > 0,
     )
 
 
-def start_training(config: Config) -> Training:
+def start_training(config: Config, device: torch.device) -> Training:
     """Network, optimiser and the rest as the settings say, before the first step."""
-    device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
     network = build_network(config).to(device)
     if config.init_from is not None:
         load_weights(network, load_checkpoint(config.init_from, device), config.init_from)
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+    # Fused, Adam needs no memory beside its state: it cannot run out half-way through a step.
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    return Training(config, device, precision, network, optimizer, scaler, choose_loss(config.loss))
+    return Training(network, Loss(config.loss), optimizer, scaler, precision)
 
 
 def resume_training(training: Training, checkpoint: dict, path: str) -> None:
@@ -157,23 +141,31 @@ def resume_training(training: Training, checkpoint: dict, path: str) -> None:
     training.scaler.load_state_dict(checkpoint["scaler"])
 
 
-def train(training: Training, folder: RunFolder, train_set: CaseDataset, val_set: CaseDataset, resumed: dict) -> None:
+def train(
+    training: Training,
+    folder: RunFolder,
+    train_set: CaseDataset,
+    val_set: CaseDataset,
+    device: torch.device,
+    resumed: dict,
+) -> None:
     """All epochs after the resumed one; each leaves a row in log.csv, the curves, last.pt, and best.pt if it is."""
     from visualization.curves import draw_curves
 
-    config, network = training.config, training.network
+    config, network = folder.config, training.network
     ids, training_data = case_ids(train_set, val_set), describe_cases(train_set, config.workers)
     describe_cases(val_set, config.workers)  # read now, so that a broken file shows before the first epoch
-    train_loader, val_loader = make_loader(train_set, training, train=True), make_loader(val_set, training, train=False)
+    train_loader, val_loader = (make_loader(part, config, device, part is train_set) for part in (train_set, val_set))
+    training.plan = choose_plan(training, config, *to_device(next(iter(train_loader)), device))
     done, best_dice = resumed.get("epoch", 0), resumed.get("best_dice", -1.0)
     bar = tqdm(total=config.epochs * len(train_loader), initial=done * len(train_loader), disable=None, unit="step")
     for epoch in range(done + 1, config.epochs + 1):
         started = time.perf_counter()
         row = dict.fromkeys(folder.log_columns) | {"epoch": epoch}
-        row |= train_one_epoch(training, train_loader, epoch, bar)
+        row |= train_one_epoch(training, train_loader, config, epoch, device, bar)
         if len(val_set) and (epoch % config.val_interval == 0 or epoch == config.epochs):
-            row |= validate(training, val_loader)
-        row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(training.device)}
+            row |= validate(training, val_loader, config.organs, device)
+        row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(device)}
         folder.append_log(row)
         draw_curves(folder.log, folder.curves, config.organs)
 
@@ -209,7 +201,10 @@ def main() -> int:
     arguments = parse_arguments()
     with refusing(USAGE):
         config = load_config(arguments.config, flags_given(arguments))
-        training = start_training(config)
+        if arguments.plan:
+            return show_plans(config, arguments.card_gib)
+        device = choose_device(config.device)
+        training = start_training(config, device)
         folder = RunFolder(config)
         resumed = folder.find_run(arguments.resume, arguments.overwrite)
         if resumed:
@@ -225,21 +220,33 @@ def main() -> int:
             folder.check_same_cases(resumed["cases"], ids)
         else:
             fingerprint = [train_set.key(case) for case in train_cases]
-            folder.start(training.device, ids, fingerprint, arguments.overwrite)
-    print(f"{len(train_cases)} cases to train on; {how}; on {training.device} in {training.precision}", flush=True)
+            folder.start(device, ids, fingerprint, arguments.overwrite)
+    print(f"{len(train_cases)} cases to train on; {how}; on {device} in {training.precision}", flush=True)
     if resumed and resumed["epoch"] >= config.epochs:
         print(f"{folder.path}: all {config.epochs} epochs are done")
         return DONE
     with refusing(REFUSED):
         try:
-            train(training, folder, train_set, val_set, resumed or {})
-        except NotFiniteError as error:
+            train(training, folder, train_set, val_set, device, resumed or {})
+        except (NotFiniteError, NothingFitsError) as error:
             print_error(error)
             return STOPPED
-        except torch.OutOfMemoryError:
-            print_error(MemoryError(f"out of memory on {training.device}; try a smaller --size, --channels or batch"))
-            return STOPPED
     print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
+    return DONE
+
+
+def show_plans(config: Config, card_gib: float | None) -> int:
+    """Print what a step needs on a GPU under each memory plan, and which would be chosen for a card of that size."""
+    precision = DTYPES["bf16" if config.precision == "auto" else config.precision]
+    needs = [predict(config, plan, precision) for plan in PLANS]
+    print(format_plans(needs))
+    if card_gib is None:
+        return DONE
+    chosen = plan_for(needs, card_gib)
+    if chosen is None:
+        print(f"no plan fits a card of {card_gib:g} GiB; {what_would_fit(config, precision, card_gib)}")
+        return STOPPED
+    print(f"on a card of {card_gib:g} GiB: {chosen.plan}")
     return DONE
 
 
@@ -252,6 +259,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings (default: config.yaml)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir; start it if none")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
+    parser.add_argument("--plan", action="store_true", help="print what a step needs under each memory plan, and end")
+    parser.add_argument("--card-gib", type=float, metavar="G", help="with --plan: which plan a card of G GiB would get")
     add_config_flags(parser)
     return parser.parse_args()
 

@@ -43,6 +43,7 @@ class Config:
     loss: str
     schedule: str
     precision: str
+    memory: str
     val_interval: int
     augment: bool
     augment_rotation_degrees: float
@@ -112,6 +113,7 @@ RULES = {
     "loss": one_of("cross_entropy", "dice_cross_entropy"),
     "schedule": one_of("constant", "cosine", "poly"),
     "precision": one_of("auto", "float32", "bf16", "fp16"),
+    "memory": one_of("auto", "off", "low", "lowest"),
     "val_interval": whole_number(1),
     "augment": Rule(bool, "true or false"),
     "augment_rotation_degrees": number(0, 180),

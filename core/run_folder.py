@@ -25,7 +25,7 @@ from core.checkpoint import load_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.files import whole_file
 
-MAY_CHANGE = ("run_dir", "cache_dir", "workers", "device")  # settings that a resumed run may have of its own
+MAY_CHANGE = ("run_dir", "cache_dir", "workers", "device", "memory")  # settings that a resumed run may have of its own
 
 
 RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "best.pt")

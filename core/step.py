@@ -1,13 +1,24 @@
-"""One training step: the losses, the arithmetic it runs in, and the step itself."""
+"""One training step: the losses, the arithmetic it runs in, the memory plans, and the step itself.
+
+A memory plan is a way to work out the same gradients:
+
+    off      as torch does it: everything that the backward pass needs is kept
+    low      only the convolutions' inputs and outputs are kept; no convolution is done twice
+    lowest   only what passes between stages is kept; every convolution is done once more in the backward pass
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.recompute import convolve, features
 from vnet import VNet
 
+PLANS = ("off", "low", "lowest")  # from the fastest to the smallest
+SLAB_BYTES = 32 * 2**20  # of float32 logits that exist at a time under the plans low and lowest
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,61 +61,103 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
-def choose_loss(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of that name: a function of logits (B, K, X, Y, Z) and labels (B, X, Y, Z) int64."""
-    return {"cross_entropy": F.cross_entropy, "dice_cross_entropy": dice_cross_entropy}[name]
+# ---- Losses ----------------------------------------------------------------------------------------------------------
 
 
-def dice_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of both losses: cross-entropy moves every voxel, Dice gives small organs their weight."""
-    return F.cross_entropy(logits, labels) + dice_loss(logits, labels)
+class Loss:
+    """Cross-entropy, alone or with the paper's Dice, as a function of sums over voxels.
+
+    Because all that it needs of the voxels are sums, it can be worked out slab by slab.
+
+    Args:
+        name: "cross_entropy" or "dice_cross_entropy" (their sum: cross-entropy moves every voxel, Dice gives small
+            organs their weight).
+    """
+
+    def __init__(self, name: str):
+        self.with_dice = name == "dice_cross_entropy"
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of logits (B, K, X, Y, Z) for labels (B, X, Y, Z), integers below K: a scalar."""
+        return self.of_sums(self.sums(logits, labels), labels.numel())
+
+    def sums(self, logits: Tensor, labels: Tensor) -> list[Tensor]:
+        """What the loss needs of these voxels; that of the whole volume is the total over its parts."""
+        labels = labels.long()
+        sums = [F.cross_entropy(logits.float(), labels, reduction="sum")]
+        return sums + dice_sums(logits, labels) if self.with_dice else sums
+
+    def of_sums(self, sums: list[Tensor], voxels: int) -> Tensor:
+        """The loss of `voxels` voxels that have these sums."""
+        mean = sums[0] / voxels
+        return mean + dice_loss(*sums[1:]) if self.with_dice else mean
 
 
-def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def dice_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """For each sample and class, sum(p g), sum(p^2) and sum(g) over the voxels: three tensors (B, K)."""
+    probabilities = logits.float().softmax(dim=1).flatten(2)  # (B, K, N)
+    ids = labels.flatten(1)  # (B, N)
+    # Without a one-hot volume: each voxel adds to its own label's sum.
+    own = probabilities.gather(1, ids[:, None])[:, 0]
+    empty = own.new_zeros(probabilities.shape[:2])  # (B, K)
+    return [
+        empty.scatter_add(1, ids, own),
+        probabilities.square().sum(dim=2),
+        empty.scatter_add(1, ids, torch.ones_like(own)),
+    ]
+
+
+def dice_loss(shared: Tensor, squares: Tensor, in_labels: Tensor) -> Tensor:
     """1 - soft Dice as the V-Net paper has it (section 3), the mean over the organs that occur in each sample.
 
     D = 2 sum(p g) / (sum p^2 + sum g^2) over the voxels, for each organ; the background is left out. The squares
-    matter: with plain sums below the line, small organs start to be found about twice as late (RESULTS.md).
+    matter: with plain sums below the line, small organs start to be found later (RESULTS.md).
 
     Args:
-        logits: (B, K, X, Y, Z).
-        labels: (B, X, Y, Z) int64 below K.
+        shared: (B, K) sum(p g), from `dice_sums`, as are the other two.
+        squares: (B, K) sum(p^2).
+        in_labels: (B, K) sum(g).
 
     Returns:
         a scalar in 0..1; 0 when no sample has any organ.
     """
-    probabilities = logits.float().softmax(dim=1).flatten(2)  # (B, K, N)
-    ids = labels.flatten(1)  # (B, N)
-    # Sums per organ without a one-hot volume: each voxel adds to its own label's sum.
-    own = probabilities.gather(1, ids[:, None])[:, 0]
-    empty = own.new_zeros(probabilities.shape[:2])  # (B, K)
-    shared = empty.scatter_add(1, ids, own)
-    in_labels = empty.scatter_add(1, ids, torch.ones_like(own))
     # An organ that is there has at least one voxel; for one that is not, 0 / 0 must not come out.
-    dice = 2 * shared / (probabilities.square().sum(dim=2) + in_labels).clamp(min=1)
+    dice = 2 * shared / (squares + in_labels).clamp(min=1)
     present = in_labels[:, 1:] > 0
     return ((1 - dice[:, 1:]) * present).sum() / present.sum().clamp(min=1)
 
 
-def training_step(
-    network: VNet | nn.Module,
-    image: Tensor,
-    labels: Tensor,
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    precision: torch.dtype,
-) -> float:
+# ---- One step --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """All that a training step works with.
+
+    Attributes:
+        network: whose weights are trained.
+        loss: what is to become small.
+        optimizer: of the network's parameters.
+        scaler: enabled for fp16 alone, whose small gradients would vanish otherwise.
+        precision: the type that convolutions are computed in.
+        plan: one of PLANS.
+    """
+
+    network: VNet
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    precision: torch.dtype
+    plan: str = "off"
+
+
+def training_step(training: Training, image: Tensor, labels: Tensor) -> float:
     """Change the network's weights once, for one batch.
 
     Args:
-        network: in training mode.
+        training: with the network in training mode.
         image: (B, 1, X, Y, Z) float32 in 0..1.
-        labels: (B, X, Y, Z) int64.
-        loss_of: from `choose_loss`.
-        optimizer: of the network's parameters.
-        scaler: enabled for fp16 alone, whose small gradients would vanish otherwise.
-        precision: from `choose_precision`.
+        labels: (B, X, Y, Z), integer ids.
 
     Returns:
         the loss before the change.
@@ -112,13 +165,76 @@ def training_step(
     Raises:
         NotFiniteError: when the loss is NaN or infinite; no weight has changed then.
     """
-    optimizer.zero_grad(set_to_none=True)
-    with autocast(image.device, precision):
-        logits = network(image)  # (B, K, X, Y, Z)
-        loss = loss_of(logits, labels)
-    if not torch.isfinite(loss):
-        raise NotFiniteError(f"the loss is {loss.item()}")
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.item()
+    training.optimizer.zero_grad(set_to_none=True)
+    value = gradients(training, image, labels, check_finite)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    return value.item()
+
+
+def gradients(training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None]) -> Tensor:
+    """Put the loss's gradients, times the scaler's factor, into the parameters, as the plan says; returns the loss.
+
+    `check` is shown the loss before the backward pass.
+    """
+    network, plan = training.network, training.plan
+    if plan == "off":
+        with autocast(image.device, training.precision):
+            value = training.loss(network(image), labels)  # (B, K, X, Y, Z) -> scalar
+        check(value)
+        training.scaler.scale(value).backward()
+        return value.detach()
+    result = features(network, image, training.precision, keep=plan == "low")  # (B, 2C, X, Y, Z)
+    gradient = result.detach()  # the same memory: from here on nobody needs the result itself
+    value = backward_in_slabs(training, gradient, labels, check)
+    result.backward(gradient)
+    return value
+
+
+def backward_in_slabs(training: Training, h: Tensor, labels: Tensor, check: Callable[[Tensor], None]) -> Tensor:
+    """The loss of the classes found in `h`, (B, 2C, X, Y, Z), which is overwritten by its gradient.
+
+    Slab by slab along X, so that the K-class logits never exist whole. The loss depends on sums over all voxels: a
+    first pass finds the sums, and with them how the loss changes with each; a second the gradients of each slab's part.
+    """
+    classify, loss = training.network.classify, training.loss
+    slabs = slabs_along_x(classify, h)
+    with torch.no_grad():
+        parts = [loss.sums(convolve(classify, h[:, :, slab]), labels[:, slab]) for slab in slabs]
+    sums = [torch.stack(part).sum(dim=0).requires_grad_() for part in zip(*parts, strict=True)]
+    value = loss.of_sums(sums, labels.numel())
+    check(value)
+    slopes = torch.autograd.grad(value, sums)
+    for slab in slabs:
+        part = h[:, :, slab].clone().requires_grad_()
+        sums = loss.sums(convolve(classify, part), labels[:, slab])
+        share = sum((slope * each).sum() for slope, each in zip(slopes, sums, strict=True))
+        training.scaler.scale(share).backward()
+        h[:, :, slab] = part.grad
+    return value.detach()
+
+
+@torch.no_grad()
+def validation_step(training: Training, image: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """The loss for a batch and the class of every voxel, (B, X, Y, Z) uint8, in less memory than any training step."""
+    classify = training.network.classify
+    h = features(training.network, image, training.precision, keep=False)
+    parts, predicted = [], torch.empty_like(labels, dtype=torch.uint8)
+    for slab in slabs_along_x(classify, h):
+        logits = convolve(classify, h[:, :, slab])
+        parts.append(training.loss.sums(logits, labels[:, slab]))
+        predicted[:, slab] = logits.argmax(dim=1)
+    sums = [torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)]
+    return training.loss.of_sums(sums, labels.numel()).item(), predicted
+
+
+def slabs_along_x(classify: nn.Conv3d, h: Tensor) -> list[slice]:
+    """Cut the X axis of `h`, (B, C, X, Y, Z), so that the float32 logits of one slab stay within SLAB_BYTES."""
+    thickness = max(1, SLAB_BYTES // (4 * classify.out_channels * h[:, 0, 0].numel()))
+    return [slice(x, x + thickness) for x in range(0, h.shape[2], thickness)]
+
+
+def check_finite(value: Tensor) -> None:
+    """Raise NotFiniteError unless the loss is a number."""
+    if not torch.isfinite(value):
+        raise NotFiniteError(f"the loss is {value.item()}")
