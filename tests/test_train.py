@@ -277,11 +277,13 @@ def test_ctrl_c_ends_in_one_sentence(data, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that runs in the background has Ctrl-C switched off, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not process.stdout.readline().startswith("epoch"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "interrupted; what was written before is whole\n"
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
