@@ -156,7 +156,7 @@ def train(
     ids, training_data = case_ids(train_set, val_set), describe_cases(train_set, config.workers)
     describe_cases(val_set, config.workers)  # read now, so that a broken file shows before the first epoch
     train_loader, val_loader = (make_loader(part, config, device, part is train_set) for part in (train_set, val_set))
-    training.plan = choose_plan(training, config, *to_device(next(iter(train_loader)), device))
+    training.plan = choose_plan(training, config, device)
     done, best_dice = resumed.get("epoch", 0), resumed.get("best_dice", -1.0)
     bar = tqdm(total=config.epochs * len(train_loader), initial=done * len(train_loader), disable=None, unit="step")
     for epoch in range(done + 1, config.epochs + 1):

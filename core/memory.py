@@ -38,7 +38,6 @@ class Need:
 
 def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
     """Count one training step; takes seconds, allocates next to nothing, needs no GPU."""
-    shape = (config.batch_size, *config.size)
     counter, tracker = FlopCounterMode(display=False), MemTracker()
     with FakeTensorMode():
         network = build_network(config)
@@ -47,8 +46,7 @@ def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        image = torch.zeros(shape[0], 1, *shape[1:])
-        labels = torch.zeros(shape, dtype=torch.uint8)
+        image, labels = blank_batch(config, torch.device("cpu"))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         training = Training(network, Loss(config.loss), optimizer, scaler, precision, plan)
         tracker.track_external(network, optimizer, image, labels)
@@ -73,31 +71,37 @@ def format_plans(needs: list[Need]) -> str:
     return "\n".join(lines)
 
 
-def choose_plan(training: Training, config: Config, image: Tensor, labels: Tensor) -> str:
+def choose_plan(training: Training, config: Config, device: torch.device) -> str:
     """The plan that the settings name; under "auto" on a GPU the fastest that a real step fits in, said in one line.
 
     Raises:
         NothingFitsError: when none does, naming settings that would.
     """
-    if config.memory != "auto" or image.device.type != "cuda":
+    if config.memory != "auto" or device.type != "cuda":
         return "off" if config.memory == "auto" else config.memory
-    card_gib = torch.cuda.get_device_properties(image.device).total_memory / GIB
+    card_gib = torch.cuda.get_device_properties(device).total_memory / GIB
     failed = []
     for plan in PLANS:
         try:
-            peak_gib = try_step(replace(training, plan=plan), image, labels)
+            peak_gib = try_step(replace(training, plan=plan), *blank_batch(config, device))
         except torch.OutOfMemoryError:
             failed.append(plan)
         else:
             counted = predict(config, plan, training.precision).peak_gib
             why = f"{' and '.join(failed)} did not fit" if failed else "the fastest"
             print(
-                f"memory plan {plan} ({why}): {peak_gib:.2f} GiB of {card_gib:.1f}, {counted:.2f} counted", flush=True
+                f"memory plan {plan} ({why}): {peak_gib:.2f} of {card_gib:.1f} GiB, {counted:.2f} counted", flush=True
             )
             return plan
         free_memory()  # only behind the except clause has the error let go of the step's tensors
     hint = what_would_fit(config, training.precision, card_gib)
     raise NothingFitsError(f"no memory plan fits into the card's {card_gib:.1f} GiB; {hint}")
+
+
+def blank_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of the settings' size with nothing in it: image (B, 1, X, Y, Z) float32 and labels (B, X, Y, Z) uint8."""
+    shape = (config.batch_size, *config.size)
+    return torch.zeros(shape, device=device)[:, None], torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
@@ -133,9 +137,7 @@ def step_that_fits(training: Training, image: Tensor, labels: Tensor) -> float:
             smaller = PLANS[PLANS.index(training.plan) + 1 :]
         if not smaller:
             raise NothingFitsError("out of memory under the smallest memory plan; try a smaller --size or --channels")
-        print(
-            f"out of memory under the memory plan {training.plan}: the same step again under {smaller[0]}", flush=True
-        )
+        print(f"out of memory under the plan {training.plan}: the same step again under {smaller[0]}", flush=True)
         training.plan = smaller[0]
         free_memory()
         restore(training.network, buffers)

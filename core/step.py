@@ -58,7 +58,7 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which the network runs: mixed precision, or none for float32."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    return torch.autocast(device.type, dtype=precision, enabled=precision in (torch.bfloat16, torch.float16))
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -84,7 +84,8 @@ class Loss:
     def sums(self, logits: Tensor, labels: Tensor) -> list[Tensor]:
         """What the loss needs of these voxels; that of the whole volume is the total over its parts."""
         labels = labels.long()
-        sums = [F.cross_entropy(logits.float(), labels, reduction="sum")]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        sums = [F.cross_entropy(logits, labels, reduction="sum")]
         return sums + dice_sums(logits, labels) if self.with_dice else sums
 
     def of_sums(self, sums: list[Tensor], voxels: int) -> Tensor:
@@ -95,7 +96,7 @@ class Loss:
 
 def dice_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
     """For each sample and class, sum(p g), sum(p^2) and sum(g) over the voxels: three tensors (B, K)."""
-    probabilities = logits.float().softmax(dim=1).flatten(2)  # (B, K, N)
+    probabilities = logits.softmax(dim=1).flatten(2)  # (B, K, N)
     ids = labels.flatten(1)  # (B, N)
     # Without a one-hot volume: each voxel adds to its own label's sum.
     own = probabilities.gather(1, ids[:, None])[:, 0]

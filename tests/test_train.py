@@ -121,10 +121,10 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
 
     one_epoch = train.train_one_epoch
 
-    def power_cut(training, loader, epoch, bar):
+    def power_cut(training, loader, config, epoch, *others):
         if epoch == 3:
             raise KeyboardInterrupt
-        return one_epoch(training, loader, epoch, bar)
+        return one_epoch(training, loader, config, epoch, *others)
 
     monkeypatch.setattr(train, "train_one_epoch", power_cut)
     with pytest.raises(KeyboardInterrupt):
@@ -194,7 +194,7 @@ def test_seed_decides_the_weights_and_workers_do_not(run, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_the_run_with_the_case(run, tmp_path, monkeypatch):
-    one_step = train.training_step
+    one_step = train.step_that_fits
     calls = []
 
     def third_epoch_explodes(*args):
@@ -203,7 +203,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_case(run, tmp_path, monk
             raise NotFiniteError("the loss is nan")
         return one_step(*args)
 
-    monkeypatch.setattr(train, "training_step", third_epoch_explodes)
+    monkeypatch.setattr(train, "step_that_fits", third_epoch_explodes)
     code, _, err = run("--epochs", "3")
     assert code == 3
     assert "epoch 3, step 1, case phantom_000" in err

@@ -1,0 +1,181 @@
+"""What is counted before a step, and what happens when memory runs out."""
+
+import copy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from core import memory
+from core.config import load_config
+from core.memory import Need, NothingFitsError, choose_plan, plan_for, predict, step_that_fits
+from core.step import PLANS, Loss, Training, gradients
+from data.make_phantom import write_phantom
+from vnet import VNet
+
+SMALL = load_config(
+    flags={"size": ["32", "32", "32"], "channels": "4", "down_convs": ["1", "2", "2"], "up_convs": ["2", "1"]}
+)
+
+
+def start(norm: str = "instance", plan: str = "off") -> Training:
+    torch.manual_seed(0)
+    network = VNet(5, channels=3, down_convs=(1, 2), up_convs=(1,), norm=norm)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Training(network, Loss("cross_entropy"), optimizer, scaler, torch.float32, plan)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(1, 1, 8, 8, 8), torch.randint(5, (1, 8, 8, 8), dtype=torch.uint8)
+
+
+def test_default_network_fits_small_cards():
+    # The figures of README: the whole V-Net on 256x256x128 voxels.
+    needs = [predict(load_config(), plan, torch.bfloat16) for plan in PLANS]
+    off, low, lowest = needs
+    assert off.peak_gib == pytest.approx(7.7, abs=0.15)
+    assert low.peak_gib < 4.5
+    assert lowest.peak_gib < 3.0
+    assert low.flops == pytest.approx(off.flops, rel=0.001)
+    assert 1.3 < lowest.flops / off.flops < 1.35
+    # Forward arithmetic: of every 5x5x5 convolution of figure 2, multiply and add; backward is twice as much.
+    fives = [(1, 16, 0)] + [(32, 32, 1)] * 2 + [(64, 64, 2)] * 3 + [(128, 128, 3)] * 3 + [(256, 256, 4)] * 3
+    fives += [(256, 256, 3)] * 3 + [(128, 128, 2)] * 3 + [(64, 64, 1)] * 2 + [(32, 32, 0)]
+    forward = sum(2 * 125 * c_in * c_out * 256 * 256 * 128 / 8**level for c_in, c_out, level in fives)
+    assert off.flops == pytest.approx(3 * forward, rel=0.02)
+
+
+def test_count_grows_with_the_settings():
+    base = predict(SMALL, "off", torch.float32)
+    assert predict(replace(SMALL, batch_size=2), "off", torch.float32).flops == 2 * base.flops
+    assert predict(replace(SMALL, size=(64, 32, 32)), "off", torch.float32).peak_gib > 1.5 * base.peak_gib
+
+
+def test_count_is_of_what_lives():
+    # Parameters, Adam's two moments and gradients are 4 times the weights; a step cannot need less.
+    weights_gib = sum(p.numel() for p in VNet(14, 4, (1, 2, 2), (2, 1)).parameters()) * 4 / 2**30
+    for plan in PLANS:
+        assert predict(SMALL, plan, torch.float32).peak_gib > 4 * weights_gib
+
+
+def test_plan_for_a_card():
+    needs = [Need("off", 7.7, 3), Need("low", 4.2, 3), Need("lowest", 2.9, 4)]
+    assert plan_for(needs, 24).plan == "off"
+    assert plan_for(needs, 6).plan == "low"
+    assert plan_for(needs, 4).plan == "lowest"
+    assert plan_for(needs, 3) is None
+
+
+def out_of_memory_under(plans: set[str], real):
+    """A function like `real` for which memory runs out under some plans, after the forward pass has left its traces."""
+
+    def run(training: Training, *arguments, **settings):
+        if training.plan in plans:
+            real(training, *arguments, **settings)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(training, *arguments, **settings)
+
+    return run
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_out_of_memory_does_the_same_step_again_under_the_next_plan(monkeypatch, capsys, norm):
+    expected, training = start(norm, "low"), start(norm)
+    value = step_that_fits(expected, *batch())
+    monkeypatch.setattr("core.step.gradients", out_of_memory_under({"off"}, gradients))
+    assert step_that_fits(training, *batch()) == value
+    assert training.plan == "low"
+    assert "out of memory under the plan off: the same step again under low" in capsys.readouterr().out
+    for (name, a), b in zip(expected.network.state_dict().items(), training.network.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(state["step"] == 1 for state in training.optimizer.state.values())
+
+
+def test_out_of_memory_under_the_smallest_plan_stops(monkeypatch):
+    training = start()
+    before = copy.deepcopy(training.network.state_dict())
+    monkeypatch.setattr("core.step.gradients", out_of_memory_under(set(PLANS), gradients))
+    with pytest.raises(NothingFitsError, match="out of memory under the smallest memory plan"):
+        step_that_fits(training, *batch())
+    assert all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
+
+
+@pytest.fixture
+def card(monkeypatch) -> torch.device:
+    """A made-up card of 6 GiB: the functions of torch.cuda that choosing a plan asks."""
+    properties = type("Properties", (), {"total_memory": 6 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30)
+    monkeypatch.setattr(memory, "blank_batch", lambda config, device: batch())
+    return torch.device("cuda")
+
+
+def test_auto_keeps_the_first_plan_that_fits_and_changes_nothing(monkeypatch, capsys, card):
+    training = start("batch")
+    before = copy.deepcopy(training.network.state_dict())
+    tried = []
+
+    def fake(training, image, labels, check):
+        tried.append(training.plan)
+        if training.plan == "off":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradients(training, image, labels, check)
+
+    monkeypatch.setattr(memory, "gradients", fake)
+    monkeypatch.setattr(memory, "predict", lambda config, plan, precision: Need(plan, 4.25, 1))
+    assert choose_plan(training, SMALL, card) == "low"
+    assert tried == ["off", "low"]
+    assert capsys.readouterr().out == "memory plan low (off did not fit): 5.00 of 6.0 GiB, 4.25 counted\n"
+    assert all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
+    assert not training.optimizer.state
+    assert all(p.grad is None for p in training.network.parameters())
+
+
+def test_auto_stops_with_settings_that_would_fit(monkeypatch, card):
+    def nothing_fits(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(memory, "gradients", nothing_fits)
+    needed = {(256, 256, 128): 8.0, (128, 256, 128): 5.5, (128, 128, 128): 5.0}
+    monkeypatch.setattr(memory, "predict", lambda config, plan, precision: Need(plan, needed[config.size], 1))
+    with pytest.raises(NothingFitsError, match=r"no memory plan fits into the card's 6\.0 GiB; --size 128 128 128"):
+        choose_plan(start(), load_config(), card)
+
+
+def test_without_a_card_auto_is_off_and_a_named_plan_is_taken():
+    cpu = torch.device("cpu")
+    assert choose_plan(start(), SMALL, cpu) == "off"
+    assert choose_plan(start(), replace(SMALL, memory="lowest"), cpu) == "lowest"
+
+
+def run_train(monkeypatch, *flags: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    return train.main()
+
+
+def test_plan_prints_the_table_and_what_a_card_would_get(monkeypatch, capsys, tmp_path):
+    flags = ["--size", 32, 32, 32, "--channels", 4, "--run-dir", tmp_path / "run", "--plan"]
+    assert run_train(monkeypatch, *flags, "--card-gib", 4) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[:4]] == ["plan", "off", "low", "lowest"]
+    assert "on a card of 4 GiB: off" in out
+    assert run_train(monkeypatch, *flags, "--card-gib", 0.5) == 3
+    assert "no plan fits a card of 0.5 GiB" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_run_under_each_plan_learns_the_same(monkeypatch, tmp_path):
+    write_phantom(tmp_path / "data", cases=3, shape=(36, 32, 24), seed=0)
+    flags = ["--data-dir", tmp_path / "data", "--cache-dir", tmp_path / "cache", "--device", "cpu", "--workers", 0]
+    flags += ["--size", 16, 16, 16, "--channels", 2, "--down-convs", 1, 1, "--up-convs", 1, "--epochs", 2]
+    losses = {}
+    for plan in PLANS:
+        assert run_train(monkeypatch, *flags, "--memory", plan, "--run-dir", tmp_path / plan) == 0
+        losses[plan] = (tmp_path / plan / "log.csv").read_text().splitlines()[-1].split(",")[1]
+    assert float(losses["low"]) == pytest.approx(float(losses["off"]), rel=1e-4)
+    assert float(losses["lowest"]) == pytest.approx(float(losses["off"]), rel=1e-4)
