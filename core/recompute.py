@@ -12,7 +12,6 @@ and PReLU go piece by piece through the channels, so that their temporaries are 
 of plain autograd; only roundings differ.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from vnet import Down, ResidualStage, Up, VNet
 
 PIECE_BYTES = 32 * 2**20  # of float32 values that norm, residual and PReLU work on at a time
-CONV_PARTS = 4  # in which the gradient of a convolution's input is worked out, one after the other
+PART_BYTES = 128 * 2**20  # of a convolution's input whose gradient is worked out at a time; smaller is slower
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def convolve_backward(
     """
     transposed = isinstance(conv, nn.ConvTranspose3d)
     channel_axis = 0 if transposed else 1  # of the weight, for the channels of x
-    width = math.ceil(x.shape[1] / CONV_PARTS)
+    width = max(1, min(x.shape[1], PART_BYTES // (x.element_size() * x[:, 0].numel())))
     of_weights = []
     for first in range(0, x.shape[1], width):
         part = slice(first, first + width)

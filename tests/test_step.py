@@ -143,6 +143,7 @@ def test_plans_give_the_gradients_of_the_plain_step(plan, norm, loss, monkeypatc
     # Small enough that a slab is thinner than the volume, and a piece has fewer channels.
     monkeypatch.setattr(step, "SLAB_BYTES", 20_000)
     monkeypatch.setattr("core.recompute.PIECE_BYTES", 20_000)
+    monkeypatch.setattr("core.recompute.PART_BYTES", 50_000)
     found = step_on(frugal, image, labels, rate=1e-3, loss=loss, plan=plan)
     assert found == pytest.approx(expected, rel=1e-9)
     for (name, a), b in zip(plain.named_parameters(), frugal.parameters(), strict=True):
