@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from core.config import Config, config_from_dict, config_to_dict
+from core.config import Config, config_from_dict, config_to_dict, load_config
 from core.files import whole_file
 from vnet import VNet, check_size
 
@@ -58,7 +58,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise ValueError(f"{path}: is no checkpoint of this repository's train.py")
     if content.get("version") != VERSION:
         raise ValueError(f"{path}: is of version {content.get('version')}, expected {VERSION}")
-    content["config"] = config_from_dict(content["config"], str(path))
+    # A checkpoint from before a setting existed lacks it; what config.yaml says is what was done then.
+    settings = content.get("config") if isinstance(content.get("config"), dict) else {}
+    content["config"] = config_from_dict(config_to_dict(load_config()) | settings, str(path))
     return content
 
 

@@ -65,6 +65,13 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         load_checkpoint(tmp_path / "harmful.pt")
 
 
+def test_checkpoint_from_before_a_setting_existed_is_read(path):
+    content = torch.load(path, weights_only=True)
+    del content["config"]["memory"]
+    torch.save(content, path)
+    assert load_checkpoint(path)["config"].memory == load_config().memory
+
+
 def test_weights_of_another_network_are_refused(path):
     content = torch.load(path, weights_only=True)
     content["config"]["channels"] = 3

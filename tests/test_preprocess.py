@@ -371,6 +371,33 @@ def test_probabilities_lie_in_the_scans_geometry_and_agree_with_the_labels(tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii.gz", "a_probabilities.nii.gz", "scan.nii.gz"]
 
 
+@pytest.mark.parametrize("shape", [(45, 31, 17), (12, 40, 9), (24, 20, 16), (7, 5, 33), (1, 2, 3)])
+def test_only_boundaries_are_interpolated_and_nothing_changes(shape, monkeypatch):
+    # Smooth logits, as a network gives them: most cells have one winner, so the short way is taken.
+    torch.manual_seed(0)
+    coarse = torch.randn(6, 4, 4, 4)
+    logits = torch.nn.functional.interpolate(coarse[None], size=(24, 20, 16), mode="trilinear")[0].contiguous()
+    winners = logits.argmax(dim=0).to(torch.uint8).numpy()
+    assert 0 < preprocess.cells_with_boundary(winners).mean()
+    monkeypatch.setattr(preprocess, "DENSE_ABOVE", 1.1)
+    plain = torch.nn.functional.interpolate(logits[None], size=shape, mode="trilinear", align_corners=False)[0]
+    labels = preprocess.logits_to_labels(logits, shape)
+    # Different only where two classes tie but for rounding.
+    chosen = plain.gather(0, torch.from_numpy(labels.astype(np.int64))[None])[0]
+    assert (plain.max(dim=0).values - chosen).max() <= 1e-6
+    assert (labels != plain.argmax(dim=0).numpy()).mean() < 0.001
+
+
+def test_cells_with_boundary_by_hand():
+    winners = np.zeros((3, 3, 3), np.uint8)
+    winners[1, 1, 1] = 5
+    mixed = preprocess.cells_with_boundary(winners)
+    # The eight cells that touch the middle voxel; the last layers, each its own neighbour, touch nothing.
+    expected = np.zeros((3, 3, 3), bool)
+    expected[:2, :2, :2] = True
+    np.testing.assert_array_equal(mixed, expected)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = write(tmp_path / "scan.nii", HU)
     _, geometry = load_scan(path)
