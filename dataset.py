@@ -111,7 +111,7 @@ def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
         if not files:
             raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
         for case, file in files.items():
-            if found.setdefault(case, file) != file:
+            if found.setdefault(case, file).resolve() != file.resolve():
                 raise ValueError(f"case {case}: {found[case]} and {file} both mean it; rename one or leave it out")
     return dict(sorted(found.items()))
 
@@ -174,7 +174,11 @@ def read_case_ids(given: Sequence[str]) -> list[str]:
         ValueError: when the file lists no case.
     """
     if len(given) == 1 and Path(given[0]).is_file():
-        lines = [line.partition("#")[0].strip() for line in Path(given[0]).read_text(encoding="utf-8-sig").splitlines()]
+        try:
+            text = Path(given[0]).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{given[0]}: is no text, expected one case id a line") from error
+        lines = [line.partition("#")[0].strip() for line in text.splitlines()]
         if not any(lines):
             raise ValueError(f"{given[0]}: lists no case, expected one id a line")
         return [line for line in lines if line]

@@ -132,8 +132,8 @@ def main() -> int:
                 raise FileNotFoundError(f"case {case}: no prediction in {arguments.predictions}")
             rows += score_case(case, reference, predictions[case], organs)
             scored.append(case)
-        except (ValueError, OSError) as error:
-            print_error(error)
+        except (ValueError, OSError, MemoryError) as error:
+            print_error(error if case in str(error) else ValueError(f"case {case}: {error}"))
             failed.append(case)
     summary = {"protocol": "default", **summarise(rows, organs), "cases": scored, "failed": failed}
     summary["definitions"] = DEFINITIONS

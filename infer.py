@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from core.checkpoint import load_network
 from core.config import Config, check
-from core.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
+from core.exits import DONE, REFUSED, USAGE, is_out_of_memory, print_error, refusing, run_command
 from core.files import whole_file
 from core.preprocess import (
     Geometry,
@@ -43,7 +43,7 @@ HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may lie outside tho
 def predict(network: VNet, voxels: np.ndarray, config: Config, device: torch.device) -> torch.Tensor:
     """Run the network on a scan, (X, Y, Z) float32 in HU and RAS+ order: logits (K, *config.size) float32."""
     image = torch.from_numpy(prepare_image(voxels, config.size, config.window_hu)).to(device).float() / 255
-    with autocast(device, choose_precision("auto", device)):
+    with autocast(device, choose_precision(config.precision if device.type == "cuda" else "auto", device)):
         return network(image[None, None])[0].float()
 
 
@@ -163,14 +163,18 @@ def main() -> int:
         prepare_output(output, cases.values())
         network, checkpoint = load_network(arguments.checkpoint, device)
     if arguments.skip_existing:
-        cases = {case: scan for case, scan in cases.items() if not (output / f"{case}.nii.gz").is_file()}
+        endings = ["", "_probabilities"] if arguments.probabilities else [""]
+        done = {case for case in cases if all((output / f"{case}{end}.nii.gz").is_file() for end in endings)}
+        cases = {case: scan for case, scan in cases.items() if case not in done}
 
     failed = []
     for case, scan in tqdm(cases.items(), desc="scans", disable=None):
         try:
             segment(case, scan, network, checkpoint, device, output, arguments.probabilities)
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            print_error(error)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            print_error(error if case in str(error) else ValueError(f"case {case}: {error}"))
             failed.append(case)
     print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented into {output}")
     if failed or refused:

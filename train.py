@@ -24,7 +24,7 @@ from tqdm import tqdm
 from core.checkpoint import build_network, load_checkpoint, load_weights, save_checkpoint
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
 from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
-from core.memory import NothingFitsError, choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
+from core.memory import choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
 from core.metrics import confusion_matrix, mean_defined, organ_scores
 from core.run_folder import RunFolder
 from core.step import DTYPES, PLANS, Loss, NotFiniteError, Training, choose_device, choose_precision, validation_step
@@ -126,8 +126,6 @@ def start_training(config: Config, device: torch.device) -> Training:
     precision = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
     network = build_network(config).to(device)
-    if config.init_from is not None:
-        load_weights(network, load_checkpoint(config.init_from, device), config.init_from)
     # Fused, Adam needs no memory beside its state: it cannot run out half-way through a step.
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -165,6 +163,8 @@ def train(
         row |= train_one_epoch(training, train_loader, config, epoch, device, bar)
         if len(val_set) and (epoch % config.val_interval == 0 or epoch == config.epochs):
             row |= validate(training, val_loader, config.organs, device)
+            if not math.isfinite(row["val_loss"]):
+                raise NotFiniteError(f"epoch {epoch}: the validation loss is {row['val_loss']}; it was not saved")
         row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(device)}
         folder.append_log(row)
         draw_curves(folder.log, folder.curves, config.organs)
@@ -204,11 +204,13 @@ def main() -> int:
         if arguments.plan:
             return show_plans(config, arguments.card_gib)
         device = choose_device(config.device)
-        training = start_training(config, device)
         folder = RunFolder(config)
         resumed = folder.find_run(arguments.resume, arguments.overwrite)
+        training = start_training(config, device)
         if resumed:
             resume_training(training, resumed, folder.last)
+        elif config.init_from is not None:
+            load_weights(training.network, load_checkpoint(config.init_from, device), config.init_from)
         data_dir = find_data(config.data_dir)
     with refusing(REFUSED):
         cases = find_cases(data_dir)
@@ -228,7 +230,7 @@ def main() -> int:
     with refusing(REFUSED):
         try:
             train(training, folder, train_set, val_set, device, resumed or {})
-        except (NotFiniteError, NothingFitsError) as error:
+        except NotFiniteError as error:
             print_error(error)
             return STOPPED
     print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")

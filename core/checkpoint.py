@@ -35,8 +35,11 @@ def build_network(config: Config) -> VNet:
 def save_checkpoint(path: str | Path, network: VNet, config: Config, **state: Any) -> None:
     """Write the network, its settings and whatever `state` there is (plain values and tensors), whole."""
     content = {"kind": KIND, "version": VERSION, "config": config_to_dict(config), "network": network.state_dict()}
-    with whole_file(path) as temporary:
-        torch.save(content | state, temporary)
+    try:
+        with whole_file(path) as temporary:
+            torch.save(content | state, temporary)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"{path}: cannot be written, is the disk full? ({str(error).splitlines()[0]})") from error
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -52,8 +55,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+        # Not torch's own words, which advise to run whatever code the file holds.
+        raise ValueError(f"{path}: cannot be read as a checkpoint; it is damaged, or another kind of file") from error
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{path}: is no checkpoint of this repository's train.py")
     if content.get("version") != VERSION:

@@ -91,7 +91,9 @@ RULES = {
     "data_dir": Rule(str, "a folder", bool),
     "run_dir": Rule(str, "a folder", bool),
     "cache_dir": Rule(str, "a folder, or null for no cache", bool, optional=True),
-    "val_cases": Rule(str, "case ids, a file of them, or null", bool, row=True, optional=True),
+    "val_cases": Rule(
+        str, "case ids (in quotes if all digits), a file of them, or null", bool, row=True, optional=True
+    ),
     "val_fraction": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
     "size": Rule(int, "three whole numbers", lambda values: len(values) == 3 and min(values) >= 1, row=True),
     "window_hu": Rule(
@@ -100,7 +102,9 @@ RULES = {
     "organs": Rule(
         str,
         "two names or more, no name twice, at most 256, the first for background",
-        lambda values: 2 <= len(values) <= 256 and len(set(values)) == len(values) and all(values),
+        lambda values: (
+            2 <= len(values) <= 256 and all(values) and len({v.replace(" ", "_") for v in values}) == len(values)
+        ),
         row=True,
     ),
     "channels": whole_number(1),
@@ -125,7 +129,7 @@ RULES = {
     "augment_noise": number(0, 1),
     "augment_flip": Rule(bool, "true or false"),
     "init_from": Rule(str, "a checkpoint, or null", bool, optional=True),
-    "seed": whole_number(0),
+    "seed": Rule(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
     "workers": whole_number(0),
     "device": Rule(str, "auto, cpu, cuda or cuda:N", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)),
 }

@@ -26,12 +26,25 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 
 @contextmanager
 def refusing(code: int) -> Iterator[None]:
-    """End the command with `code` when the block raises what a user can cause: bad values, files and folders."""
+    """End the command with `code` when the block raises what a user can cause: bad values, files and folders.
+
+    Where memory runs out, the code is STOPPED.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         print_error(error)
         raise SystemExit(code) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print_error(error)
+        raise SystemExit(STOPPED) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python, numpy or torch says that memory ran out; torch has no type of its own on a CPU."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def print_error(error: Exception) -> None:

@@ -443,7 +443,7 @@ def interpolate_boundary(logits: Tensor, winners: np.ndarray, mixed: np.ndarray,
 
 
 def neighbours(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `n_out` voxels the two of `n_in` it lies between, and the second's share; as `axis_weights` has it."""
+    """For each of `n_out` voxels the two of `n_in` around it, and the second's share, as in `axis_weights`."""
     centres = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, n_in - 1)
     low = np.floor(centres).astype(np.int64)
     return low, np.minimum(low + 1, n_in - 1), (centres - low).astype(np.float32)

@@ -25,9 +25,8 @@ from core.checkpoint import load_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.files import whole_file
 
-MAY_CHANGE = ("run_dir", "cache_dir", "workers", "device", "memory")  # settings that a resumed run may have of its own
-
-
+# Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
+MAY_CHANGE = ("run_dir", "data_dir", "cache_dir", "init_from", "workers", "device", "memory")
 RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "best.pt")
 
 
@@ -62,7 +61,8 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ValueError("--resume and --overwrite: got both, expected one: go on with the run or replace it")
-        holds_run = any((self.path / name).exists() for name in RUN_FILES)
+        # The other files are written before the first epoch, and tell of no work that could be lost.
+        holds_run = any(path.exists() for path in (self.log, self.last, self.best))
         if holds_run and not (resume or overwrite):
             raise FileExistsError(f"{self.path}: holds a run already; go on with --resume or replace it by --overwrite")
         if not (resume and self.last.is_file()):

@@ -26,6 +26,17 @@ def test_network_and_settings_come_back(path):
     assert all(torch.equal(expected[name], value) for name, value in network.state_dict().items())
 
 
+def test_full_disk_is_named(path, monkeypatch):
+    def full(content, target):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0")
+
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"last\.pt: cannot be written, is the disk full"):
+        save_checkpoint(path, build_network(CONFIG), CONFIG)
+    assert path.read_bytes() == before
+
+
 def test_failed_save_leaves_the_old_file_whole(path):
     before = path.read_bytes()
     with pytest.raises(AttributeError):

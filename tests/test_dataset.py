@@ -30,6 +30,7 @@ from dataset import (
     flip_left_right,
     hu_percentiles,
     mirrored_ids,
+    read_case_ids,
     resample,
     select_cases,
     split_cases,
@@ -714,3 +715,15 @@ def test_real_cases(tmp_path):
     # The patient's liver is on the right, the spleen on the left; X grows to the right.
     labels = samples[0]["labels"]
     assert (labels == 1).nonzero()[:, 0].float().mean() > (labels == 3).nonzero()[:, 0].float().mean() + 10
+
+
+def test_list_of_cases_that_is_no_text_is_refused_by_name(tmp_path):
+    (tmp_path / "cases.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"cases\.txt: is no text"):
+        read_case_ids([str(tmp_path / "cases.txt")])
+
+
+def test_one_scan_named_twice_is_one_case(tmp_path, monkeypatch):
+    (tmp_path / "a_0000.nii.gz").touch()
+    monkeypatch.chdir(tmp_path)
+    assert list(find_scans(["a_0000.nii.gz", tmp_path / "a_0000.nii.gz"])) == ["a"]

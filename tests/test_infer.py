@@ -303,6 +303,23 @@ def test_a_case_whose_volumes_could_not_be_written_is_not_finished(run, scans, t
 # ---- What is refused
 
 
+def test_scan_too_large_for_the_memory_is_named_and_the_others_are_done(run, scans, tmp_path, monkeypatch):
+    whole = infer.prepare_image
+
+    def too_large(voxels, *settings):
+        if voxels.shape[0] == 7:
+            raise MemoryError("Unable to allocate 9 GiB")
+        return whole(voxels, *settings)
+
+    save_scan(scans / "huge.nii.gz", make_voxels((7, 8, 9)))
+    monkeypatch.setattr(infer, "prepare_image", too_large)
+    code, out, err = run(scans)
+    assert code == 1
+    assert "error: case huge: Unable to allocate 9 GiB" in err
+    assert "scans segmented" in out
+    assert not out.startswith("0 of")
+
+
 def test_broken_scans_are_named_and_the_others_are_done(run, scans, tmp_path):
     (scans / "broken.nii.gz").write_text("no NIfTI at all")
     whole = save_scan(scans / "cut.nii", make_voxels(SIZE)).read_bytes()

@@ -162,6 +162,35 @@ def test_resuming_with_other_cases_is_refused_by_name(run, data, tmp_path):
     assert "cannot go on with other cases; to train on only before or only now: phantom_000" in err
 
 
+def test_resuming_elsewhere_and_without_init_from(run, data, tmp_path):
+    assert run("--epochs", "1", folder="first")[0] == 0
+    start = tmp_path / "first" / "last.pt"
+    assert run("--epochs", "2", "--init-from", start)[0] == 0
+    start.unlink()
+    shutil.copytree(data, tmp_path / "moved")
+    code, out, _ = run("--epochs", "2", "--resume", "--init-from", start, "--data-dir", tmp_path / "moved")
+    assert (code, "all 2 epochs are done" in out) == (0, True)
+
+
+def test_validation_that_is_not_finite_saves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "validation_step", lambda training, image, labels: (math.nan, labels))
+    code, _, err = run("--epochs", "1")
+    assert code == 3
+    assert "epoch 1: the validation loss is nan" in err
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_memory_that_runs_out_on_a_cpu_stops_in_one_sentence(run, tmp_path, monkeypatch):
+    def too_much(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr(train, "step_that_fits", too_much)
+    code, _, err = run("--epochs", "1")
+    assert code == 3
+    assert "can't allocate memory" in err
+    assert err.count("\n") == 1
+
+
 def test_broken_validation_case_shows_before_the_first_epoch(run, data, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(data, broken)
@@ -171,6 +200,8 @@ def test_broken_validation_case_shows_before_the_first_epoch(run, data, tmp_path
     assert code == 1
     assert f"{CASES[3]}_0000.nii.gz: cannot be read to its end" in err
     assert not (tmp_path / "run" / "log.csv").exists()
+    # Repaired, the same command starts the run: nothing was there to be lost.
+    assert run("--val-cases", CASES[3], "--epochs", "1")[0] == 0
 
 
 def test_a_folder_that_holds_a_run_is_refused_or_overwritten(run, tmp_path):
