@@ -1,0 +1,133 @@
+"""The benchmarks count and answer what they say; nothing timed is asserted, and MONAI is not needed."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import memory, train_step
+from benchmarks.peers import NO_MONAI, Predecessor
+from core.checkpoint import build_network
+from core.config import load_config
+from core.memory import predict
+from core.step import PLANS
+
+SMALL = load_config(
+    flags={"size": ["32", "32", "16"], "channels": "4", "down_convs": ["1", "1"], "up_convs": ["1"], "device": "cpu"}
+)
+
+
+@pytest.fixture
+def without_monai(monkeypatch):
+    for module in (memory, train_step):
+        monkeypatch.setattr(module, "monai_installed", lambda: False)
+
+
+@pytest.fixture
+def with_a_peer(monkeypatch):
+    """A network of one convolution in MONAI's place."""
+    for module in (memory, train_step):
+        monkeypatch.setattr(module, "monai_installed", lambda: True)
+        monkeypatch.setattr(module, "monai_vnet", lambda classes: nn.Conv3d(1, classes, kernel_size=1))
+
+
+def run(monkeypatch, capsys, module, *flags: object) -> tuple[list[str], dict]:
+    """A benchmark on the small network: the lines that it prints, and its last line read as JSON."""
+
+    def load(flags: dict):
+        return replace(SMALL, size=tuple(map(int, flags["size"])))
+
+    monkeypatch.setattr(module, "load_config", load)
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    assert module.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines, json.loads(lines[-1])
+
+
+def test_memory_answers_in_json_with_the_numbers_of_the_plans(monkeypatch, capsys, without_monai):
+    lines, result = run(monkeypatch, capsys, memory, "--size", 32, 32, 16, "--json")
+    assert len(lines) == 1
+    keys = {"project_off_gib", "project_low_gib", "project_lowest_gib", "monai_gib", "predecessor_gib", "machine"}
+    assert keys <= set(result)
+    for plan in PLANS:
+        assert result[f"project_{plan}_gib"] == predict(SMALL, plan, torch.bfloat16).peak_gib
+    assert result["monai_gib"] is None
+    assert NO_MONAI in result["notes"]
+    assert result["predecessor_gib"] > 0
+    assert result["machine"]["torch"] == torch.__version__
+
+
+def test_memory_prints_a_table_above_the_json(monkeypatch, capsys, with_a_peer):
+    lines, result = run(monkeypatch, capsys, memory, "--size", 32, 32, 16)
+    assert any(line.startswith("project, plan lowest") for line in lines)
+    assert result["monai_gib"] > 0
+    assert f"{result['monai_gib']:.2f}" in next(line for line in lines if line.startswith("monai"))
+
+
+def test_a_plain_step_is_counted_as_the_plan_off_is():
+    config = replace(SMALL, loss="cross_entropy", batch_size=1)
+    count, need = (
+        memory.count_plain_step(lambda: build_network(config), config.size, torch.bfloat16),
+        predict(config, "off", torch.bfloat16),
+    )
+    assert (count.peak_gib, count.flops) == (need.peak_gib, need.flops)
+    assert 0 < count.forward_flops < count.flops
+
+
+def test_predecessor_answers_at_twice_the_size():
+    with torch.no_grad():
+        assert Predecessor(channels=2).eval()(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 4, 32, 32, 32)
+    network = Predecessor()
+    assert len(network.ups) + 1 == 5
+    assert len(network.down_blocks) == 4
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--channels-last"]])
+def test_train_step_times_every_contender(monkeypatch, capsys, with_a_peer, flags):
+    lines, result = run(monkeypatch, capsys, train_step, "--size", 16, 16, 16, "--repeats", 2, *flags)
+    assert (len(lines) == 1) == ("--json" in flags)
+    last = ["off, channels last", "MONAI, channels last"] if "--channels-last" in flags else []
+    assert list(result["contenders"]) == [*PLANS, "MONAI", *last]
+    for row in result["contenders"].values():
+        assert row["step_s"]["n"] == row["step_to_monai"]["n"] == 2
+        assert 0 < row["forward_s"]["median"] < row["step_s"]["median"]
+    assert result["contenders"]["MONAI"]["step_to_monai"]["median"] == 1
+    assert set(result["flops"]) == {"project", "monai"}
+
+
+def test_train_step_without_monai_has_no_ratios(monkeypatch, capsys, without_monai):
+    lines, result = run(monkeypatch, capsys, train_step, "--size", 16, 16, 16, "--repeats", 1)
+    assert list(result["contenders"]) == list(PLANS)
+    assert all(row["step_to_monai"] is None for row in result["contenders"].values())
+    assert NO_MONAI in lines
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "told"),
+    [
+        (memory, ["--size", "30", "32", "32"], "size: got 30 32 32"),
+        (train_step, ["--size", "30", "32", "32"], "size: got 30 32 32"),
+        (train_step, ["--repeats", "0"], "--repeats: got 0"),
+        (train_step, ["--device", "cuda:99"], "device: got cuda:99"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_sentence(monkeypatch, capsys, module, flags, told):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_take_turns_trains_as_the_training_step_does(monkeypatch, without_monai):
+    torch.manual_seed(0)
+    image, labels = torch.rand(1, 1, 16, 16, 16), torch.randint(14, (1, 16, 16, 16), dtype=torch.uint8)
+    (contender, *_) = train_step.make_contenders(replace(SMALL, size=(16, 16, 16)), image, channels_last=False)
+    network = contender.training.network
+    before = [p.clone() for p in network.parameters()]
+    train_step.take_turn(contender, labels)
+    assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    assert len(contender.step_s) == 1
