@@ -80,7 +80,7 @@ class UnitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, unit: Unit, keep: bool, h: Tensor, skip: Tensor | None, *_: nn.Parameter) -> Tensor:
         """Run the unit on `h` and, on the way up, on the skip from across."""
-        ctx.unit, ctx.keep = unit, keep
+        ctx.unit = unit
         result, outputs = unit_forward(unit, h, skip, keep)
         ctx.save_for_backward(h, skip, *outputs)
         return result

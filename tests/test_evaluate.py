@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -58,20 +59,9 @@ def folders(tmp_path) -> list[str]:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_main):
     """Run evaluate.py's main in this process: exit code, stdout and stderr."""
-
-    def run(*flags: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-        try:
-            code = evaluate.main()
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
-
-    return run
+    return partial(run_main, evaluate)
 
 
 def read(folder: Path) -> tuple[dict, dict]:

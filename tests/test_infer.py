@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -78,21 +79,9 @@ def checkpoint(config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(checkpoint, tmp_path, monkeypatch, capsys):
+def run(checkpoint, tmp_path, run_main):
     """Run infer.py's main in this process, into tmp_path/out: exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        defaults = ["--checkpoint", checkpoint, "--output", tmp_path / "out", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, (*defaults, *arguments))])
-        try:
-            code = infer.main()
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
-
-    return run
+    return partial(run_main, infer, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--device", "cpu")
 
 
 def predict_by_hand(checkpoint: Path, voxels: np.ndarray) -> np.ndarray:

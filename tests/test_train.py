@@ -37,19 +37,12 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(data, tmp_path, monkeypatch, capsys):
+def run(data, tmp_path, run_main):
     """Run train.py's main in this process: exit code, stdout and stderr; the run folder is tmp_path/run."""
 
-    def run(*flags: str, folder: str = "run") -> tuple[int, str, str]:
+    def run(*flags: object, folder: str = "run") -> tuple[int, str, str]:
         where = ["--data-dir", data, "--run-dir", tmp_path / folder, "--cache-dir", tmp_path / "cache"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, where), *TINY, *map(str, flags)])
-        try:
-            code = train.main()
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
+        return run_main(train, *where, *TINY, *flags)
 
     return run
 
