@@ -27,17 +27,37 @@ from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run
 from core.memory import choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
 from core.metrics import confusion_matrix, mean_defined, organ_scores
 from core.run_folder import RunFolder
-from core.step import DTYPES, PLANS, Loss, NotFiniteError, Training, choose_device, choose_precision, validation_step
+from core.step import (
+    DTYPES,
+    PLANS,
+    Loss,
+    NotFiniteError,
+    RunningLoss,
+    Training,
+    choose_device,
+    choose_precision,
+    compile_network,
+    make_optimizer,
+    to_channels_last,
+    validation_step,
+)
 from dataset import HU_PERCENTILES, CaseDataset, EpochOrder, augment, find_cases, find_data, split_cases
 
 
 def train_one_epoch(
     training: Training, loader: DataLoader, config: Config, epoch: int, device: torch.device, bar: tqdm
 ) -> dict[str, float]:
-    """One pass over the training cases: the mean loss, and the seconds that the network waited for data."""
+    """One pass over the training cases: the mean loss, and the seconds of waiting for data.
+
+    A loss is read when the next step is on its way, so that a GPU, still busy with a step, finds the next one waiting.
+    On a GPU the seconds are an upper bound: it may be at work on a step meanwhile.
+
+    Raises:
+        NotFiniteError: naming the step and its cases; that step has changed no weight.
+    """
     training.network.train()
     loader.sampler.epoch = epoch
-    losses, waited, asked = [], 0.0, time.perf_counter()
+    losses, running, waited, asked = [], None, 0.0, time.perf_counter()
     for number, batch in enumerate(loader):
         waited += time.perf_counter() - asked
         image, labels = to_device(batch, device)
@@ -46,15 +66,14 @@ def train_one_epoch(
             image, labels = augment(image, labels, batch["extent_mm"], config, epoch, positions)
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(config, (epoch - 1) * len(loader) + number, config.epochs * len(loader))
-        try:
-            loss = step_that_fits(training, image, labels)
-        except NotFiniteError as error:
-            where = f"epoch {epoch}, step {number + 1}, case {', '.join(batch['case'])}"
-            raise NotFiniteError(f"{where}: {error}; a lower --learning-rate may help") from None
-        losses.append(loss)
-        bar.set_description(f"epoch {epoch}/{config.epochs} loss {np.mean(losses):.4f}")
+        where = f"epoch {epoch}, step {number + 1}, case {', '.join(batch['case'])}"
+        before, running = running, RunningLoss(step_that_fits(training, image, labels), where)
+        if before is not None:
+            losses.append(before.read())
+            bar.set_description(f"epoch {epoch}/{config.epochs} loss {np.mean(losses):.4f}")
         bar.update()
         asked = time.perf_counter()
+    losses.append(running.read())
     return {"train_loss": float(np.mean(losses)), "data_seconds": waited}
 
 
@@ -122,12 +141,23 @@ def make_loader(dataset: CaseDataset, config: Config, device: torch.device, trai
 
 
 def start_training(config: Config, device: torch.device) -> Training:
-    """Network, optimiser and the rest as the settings say, before the first step."""
+    """Network, optimiser and the rest as the settings say, before the first step.
+
+    Raises:
+        ValueError: when the settings ask for what the device cannot do, or for what does not go together.
+    """
     precision = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
+    # Off on purpose: trying cuDNN's algorithms takes gigabytes of workspace and picks other ones in every run.
+    torch.backends.cudnn.benchmark = False
     network = build_network(config).to(device)
-    # Fused, Adam needs no memory beside its state: it cannot run out half-way through a step.
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=device.type == "cuda")
+    if config.channels_last:
+        to_channels_last(network)
+    if config.compile:
+        if config.memory not in ("auto", "off"):
+            raise ValueError(f"compile: got true with memory: {config.memory}, expected false, or memory: auto or off")
+        compile_network(network, device)
+    optimizer = make_optimizer(network, config.learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     return Training(network, Loss(config.loss), optimizer, scaler, precision)
 
@@ -135,6 +165,8 @@ def start_training(config: Config, device: torch.device) -> Training:
 def resume_training(training: Training, checkpoint: dict, path: str) -> None:
     """Put network, optimiser and scaler back to where the checkpoint's epoch left them."""
     load_weights(training.network, checkpoint, path)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["fused"] = True  # a checkpoint from a CPU could have it otherwise once
     training.optimizer.load_state_dict(checkpoint["optimizer"])
     training.scaler.load_state_dict(checkpoint["scaler"])
 
@@ -155,6 +187,8 @@ def train(
     describe_cases(val_set, config.workers)  # read now, so that a broken file shows before the first epoch
     train_loader, val_loader = (make_loader(part, config, device, part is train_set) for part in (train_set, val_set))
     training.plan = choose_plan(training, config, device)
+    if config.compile and training.plan != "off":
+        print(f"compile has no effect under the memory plan {training.plan}", flush=True)
     done, best_dice = resumed.get("epoch", 0), resumed.get("best_dice", -1.0)
     bar = tqdm(total=config.epochs * len(train_loader), initial=done * len(train_loader), disable=None, unit="step")
     for epoch in range(done + 1, config.epochs + 1):

@@ -2,11 +2,13 @@
 
     python -m benchmarks.train_step                                    # 128x128x64, 5 repeats
     python -m benchmarks.train_step --size 256 256 128 --repeats 10    # on a GPU
-    python -m benchmarks.train_step --channels-last                    # both networks in that format too
+    python -m benchmarks.train_step --channels-last --compile          # both networks so too, and with both together
+    python -m benchmarks.train_step --cudnn-benchmark                  # with cuDNN trying its algorithms, on a GPU
     python -m benchmarks.train_step --json                             # only the line of JSON
 
 On a CPU in float32, on a GPU in bf16 mixed precision; batch 1. The contenders take turns, so that what else happens on
 the machine meets all of them; each ratio is taken within a turn. Forward is the time to the loss, in training mode.
+The share is the step's counted arithmetic by its median time, in the device's rate for a large matrix product.
 """
 
 import argparse
@@ -22,13 +24,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine, print_result
-from benchmarks.memory import count_plain_step
+from benchmarks.memory import Count, count_plain_step
 from benchmarks.peers import NO_MONAI, monai_installed, monai_vnet
 from core.checkpoint import build_network
 from core.config import Config, load_config
 from core.exits import DONE, USAGE, refusing, run_command
-from core.memory import GIB, predict
-from core.step import PLANS, Loss, Training, choose_device, choose_precision, gradients
+from core.memory import GIB, Need, predict
+from core.step import (
+    PLANS,
+    Loss,
+    Training,
+    choose_device,
+    choose_precision,
+    compile_network,
+    make_optimizer,
+    to_channels_last,
+    training_step,
+)
 from vnet import check_size
 
 SIZE = (128, 128, 64)
@@ -36,13 +48,15 @@ WARM_UP_TURNS = 1  # enough for Adam's state, and for what libraries set up at a
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}  # of square matrices that keep the device busy for a moment
 MATMUL_REPEATS = 7
 PEER = "MONAI"
+COMPILED, CHANNELS_LAST = "compiled", "channels last"
 
 
 @dataclass
 class Contender:
-    """One way to do a training step, and the seconds that its turns took."""
+    """One way to do a training step, and the seconds that its turns took; `base` has the same arithmetic."""
 
     name: str
+    base: str
     training: Training
     image: Tensor
     forward_s: list[float]
@@ -50,46 +64,52 @@ class Contender:
     rise_gib: list[float]
 
 
-def make_training(network: nn.Module, device: torch.device, channels_last: bool) -> Training:
+def make_training(network: nn.Module, device: torch.device, variant: Sequence[str] = ()) -> Training:
     """A network with everything that a step needs, as train.py has it."""
     network = network.to(device).train()
-    if channels_last:
-        network = network.to(memory_format=torch.channels_last_3d)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=device.type == "cuda")
+    if CHANNELS_LAST in variant:
+        to_channels_last(network)
+    if COMPILED in variant:
+        compile_network(network, device)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    return Training(network, Loss("cross_entropy"), optimizer, scaler, choose_precision("auto", device))
+    return Training(
+        network, Loss("cross_entropy"), make_optimizer(network, 1e-4), scaler, choose_precision("auto", device)
+    )
 
 
-def make_contenders(config: Config, image: Tensor, channels_last: bool) -> list[Contender]:
-    """This network under each plan and MONAI's, and with `channels_last` both once more in that memory format."""
+def make_contenders(
+    config: Config, image: Tensor, channels_last: bool = False, compiled: bool = False
+) -> list[Contender]:
+    """This network under each plan and MONAI's, and both once more in each way that is asked for and in all of them.
+
+    Raises:
+        ValueError: when torch.compile does not work here.
+    """
     contenders = []
+    asked = [name for name, wanted in ((COMPILED, compiled), (CHANNELS_LAST, channels_last)) if wanted]
+    variants = [[name] for name in asked] + ([asked] if len(asked) > 1 else [])
 
-    def add(name: str, training: Training, image: Tensor) -> None:
-        contenders.append(Contender(name, training, image, [], [], []))
+    def add(name: str, training: Training, variant: Sequence[str] = ()) -> None:
+        contenders.append(Contender(", ".join([name, *variant]), name, training, image, [], [], []))
 
-    plans = make_training(build_network(config), image.device, channels_last=False)
+    plans = make_training(build_network(config), image.device)
     for plan in PLANS:
-        add(plan, replace(plans, plan=plan), image)
-    classes = len(config.organs)
-    if monai_installed():
-        add(PEER, make_training(monai_vnet(classes), image.device, channels_last=False), image)
-    if channels_last:
-        last = image.to(memory_format=torch.channels_last_3d)
-        add("off, channels last", make_training(build_network(config), image.device, True), last)
+        add(plan, replace(plans, plan=plan))
+    for variant in [(), *variants]:
+        if variant:
+            add("off", make_training(build_network(config), image.device, variant), variant)
         if monai_installed():
-            add(f"{PEER}, channels last", make_training(monai_vnet(classes), image.device, True), last)
+            add(PEER, make_training(monai_vnet(len(config.organs)), image.device, variant), variant)
     return contenders
 
 
 def take_turn(contender: Contender, labels: Tensor) -> None:
-    """One training step, as core.step.training_step does it, with a clock."""
-    training, device = contender.training, labels.device
-    training.optimizer.zero_grad(set_to_none=True)
+    """One training step with a clock."""
+    device = labels.device
+    contender.training.optimizer.zero_grad(set_to_none=True)  # the gradients of the turn before would hide the rise
     read_rise_gib = watch_memory(device)
     times = [clock(device)]
-    gradients(training, contender.image, labels, check=lambda loss: times.append(clock(device)))
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
+    training_step(contender.training, contender.image, labels, check=lambda loss: times.append(clock(device)))
     times.append(clock(device))
     contender.forward_s.append(times[1] - times[0])
     contender.step_s.append(times[2] - times[0])
@@ -163,30 +183,34 @@ def count_arithmetic(config: Config, precision: torch.dtype) -> dict[str, dict[s
     return {name: {"forward": count.forward_flops, "step": count.flops} for name, count in counts.items()}
 
 
-def counted_peaks(config: Config, precision: torch.dtype) -> dict[str, float]:
-    """Peaks in GiB as benchmarks.memory counts them, in this precision, parameters and Adam's state included."""
-    peaks = {plan: predict(config, plan, precision).peak_gib for plan in PLANS}
+def count_steps(config: Config, precision: torch.dtype) -> dict[str, Need | Count]:
+    """Peak in GiB and arithmetic of a step, as benchmarks.memory counts them, parameters and Adam's state included."""
+    counts: dict[str, Need | Count] = {plan: predict(config, plan, precision) for plan in PLANS}
     if monai_installed():
-        peaks[PEER] = count_plain_step(lambda: monai_vnet(len(config.organs)), config.size, precision).peak_gib
-    return peaks
+        counts[PEER] = count_plain_step(lambda: monai_vnet(len(config.organs)), config.size, precision)
+    return counts
 
 
-def measure(config: Config, repeats: int, channels_last: bool = False) -> dict[str, Any]:
-    """Let the contenders take turns."""
+def measure(config: Config, repeats: int, channels_last: bool = False, compiled: bool = False) -> dict[str, Any]:
+    """Let the contenders take turns.
+
+    Raises:
+        ValueError: as `make_contenders`.
+    """
     config = replace(config, batch_size=1, loss="cross_entropy")
     device = choose_device(config.device)
     precision = choose_precision("auto", device)
     torch.manual_seed(config.seed)
     image = torch.rand(1, 1, *config.size, device=device)
     labels = torch.randint(len(config.organs), (1, *config.size), dtype=torch.uint8, device=device)
-    contenders = make_contenders(config, image, channels_last)
+    contenders = make_contenders(config, image, channels_last, compiled)
     for turn in range(WARM_UP_TURNS + repeats):
         for contender in contenders:
             if turn == WARM_UP_TURNS:
                 contender.forward_s, contender.step_s, contender.rise_gib = [], [], []
             take_turn(contender, labels)
     peer = next((each for each in contenders if each.name == PEER), None)
-    peaks = counted_peaks(config, precision)
+    counts, rate = count_steps(config, precision), matmul_flops_per_second(device, precision)
     rows = {
         each.name: {
             "forward_s": summarise(each.forward_s),
@@ -194,7 +218,8 @@ def measure(config: Config, repeats: int, channels_last: bool = False) -> dict[s
             "forward_to_monai": peer and ratios(each.forward_s, peer.forward_s),
             "step_to_monai": peer and ratios(each.step_s, peer.step_s),
             "rise_gib": summarise(each.rise_gib),
-            "counted_peak_gib": peaks.get(each.name),
+            "counted_peak_gib": counts[each.name].peak_gib if each.name in counts else None,
+            "share_of_matmul": counts[each.base].flops / statistics.median(each.step_s) / rate,
         }
         for each in contenders
     }
@@ -205,7 +230,8 @@ def measure(config: Config, repeats: int, channels_last: bool = False) -> dict[s
         "repeats": repeats,
         "contenders": rows,
         "flops": count_arithmetic(config, precision),
-        "matmul_flops_per_second": matmul_flops_per_second(device, precision),
+        "matmul_flops_per_second": rate,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "notes": [] if peer else [NO_MONAI],
         "machine": machine(),
     }
@@ -213,14 +239,14 @@ def measure(config: Config, repeats: int, channels_last: bool = False) -> dict[s
 
 def format_table(result: dict[str, Any]) -> list[str]:
     """The lines of the table."""
-    titles = ("forward s", "step s", "min", "max", "fwd ratio", "step ratio", "rise GiB", "counted")
-    lines = [f"{'':<24}" + "".join(f"{title:>11}" for title in titles)]
+    titles = ("forward s", "step s", "min", "max", "fwd ratio", "step ratio", "rise GiB", "counted", "share")
+    lines = [f"{'':<32}" + "".join(f"{title:>11}" for title in titles)]
     for name, row in result["contenders"].items():
         median = {key: value["median"] for key, value in row.items() if isinstance(value, dict)}
         numbers = [median["forward_s"], median["step_s"], row["step_s"]["min"], row["step_s"]["max"]]
         numbers += [median.get(key) for key in ("forward_to_monai", "step_to_monai", "rise_gib")]
-        numbers.append(row["counted_peak_gib"])
-        lines.append(f"{name:<24}" + "".join(f"{'-':>11}" if n is None else f"{n:>11.3f}" for n in numbers))
+        numbers += [row["counted_peak_gib"], row["share_of_matmul"]]
+        lines.append(f"{name:<32}" + "".join(f"{'-':>11}" if n is None else f"{n:>11.3f}" for n in numbers))
     rate = result["matmul_flops_per_second"]
     for name, flops in result["flops"].items():
         lines.append(
@@ -241,7 +267,8 @@ def main() -> int:
         config = load_config(flags={"size": list(map(str, arguments.size)), "device": arguments.device})
         check_size(config.size, len(config.up_convs))
         choose_device(config.device)
-    result = measure(config, arguments.repeats, arguments.channels_last)
+        torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
+        result = measure(config, arguments.repeats, arguments.channels_last, arguments.compile)
     print_result(format_table(result), result, arguments.json)
     return DONE
 
@@ -253,6 +280,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns after the warm-up (default: 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--channels-last", action="store_true", help="both networks in channels_last_3d too")
+    parser.add_argument("--compile", action="store_true", help="both networks under torch.compile too")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN tries its algorithms, unlike in train.py")
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")
     return parser.parse_args()
 

@@ -44,6 +44,8 @@ class Config:
     schedule: str
     precision: str
     memory: str
+    compile: bool
+    channels_last: bool
     val_interval: int
     augment: bool
     augment_rotation_degrees: float
@@ -118,6 +120,8 @@ RULES = {
     "schedule": one_of("constant", "cosine", "poly"),
     "precision": one_of("auto", "float32", "bf16", "fp16"),
     "memory": one_of("auto", "off", "low", "lowest"),
+    "compile": Rule(bool, "true or false"),
+    "channels_last": Rule(bool, "true or false"),
     "val_interval": whole_number(1),
     "augment": Rule(bool, "true or false"),
     "augment_rotation_degrees": number(0, 180),

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.checkpoint import build_network
 from core.config import Config
-from core.step import PLANS, Loss, Training, gradients, training_step
+from core.step import PLANS, Loss, Training, gradients, make_optimizer, to_channels_last, training_step
 from vnet import VNet
 
 GIB = 2**30
@@ -37,11 +37,13 @@ class Need:
 
 
 def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
-    """Count one training step; takes seconds, allocates next to nothing, needs no GPU."""
+    """Count one training step, not compiled; takes seconds, allocates next to nothing, needs no GPU."""
     counter, tracker = FlopCounterMode(display=False), MemTracker()
     with FakeTensorMode():
         network = build_network(config)
-        optimizer = torch.optim.Adam(network.parameters())
+        if config.channels_last:
+            to_channels_last(network)
+        optimizer = make_optimizer(network, config.learning_rate)
         for parameter in network.parameters():  # a step without a network's, so that Adam's state is there
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -51,8 +53,7 @@ def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
         training = Training(network, Loss(config.loss), optimizer, scaler, precision, plan)
         tracker.track_external(network, optimizer, image, labels)
         with tracker, counter:
-            gradients(training, image, labels, check=lambda loss: None)
-            optimizer.step()
+            training_step(training, image, labels)
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
     return Need(plan, peak / GIB, counter.get_total_flops())
 
@@ -115,7 +116,7 @@ def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
     buffers = [buffer.clone() for buffer in training.network.buffers()]
     torch.cuda.reset_peak_memory_stats(image.device)
     try:
-        gradients(training, image, labels, check=lambda loss: None)
+        gradients(training, image, labels)
         return torch.cuda.max_memory_allocated(image.device) / GIB
     finally:
         training.optimizer.zero_grad(set_to_none=True)
@@ -123,8 +124,8 @@ def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
         del moments
 
 
-def step_that_fits(training: Training, image: Tensor, labels: Tensor) -> float:
-    """A training step; where memory runs out, the same step again under the next smaller plan, which then stays.
+def step_that_fits(training: Training, image: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a training step; out of memory, the same step again under the next smaller plan, which then stays.
 
     Raises:
         NothingFitsError: when it runs out under the smallest.

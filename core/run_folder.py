@@ -26,7 +26,7 @@ from core.config import Config, config_to_dict, save_config
 from core.files import whole_file
 
 # Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
-MAY_CHANGE = ("run_dir", "data_dir", "cache_dir", "init_from", "workers", "device", "memory")
+MAY_CHANGE = ("run_dir", "data_dir", "cache_dir", "init_from", "workers", "device", "memory", "compile")
 RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "best.pt")
 
 

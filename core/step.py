@@ -7,6 +7,7 @@ A memory plan is a way to work out the same gradients:
     lowest   only what passes between stages is kept; every convolution is done once more in the backward pass
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,7 +139,7 @@ class Training:
     Attributes:
         network: whose weights are trained.
         loss: what is to become small.
-        optimizer: of the network's parameters.
+        optimizer: of the network's parameters, from `make_optimizer`.
         scaler: enabled for fp16 alone, whose small gradients would vanish otherwise.
         precision: the type that convolutions are computed in.
         plan: one of PLANS.
@@ -152,28 +153,66 @@ class Training:
     plan: str = "off"
 
 
-def training_step(training: Training, image: Tensor, labels: Tensor) -> float:
-    """Change the network's weights once, for one batch.
+def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    """Adam in one kernel: with no memory beside its state it cannot run out half-way, and it can leave a step out."""
+    return torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
+
+
+@torch.no_grad()
+def to_channels_last(network: nn.Module) -> None:
+    """Store the weights of convolutions with the channels last, so that volumes are worked on in that order too.
+
+    The scan itself has one channel, which makes both orders the same. For an optimiser's state to take the order over,
+    this comes before `make_optimizer`.
+    """
+    for parameter in network.parameters():
+        if parameter.ndim == 5:
+            # Not Module.to, which cannot do it to tensors without memory (core/memory.py).
+            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+
+
+def compile_network(network: nn.Module, device: torch.device) -> None:
+    """Let torch.compile write the kernels of `network(image)`, which of the plans only `off` calls; names stay.
+
+    Raises:
+        ValueError: when it cannot, on a CPU for want of a C++ compiler.
+    """
+    sample = torch.zeros(2, device=device)
+    try:
+        torch.compile(lambda x: x + 1)(sample)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"compile: torch.compile does not work here ({reason}); expected false") from error
+    network.compile()
+
+
+def training_step(
+    training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None] = lambda loss: None
+) -> Tensor:
+    """Change the network's weights once, for one batch; on a GPU it is launched and not waited for.
 
     Args:
         training: with the network in training mode.
         image: (B, 1, X, Y, Z) float32 in 0..1.
         labels: (B, X, Y, Z), integer ids.
+        check: is shown the loss before the backward pass.
 
     Returns:
-        the loss before the change.
-
-    Raises:
-        NotFiniteError: when the loss is NaN or infinite; no weight has changed then.
+        the loss before the change, a scalar on the device; where it is NaN or infinite, no weight has changed.
     """
     training.optimizer.zero_grad(set_to_none=True)
-    value = gradients(training, image, labels, check_finite)
+    loss = gradients(training, image, labels, check)
+    # Adam reads on the device whether to leave this step out. An enabled scaler puts its own answer here, in which all
+    # gradients have a say.
+    training.optimizer.found_inf = loss.isfinite().logical_not().float()
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    return value.item()
+    return loss
 
 
-def gradients(training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None]) -> Tensor:
+def gradients(
+    training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None] = lambda loss: None
+) -> Tensor:
     """Put the loss's gradients, times the scaler's factor, into the parameters, as the plan says; returns the loss.
 
     `check` is shown the loss before the backward pass.
@@ -215,6 +254,33 @@ def backward_in_slabs(training: Training, h: Tensor, labels: Tensor, check: Call
     return value.detach()
 
 
+class RunningLoss:
+    """The loss of a step that a GPU may still be at work on: on its way to the processor, which does not wait for it.
+
+    Args:
+        loss: a scalar, from `training_step`.
+        where: epoch, step and case, for the sentence that says that it is not finite.
+    """
+
+    def __init__(self, loss: Tensor, where: str):
+        self.where = where
+        self.value = loss.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
+
+    def read(self) -> float:
+        """Wait for the step, but not for those launched behind it.
+
+        Raises:
+            NotFiniteError: when the loss is NaN or infinite.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss = self.value.item()
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"{self.where}: the loss is {loss}; a lower --learning-rate may help")
+        return loss
+
+
 @torch.no_grad()
 def validation_step(training: Training, image: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """The loss for a batch and the class of every voxel, (B, X, Y, Z) uint8, in less memory than any training step."""
@@ -233,9 +299,3 @@ def slabs_along_x(classify: nn.Conv3d, h: Tensor) -> list[slice]:
     """Cut the X axis of `h`, (B, C, X, Y, Z), so that the float32 logits of one slab stay within SLAB_BYTES."""
     thickness = max(1, SLAB_BYTES // (4 * classify.out_channels * h[:, 0, 0].numel()))
     return [slice(x, x + thickness) for x in range(0, h.shape[2], thickness)]
-
-
-def check_finite(value: Tensor) -> None:
-    """Raise NotFiniteError unless the loss is a number."""
-    if not torch.isfinite(value):
-        raise NotFiniteError(f"the loss is {value.item()}")

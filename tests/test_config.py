@@ -47,6 +47,8 @@ CHANGES = {
     "schedule": ("cosine", "cosine"),
     "precision": ("float32", "float32"),
     "memory": ("lowest", "lowest"),
+    "compile": ("true", True),
+    "channels_last": ("true", True),
     "val_interval": ("5", 5),
     "augment": ("true", True),
     "augment_rotation_degrees": ("15", 15.0),

@@ -11,7 +11,7 @@ import train
 from core import memory
 from core.config import load_config
 from core.memory import Need, NothingFitsError, choose_plan, plan_for, predict, step_that_fits
-from core.step import PLANS, Loss, Training, gradients
+from core.step import PLANS, Loss, Training, gradients, make_optimizer
 from data.make_phantom import write_phantom
 from vnet import VNet
 
@@ -23,9 +23,8 @@ SMALL = load_config(
 def start(norm: str = "instance", plan: str = "off") -> Training:
     torch.manual_seed(0)
     network = VNet(5, channels=3, down_convs=(1, 2), up_convs=(1,), norm=norm)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Training(network, Loss("cross_entropy"), optimizer, scaler, torch.float32, plan)
+    return Training(network, Loss("cross_entropy"), make_optimizer(network, 1e-2), scaler, torch.float32, plan)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,11 +119,11 @@ def test_auto_keeps_the_first_plan_that_fits_and_changes_nothing(monkeypatch, ca
     before = copy.deepcopy(training.network.state_dict())
     tried = []
 
-    def fake(training, image, labels, check):
+    def fake(training, image, labels):
         tried.append(training.plan)
         if training.plan == "off":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradients(training, image, labels, check)
+        return gradients(training, image, labels)
 
     monkeypatch.setattr(memory, "gradients", fake)
     monkeypatch.setattr(memory, "predict", lambda config, plan, precision: Need(plan, 4.25, 1))

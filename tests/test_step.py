@@ -2,10 +2,12 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from core import step
 from core.recompute import features
@@ -13,10 +15,14 @@ from core.step import (
     PLANS,
     Loss,
     NotFiniteError,
+    RunningLoss,
     Training,
     autocast,
     choose_device,
     choose_precision,
+    compile_network,
+    make_optimizer,
+    to_channels_last,
     training_step,
     validation_step,
 )
@@ -29,14 +35,16 @@ def sharp_logits(labels: torch.Tensor, classes: int, sureness: float = 50.0) -> 
     return sureness * nn.functional.one_hot(labels, classes).movedim(-1, 1).float()
 
 
-def start(network: VNet, rate: float = 1e-2, plan: str = "off", loss: str = "cross_entropy") -> Training:
-    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Training(network, Loss(loss), optimizer, scaler, next(network.parameters()).dtype, plan)
+def start(
+    network: VNet, rate: float = 1e-2, plan: str = "off", loss: str = "cross_entropy", scaled: bool = False
+) -> Training:
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    precision = next(network.parameters()).dtype
+    return Training(network, Loss(loss), make_optimizer(network, rate), scaler, precision, plan)
 
 
 def step_on(network: VNet, image: torch.Tensor, labels: torch.Tensor, rate: float = 1e-2, **settings: str) -> float:
-    return training_step(start(network, rate, **settings), image, labels)
+    return training_step(start(network, rate, **settings), image, labels).item()
 
 
 def dice_part(logits: torch.Tensor, labels: torch.Tensor) -> float:
@@ -175,14 +183,122 @@ def test_plans_in_bf16_point_where_float32_does(plan):
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("plan", PLANS)
-def test_loss_that_is_not_finite_stops_every_plan_before_any_weight_changes(plan):
+def test_step_whose_loss_is_not_finite_is_left_out(plan, bad, scaled):
+    torch.manual_seed(0)
     network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
-    before = copy.deepcopy(network.state_dict())
-    image = torch.full((1, 1, 8, 8, 8), float("nan"))
-    with pytest.raises(NotFiniteError, match="the loss is nan"):
-        step_on(network, image, torch.zeros(1, 8, 8, 8, dtype=torch.uint8), plan=plan)
-    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    training = start(network, plan=plan, scaled=scaled)
+    image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8), dtype=torch.uint8)
+    training_step(training, image, labels)
+    before = copy.deepcopy((network.state_dict(), training.optimizer.state_dict()["state"]))
+    loss = training_step(training, torch.full_like(image, bad), labels)
+    assert not math.isfinite(loss)
+    with pytest.raises(NotFiniteError, match=r"^epoch 2, step 3, case x: the loss is nan; a lower "):
+        RunningLoss(loss, "epoch 2, step 3, case x").read()
+    torch.testing.assert_close((network.state_dict(), training.optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    # The next step goes on from there, as if the one that was left out had never been.
+    loss = training_step(training, image, labels)
+    assert RunningLoss(loss, "").read() == loss.item()
+    assert all(state["step"] == 2 for state in training.optimizer.state.values())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_step_never_waits_for_a_value(plan, norm, scaled):
+    # These tensors have no values: whatever asks for one, and on a GPU would have to wait for it, raises.
+    with FakeTensorMode():
+        network = VNet(5, channels=4, down_convs=(1, 2), up_convs=(1,), norm=norm)
+        training = start(network, plan=plan, loss="dice_cross_entropy", scaled=scaled)
+        training.precision = torch.bfloat16
+        image, labels = torch.zeros(2, 1, 8, 8, 8), torch.zeros(2, 8, 8, 8, dtype=torch.uint8)
+        for _ in range(2):
+            value = training_step(training, image, labels)
+        for ask in (torch.Tensor.item, bool):
+            with pytest.raises(DataDependentOutputException):
+                ask(value)
+
+
+def test_a_loss_on_a_gpu_is_copied_at_once_and_waited_for_when_read(monkeypatch):
+    order = []
+
+    class OnGpu:
+        """As much of a scalar on a GPU as RunningLoss touches, and of its stream, the event, and the copy."""
+
+        is_cuda, device = True, torch.device("cuda:1")
+
+        def to(self, device: str, non_blocking: bool) -> "OnGpu":
+            order.append(f"copy to {device}{' without waiting' * non_blocking}")
+            return self
+
+        def record_event(self) -> "OnGpu":
+            order.append("record")
+            return self
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def item(self) -> float:
+            order.append("read")
+            return 0.5
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: order.append(f"stream of {device}") or OnGpu())
+    running = RunningLoss(OnGpu(), "")
+    assert order == ["copy to cpu without waiting", "stream of cuda:1", "record"]
+    assert running.read() == 0.5
+    assert order[3:] == ["wait", "read"]
+
+
+# ---- Settings of the machine: the same steps -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_channels_last_trains_to_the_same_weights(plan, norm):
+    torch.manual_seed(0)
+    plain = VNet(5, channels=3, down_convs=(1, 2, 2), up_convs=(2, 1), norm=norm).double()
+    last = copy.deepcopy(plain)
+    to_channels_last(last)
+    image, labels = torch.rand(2, 1, 16, 8, 12, dtype=torch.double), torch.randint(5, (2, 16, 8, 12))
+    trainings = [start(network, rate=1e-3, plan=plan) for network in (plain, last)]
+    for _ in range(3):
+        a, b = (training_step(training, image, labels).item() for training in trainings)
+        assert a == pytest.approx(b, rel=1e-9)
+    for (name, a), b in zip(plain.named_parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=name)
+        if a.ndim == 5:
+            assert b.is_contiguous(memory_format=torch.channels_last_3d), name
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])  # torch's instance norm lays its channels apart again
+def test_channels_last_reaches_the_volumes(norm):
+    network = VNet(5, channels=4, down_convs=(1, 2), up_convs=(1,), norm=norm)
+    to_channels_last(network)
+    image = torch.rand(1, 1, 8, 8, 8)
+    results = [features(network, image, torch.float32, keep) for keep in (True, False)]
+    for stage in (network.first, *network.down_stages, *network.up_stages):
+        stage.register_forward_hook(lambda _, __, output: results.append(output))
+    network(image)
+    assert len(results) == 2 + 3
+    for result in results:
+        assert result.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.slow  # the compiler takes a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_network_gives_the_same_gradients():
+    torch.manual_seed(0)
+    plain = VNet(5, channels=4, down_convs=(1, 2), up_convs=(1,))
+    compiled = copy.deepcopy(plain)
+    compile_network(compiled, CPU)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    image, labels = torch.rand(1, 1, 16, 8, 8), torch.randint(5, (1, 16, 8, 8), dtype=torch.uint8)
+    expected = step_on(plain, image, labels, rate=1e-3)
+    assert step_on(compiled, image, labels, rate=1e-3) == pytest.approx(expected, rel=1e-5)
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 1e-3 * a.grad.norm(), name
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -3,10 +3,13 @@
 import csv
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +20,6 @@ import torch
 import train
 from core.checkpoint import load_checkpoint, load_network
 from core.config import load_config
-from core.step import NotFiniteError
 from data.make_phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +47,21 @@ def run(data, tmp_path, run_main):
         return run_main(train, *where, *TINY, *flags)
 
     return run
+
+
+@contextmanager
+def power_cut(before_epoch: int) -> Iterator[None]:
+    """A block in which training breaks off before that epoch."""
+    one_epoch = train.train_one_epoch
+
+    def cut(training, loader, config, epoch, *others):
+        if epoch == before_epoch:
+            raise KeyboardInterrupt
+        return one_epoch(training, loader, config, epoch, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_one_epoch", cut)
+        yield
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -108,21 +125,12 @@ def test_best_is_the_epoch_with_the_highest_validation_dice(run, tmp_path):
     assert best["val_dice"] == pytest.approx(max(dice), abs=1e-5)
 
 
-def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path, monkeypatch):
+def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path):
     flags = ["--epochs", "4", "--augment", "--schedule", "cosine"]
     assert run(*flags, folder="whole")[0] == 0
 
-    one_epoch = train.train_one_epoch
-
-    def power_cut(training, loader, config, epoch, *others):
-        if epoch == 3:
-            raise KeyboardInterrupt
-        return one_epoch(training, loader, config, epoch, *others)
-
-    monkeypatch.setattr(train, "train_one_epoch", power_cut)
-    with pytest.raises(KeyboardInterrupt):
+    with power_cut(before_epoch=3), pytest.raises(KeyboardInterrupt):
         run(*flags, "--resume", folder="broken")  # --resume starts a run where there is none
-    monkeypatch.setattr(train, "train_one_epoch", one_epoch)
     assert run(*flags, "--resume", folder="broken")[0] == 0
 
     assert same_weights(tmp_path / "whole" / "last.pt", tmp_path / "broken" / "last.pt")
@@ -136,9 +144,11 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
 def test_resuming_with_other_settings_is_refused_by_name(run, tmp_path):
     assert run("--epochs", "1")[0] == 0
     before = (tmp_path / "run" / "last.pt").read_bytes()
-    code, _, err = run("--epochs", "1", "--resume", "--seed", "7", "--norm", "group")
+    code, _, err = run("--epochs", "1", "--resume", "--seed", "7", "--norm", "group", "--channels-last")
     assert code == 2
     assert "norm was instance, is group" in err
+    # Adam's state would lie in another order than the weights, and be added to the wrong ones.
+    assert "channels_last was False, is True" in err
     assert "seed was 0, is 7" in err
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
@@ -163,6 +173,70 @@ def test_resuming_elsewhere_and_without_init_from(run, data, tmp_path):
     shutil.copytree(data, tmp_path / "moved")
     code, out, _ = run("--epochs", "2", "--resume", "--init-from", start, "--data-dir", tmp_path / "moved")
     assert (code, "all 2 epochs are done" in out) == (0, True)
+
+
+def test_resuming_a_run_whose_optimizer_was_not_fused(run, tmp_path):
+    flags = ["--epochs", "2", "--resume"]
+    assert run(*flags, folder="whole")[0] == 0
+    assert run("--epochs", "1", "--schedule", "constant")[0] == 0
+    path = tmp_path / "run" / "last.pt"
+    content = torch.load(path, weights_only=True)
+    content["config"]["epochs"] = 2
+    assert content["optimizer"]["param_groups"][0]["fused"]
+    content["optimizer"]["param_groups"][0]["fused"] = None
+    torch.save(content, path)
+    assert run(*flags)[0] == 0
+    assert same_weights(tmp_path / "whole" / "last.pt", path)
+
+
+def test_channels_last_learns_the_same_and_resumes(run, tmp_path):
+    for folder, flags in {"plain": [], "last": ["--channels-last"]}.items():
+        assert run("--epochs", "3", *flags, folder=folder)[0] == 0
+    losses = [[float(row["train_loss"]) for row in read_log(tmp_path / name)] for name in ("plain", "last")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    network, _ = load_network(tmp_path / "last" / "last.pt")
+    assert network.downs[0].conv.weight.is_contiguous()  # a checkpoint is read the same by infer.py
+    with power_cut(before_epoch=2), pytest.raises(KeyboardInterrupt):
+        run("--epochs", "3", "--channels-last", folder="broken")
+    assert run("--epochs", "3", "--channels-last", "--resume", folder="broken")[0] == 0
+    assert same_weights(tmp_path / "last" / "last.pt", tmp_path / "broken" / "last.pt")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_settings_of_the_machine_reach_the_network(monkeypatch, asked):
+    small = {"size": ["16", "16", "8"], "channels": "2", "down_convs": ["1", "1"], "up_convs": ["1"]}
+    config = load_config(flags=small | {"channels_last": str(asked).lower(), "compile": str(asked).lower()})
+    compiled = []
+    monkeypatch.setattr(train, "compile_network", lambda network, device: compiled.append(network))
+    network = train.start_training(config, torch.device("cpu")).network
+    assert network.downs[0].conv.weight.is_contiguous(memory_format=torch.channels_last_3d) == asked
+    assert compiled == [network] * asked
+
+
+def test_compile_without_a_compiler_is_refused_in_one_sentence(data, tmp_path):
+    where = ["--data-dir", data, "--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *map(str, where), *TINY, "--compile"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: compile: torch.compile does not work here (")
+    assert "No working C++ compiler" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # the compiler takes minutes
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiled_run_learns_the_same_and_goes_on_without(run, tmp_path):
+    assert run("--epochs", "2", folder="plain")[0] == 0
+    assert run("--epochs", "2", "--compile", "--batch-size", "1", folder="compiled")[0] == 0
+    losses = [[float(row["train_loss"]) for row in read_log(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert "all 2 epochs are done" in run("--epochs", "2", "--resume", folder="compiled")[1]
 
 
 def test_validation_that_is_not_finite_saves_nothing(run, tmp_path, monkeypatch):
@@ -217,22 +291,43 @@ def test_seed_decides_the_weights_and_workers_do_not(run, tmp_path):
     assert not same_weights(tmp_path / "a" / "last.pt", tmp_path / "c" / "last.pt")
 
 
-def test_loss_that_is_not_finite_stops_the_run_with_the_case(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad_step", [1, 4])  # the first of an epoch, and the last, behind which no step is launched
+def test_loss_that_is_not_finite_stops_the_run_with_the_case(run, tmp_path, monkeypatch, bad_step):
     one_step = train.step_that_fits
     calls = []
 
-    def third_epoch_explodes(*args):
+    def third_epoch_explodes(training, image, labels):
         calls.append(1)
-        if len(calls) > 2 * 4:  # 4 training cases an epoch
-            raise NotFiniteError("the loss is nan")
-        return one_step(*args)
+        bad = len(calls) == 2 * 4 + bad_step  # 4 training cases an epoch
+        return one_step(training, image * math.nan if bad else image, labels)
 
     monkeypatch.setattr(train, "step_that_fits", third_epoch_explodes)
     code, _, err = run("--epochs", "3")
     assert code == 3
-    assert "epoch 3, step 1, case phantom_000" in err
-    assert "the loss is nan" in err
+    assert f"epoch 3, step {bad_step}, case phantom_000" in err
+    assert "the loss is nan; a lower --learning-rate may help" in err
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
+
+
+def test_a_loss_is_read_when_the_next_step_is_on_its_way(run, tmp_path, monkeypatch):
+    one_step, events = train.step_that_fits, []
+
+    class Watched(train.RunningLoss):
+        def read(self) -> float:
+            events.append(f"read {self.where.split(', ')[1]}")
+            return super().read()
+
+    def watched(*args):
+        events.append("launch")
+        return one_step(*args)
+
+    monkeypatch.setattr(train, "step_that_fits", watched)
+    monkeypatch.setattr(train, "RunningLoss", Watched)
+    assert run("--epochs", "1")[0] == 0
+    assert events == [
+        "launch", "launch", "read step 1", "launch", "read step 2", "launch", "read step 3", "read step 4"
+    ]  # fmt: skip
+    assert len(read_log(tmp_path / "run")) == 1
 
 
 def test_without_validation_cases_there_is_no_best(run, tmp_path):
@@ -261,6 +356,7 @@ def test_init_from_starts_with_the_other_runs_weights(run, tmp_path):
         (["--size", "30", "32", "16"], "size: got 30 32 16, expected multiples of 4"),
         (["--up-convs", "1", "1", "1"], "up_convs: got 3 stages up for 3 down"),
         (["--precision", "bf16"], "precision: got bf16 on a CPU"),
+        (["--compile", "--memory", "low"], "compile: got true with memory: low, expected false, or memory: auto or"),
         (["--device", "cuda:99"], "device: got cuda:99, but torch sees"),
         (["--epochs", "0"], "--epochs: got 0, expected a whole number of 1 or more"),
         (["--val-cases", "phantom_0001", "nobody"], "val_cases: nobody not among the 5 cases"),
