@@ -11,7 +11,12 @@ import argparse
 import csv
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -39,40 +44,171 @@ EXTENT_TOLERANCE = 0.25  # a scan may be this much smaller or larger than every 
 HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may lie outside those of the training cases
 
 
-@torch.inference_mode()
-def predict(network: VNet, voxels: np.ndarray, config: Config, device: torch.device) -> torch.Tensor:
-    """Run the network on a scan, (X, Y, Z) float32 in HU and RAS+ order: logits (K, *config.size) float32."""
-    image = torch.from_numpy(prepare_image(voxels, config.size, config.window_hu)).to(device).float() / 255
-    with autocast(device, choose_precision(config.precision if device.type == "cuda" else "auto", device)):
-        return network(image[None, None])[0].float()
+@dataclass(frozen=True)
+class Inference:
+    """All that segmenting a scan works with.
+
+    Attributes:
+        network: ready to predict, on `device`.
+        config: the settings that it was trained under.
+        training_data: what its training cases were like.
+        device: where it runs.
+        precision: the type that convolutions are computed in.
+        output: the folder for the results.
+        probabilities: whether they are written too.
+    """
+
+    network: VNet
+    config: Config
+    training_data: dict
+    device: torch.device
+    precision: torch.dtype
+    output: Path
+    probabilities: bool
 
 
-def segment(
-    case: str, scan: Path, network: VNet, checkpoint: dict, device: torch.device, output: Path, probabilities: bool
-) -> None:
-    """Predict a scan and write its label map and volumes, and its probabilities if asked to.
+@dataclass
+class Segmentation:
+    """A scan on its way to a label map; each stage leaves what the next one needs, and drops what it took itself.
+
+    Attributes:
+        case: the scan's id.
+        file: where it is read from.
+        geometry: its geometry, once it is read.
+        image: (X, Y, Z) uint8, what the network is to see.
+        logits: (K, X, Y, Z) float32, what it gave.
+        failure: why no stage can go on with it.
+        out_of_memory: whether that was for want of memory.
+    """
+
+    case: str
+    file: Path
+    geometry: Geometry | None = None
+    image: np.ndarray | None = None
+    logits: torch.Tensor | None = None
+    failure: str | None = None
+    out_of_memory: bool = False
+
+
+# ---- The three stages ------------------------------------------------------------------------------------------------
+
+
+def prepare(inference: Inference, scan: Segmentation) -> None:
+    """Read a scan and resize it to the network's grid; warn if it is unlike the training cases.
 
     Raises:
-        OSError, ValueError: when the scan cannot be read, the network's output is not finite, or a file not written.
+        OSError, ValueError: when it cannot be read.
     """
-    voxels, geometry = load_scan(scan)
-    unlike = differences(voxels, geometry, checkpoint["training_data"])
+    voxels, scan.geometry = load_scan(scan.file)
+    unlike = differences(voxels, scan.geometry, inference.training_data)
     if unlike:
         tqdm.write(
-            f"warning: case {case}: unlike the training cases, expect a poor prediction: {', '.join(unlike)}",
+            f"warning: case {scan.case}: unlike the training cases, expect a poor prediction: {', '.join(unlike)}",
             file=sys.stderr,
         )
-    config = checkpoint["config"]
-    logits = predict(network, voxels, config, device)
+    scan.image = prepare_image(voxels, inference.config.size, inference.config.window_hu)
+
+
+@torch.inference_mode()
+def predict(inference: Inference, scan: Segmentation) -> None:
+    """Run the network on a prepared scan."""
+    image = torch.from_numpy(scan.image).to(inference.device).float() / 255  # (X, Y, Z) in 0..1
+    with autocast(inference.device, inference.precision):
+        scan.logits = inference.network(image[None, None])[0].float()  # (K, X, Y, Z)
+    scan.image = None
+
+
+def finish(inference: Inference, scan: Segmentation) -> None:
+    """Bring the logits back to the scan's own grid; write its volumes and label map, and probabilities if asked to.
+
+    Raises:
+        OSError, ValueError: when the network's output is not finite, or a file cannot be written.
+    """
+    logits, geometry, organs = scan.logits, scan.geometry, inference.config.organs
+    scan.logits = None
     if not torch.isfinite(logits).all():
-        raise ValueError(f"case {case}: the network's output is not finite, so that no label map can be made of it")
+        raise ValueError("the network's output is not finite, so that no label map can be made of it")
     labels = logits_to_labels(logits, geometry.shape)
-    volumes_ml = np.bincount(labels.ravel(), minlength=len(config.organs)) * geometry.voxel_ml
-    if probabilities:
-        save_probabilities(logits, geometry, output / f"{case}_probabilities.nii.gz")
-    write_volumes(output / "volumes.csv", case, volumes_ml, config.organs)
+    # Slice by slice, since bincount makes 8 bytes of each label.
+    voxels = sum(np.bincount(labels_yz.ravel(), minlength=len(organs)) for labels_yz in labels)
+    if inference.probabilities:
+        save_probabilities(logits, geometry, inference.output / f"{scan.case}_probabilities.nii.gz")
+    write_volumes(inference.output / "volumes.csv", scan.case, voxels * geometry.voxel_ml, organs)
     # The label map comes last: --skip-existing takes it as the sign that all of the case is done.
-    save_label_map(labels, geometry, output / f"{case}.nii.gz")
+    save_label_map(labels, geometry, inference.output / f"{scan.case}.nii.gz")
+
+
+# ---- All scans -------------------------------------------------------------------------------------------------------
+
+
+def segment_all(inference: Inference, scans: dict[str, Path]) -> Iterator[Segmentation]:
+    """Segment scans, given by case: while the network works on one, the next is read and the one before is written.
+
+    Each stage has one scan at a time, and at most one waits for the next stage, as the network's input or its logits.
+    So memory peaks at the sum of the three stages: some 10 bytes for each voxel of the scan that is read, the network's
+    activations, and the logits and labels of the scan that is written (the logits twice while a third scan waits). A
+    scan that runs out of memory is done once more at the end, alone: its neighbours may have taken what it needed.
+
+    Yields:
+        each scan when it is done or has failed; in order, but for those done once more.
+    """
+    preparing, predicting, finishing = (partial(attempt, stage, inference) for stage in (prepare, predict, finish))
+    once_more = []
+    with stage_thread(inference.device) as reader, stage_thread(inference.device) as writer:
+        prepared = in_thread(reader, preparing, starmap(Segmentation, scans.items()))
+        for scan in in_thread(writer, finishing, map(predicting, prepared)):
+            if scan.out_of_memory:
+                once_more.append(Segmentation(scan.case, scan.file))
+            else:
+                yield scan
+    yield from map(finishing, map(predicting, map(preparing, once_more)))
+
+
+def attempt(stage: Callable[[Inference, Segmentation], None], inference: Inference, scan: Segmentation) -> Segmentation:
+    """Take a scan through a stage, unless it has failed before; a failure is noted, so that the other scans go on."""
+    if scan.failure:
+        return scan
+    try:
+        stage(inference, scan)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        scan.out_of_memory = is_out_of_memory(error.__cause__ or error)
+        if isinstance(error, RuntimeError) and not scan.out_of_memory:
+            raise
+        # In words, since the error itself would keep alive all that the stage was working on.
+        reason = str(error) or type(error).__name__
+        scan.failure = reason if reason.startswith(str(scan.file)) else f"case {scan.case}: {reason}"
+        scan.image = scan.logits = None
+    return scan
+
+
+@contextmanager
+def stage_thread(device: torch.device) -> Iterator[Executor]:
+    """A thread for one stage. When the block ends, it finishes what it is at, but nothing that still waits."""
+    # On a CPU the network has all cores, and more threads beside it would wait for one another. torch keeps this number
+    # thread by thread: the main thread's stays.
+    cores = 1 if device.type == "cpu" else torch.get_num_threads()
+    thread = ThreadPoolExecutor(max_workers=1, initializer=torch.set_num_threads, initargs=(cores,))
+    try:
+        yield thread
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def in_thread(
+    thread: Executor, stage: Callable[[Segmentation], Segmentation], scans: Iterable[Segmentation]
+) -> Iterator[Segmentation]:
+    """Take scans through a stage, in order: the thread is at work on the next one while the caller is on this one."""
+    running = None
+    for scan in scans:
+        following = thread.submit(stage, scan)
+        if running:
+            yield running.result()
+        running = following
+    if running:
+        yield running.result()
+
+
+# ---- What a scan is beside the training cases ------------------------------------------------------------------------
 
 
 def differences(voxels: np.ndarray, geometry: Geometry, training_data: dict) -> list[str]:
@@ -150,32 +286,47 @@ def prepare_output(output: Path, scans: Iterable[Path]) -> None:
     read_volumes(output / "volumes.csv")
 
 
+def choose_inference_precision(name: str, trained_in: str, device: torch.device) -> torch.dtype:
+    """The type that convolutions are computed in; "auto" is float32 on a CPU and the training's setting on a GPU.
+
+    Raises:
+        ValueError: for fp16 on a CPU.
+    """
+    if device.type != "cpu":
+        return choose_precision(trained_in if name == "auto" else name, device)
+    if name == "fp16":
+        # Hundreds of times the seconds of float32, on a processor that has bf16 (RESULTS.md).
+        raise ValueError("--precision: got fp16 on a CPU, where it is very slow; expected auto, float32 or bf16")
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
 def main() -> int:
     """Load the network once, then predict case by case."""
     arguments = parse_arguments()
     output = Path(arguments.output)
     with refusing(USAGE):
         device = choose_device(check("device", arguments.device, "--device"))
+        check("precision", arguments.precision, "--precision")
         found, refused = find_inputs(arguments.inputs)
         if not found:
             return REFUSED
         cases = select_cases(found, arguments.cases)
         prepare_output(output, cases.values())
         network, checkpoint = load_network(arguments.checkpoint, device)
+        precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
     if arguments.skip_existing:
         endings = ["", "_probabilities"] if arguments.probabilities else [""]
         done = {case for case in cases if all((output / f"{case}{end}.nii.gz").is_file() for end in endings)}
         cases = {case: scan for case, scan in cases.items() if case not in done}
 
+    config, training_data = checkpoint["config"], checkpoint["training_data"]
+    inference = Inference(network, config, training_data, device, precision, output, arguments.probabilities)
     failed = []
-    for case, scan in tqdm(cases.items(), desc="scans", disable=None):
-        try:
-            segment(case, scan, network, checkpoint, device, output, arguments.probabilities)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
-            print_error(error if case in str(error) else ValueError(f"case {case}: {error}"))
-            failed.append(case)
+    with closing(segment_all(inference, cases)) as segmented:
+        for scan in tqdm(segmented, total=len(cases), desc="scans", disable=None):
+            if scan.failure:
+                print_error(ValueError(scan.failure))
+                failed.append(scan.case)
     print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented into {output}")
     if failed or refused:
         print(f"error: failed: {', '.join(failed + refused)}", file=sys.stderr)
@@ -191,6 +342,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the label maps and volumes.csv")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="auto, float32, bf16 or fp16 (default: auto: the training's on a GPU, float32 on a CPU)",
+    )
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_probabilities.nii.gz too")
     return parser.parse_args()

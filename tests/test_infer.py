@@ -4,9 +4,14 @@ import csv
 import dataclasses
 import itertools
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +25,7 @@ from torch.nn import functional as F
 import infer
 from core.checkpoint import build_network, load_network, save_checkpoint
 from core.config import Config, load_config
+from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 from train import describe_cases
 
@@ -462,6 +468,299 @@ def test_a_network_that_computes_nan_makes_no_label_map(run, scans, config, chec
     assert "error: case two: the network's output is not finite" in err
     assert "0 of 3 scans segmented" in out
     assert not files_in(tmp_path / "out")
+
+
+# ---- Stages that overlap
+
+
+SOON = 60  # seconds; only a failing test waits that long
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """A folder of six scans: 0 to 5."""
+    for seed in range(6):
+        save_scan(tmp_path / "scans" / f"{seed}.nii.gz", make_voxels(SIZE, seed))
+    return tmp_path / "scans"
+
+
+@pytest.fixture
+def stages(monkeypatch) -> list[tuple[str, str, str]]:
+    """What the stages did, in order: (stage, case, "begins" or "ends")."""
+    events = []
+
+    def watched(name, stage):
+        def run_stage(inference, scan):
+            events.append((name, scan.case, "begins"))
+            stage(inference, scan)
+            events.append((name, scan.case, "ends"))
+
+        return run_stage
+
+    for name in ("prepare", "predict", "finish"):
+        monkeypatch.setattr(infer, name, watched(name, getattr(infer, name)))
+    return events
+
+
+def wait_for(condition) -> bool:
+    deadline = time.monotonic() + SOON
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()
+
+
+def test_the_network_works_while_the_next_scan_is_read_and_the_one_before_is_written(run, many, monkeypatch):
+    prepare, predict, finish = infer.prepare, infer.predict, infer.finish
+    prepared, predicting, finishing = set(), set(), set()
+
+    def watched_prepare(inference, scan):
+        prepare(inference, scan)
+        prepared.add(int(scan.case))
+
+    def predict_late(inference, scan):
+        case = int(scan.case)
+        predicting.add(case)
+        assert case == 5 or wait_for(lambda: case + 1 in prepared)
+        assert case == 0 or wait_for(lambda: case - 1 in finishing)
+        predict(inference, scan)
+
+    def finish_late(inference, scan):
+        case = int(scan.case)
+        finishing.add(case)
+        assert case == 5 or wait_for(lambda: case + 1 in predicting)
+        finish(inference, scan)
+
+    for name, stage in (("prepare", watched_prepare), ("predict", predict_late), ("finish", finish_late)):
+        monkeypatch.setattr(infer, name, stage)
+    code, out, _ = run(many)
+    assert code == 0
+    assert "6 of 6 scans segmented" in out
+
+
+@pytest.mark.parametrize("slow", ["predict", "finish"])
+def test_no_more_than_one_scan_waits_for_a_stage(run, many, stages, monkeypatch, slow):
+    stage = getattr(infer, slow)
+
+    def slowly(inference, scan):
+        time.sleep(0.1)  # in which the stages before could run far ahead
+        stage(inference, scan)
+
+    monkeypatch.setattr(infer, slow, slowly)
+    assert run(many)[0] == 0
+    happened = Counter()
+    for name, _, what in stages:
+        happened[name, what] += 1
+        # One that the next stage is at, and one more.
+        assert happened["prepare", "begins"] <= happened["predict", "ends"] + 2
+        assert happened["predict", "begins"] <= happened["finish", "ends"] + 2
+    assert happened["finish", "ends"] == 6
+
+
+def test_the_network_keeps_the_cores_and_no_thread_stays(run, many, monkeypatch):
+    seen = {}
+
+    def noting(name, stage):
+        def note(inference, scan):
+            seen[name] = torch.get_num_threads()
+            stage(inference, scan)
+
+        return note
+
+    for name in ("prepare", "predict", "finish"):
+        monkeypatch.setattr(infer, name, noting(name, getattr(infer, name)))
+    threads, cores = threading.active_count(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert run(many)[0] == 0
+        assert seen == {"prepare": 1, "predict": 2, "finish": 1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(cores)
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("stage", ["prepare_image", "autocast", "logits_to_labels"])
+def test_a_mistake_of_ours_is_no_failure_of_a_scan(run, many, tmp_path, monkeypatch, stage):
+    def mistake(*_: object):
+        raise RuntimeError("the shapes do not match")
+
+    monkeypatch.setattr(infer, stage, mistake)
+    with pytest.raises(RuntimeError, match="the shapes do not match"):
+        run(many)
+    assert files_in(tmp_path / "out") == {}
+
+
+def test_failures_are_named_in_order_whatever_the_stage(run, many, monkeypatch):
+    finish, predict = infer.logits_to_labels, infer.predict
+
+    def fail_to_finish(logits, shape):
+        if shape[0] == 20:
+            raise OSError("no space left")
+        return finish(logits, shape)
+
+    def fail_to_predict(inference, scan):
+        if scan.case == "3":
+            raise MemoryError
+        predict(inference, scan)
+
+    save_scan(many / "1.nii.gz", make_voxels((20, 20, 20)))
+    (many / "2.nii.gz").write_text("no NIfTI at all")
+    monkeypatch.setattr(infer, "logits_to_labels", fail_to_finish)
+    monkeypatch.setattr(infer, "predict", fail_to_predict)
+    code, out, err = run(many)
+    assert code == 1
+    assert "3 of 6 scans segmented" in out
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors[0] == "error: case 1: no space left"
+    assert errors[1].startswith(f"error: {many / '2.nii.gz'}: cannot be read as NIfTI")
+    assert errors[2:] == ["error: case 3: MemoryError", "error: failed: 1, 2, 3"]
+
+
+@pytest.mark.parametrize("stage", ["prepare", "predict", "finish"])
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 GiB"), RuntimeError("CUDA out of memory")])
+def test_a_scan_that_had_too_little_memory_is_done_alone_at_the_end(run, many, stages, monkeypatch, stage, error):
+    whole, tries = getattr(infer, stage), Counter()
+
+    def crowded(inference, scan):
+        tries[scan.case] += 1
+        if scan.case == "1" and tries["1"] == 1:
+            raise error
+        whole(inference, scan)
+
+    monkeypatch.setattr(infer, stage, crowded)
+    code, out, err = run(many)
+    assert (code, "error" in err) == (0, False)
+    assert "6 of 6 scans segmented" in out
+    assert tries == {case: 2 if case == "1" else 1 for case in "012345"}
+    # By then nothing else is under way.
+    assert [(name, case) for name, case, what in stages[-6:] if what == "ends"] == [
+        ("prepare", "1"), ("predict", "1"), ("finish", "1"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("network_runs", [True, False])
+def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypatch, network_runs):
+    """Ctrl-C reaches the main thread, which the network runs in, or which waits for the writing."""
+    writing, predicted = threading.Event(), threading.Event()
+    predict, save = infer.predict, infer.save_label_map
+
+    def predict_2(inference, scan):
+        if scan.case == "2" and network_runs:
+            assert writing.wait(SOON)
+            raise KeyboardInterrupt
+        predict(inference, scan)
+        if scan.case == "2":
+            predicted.set()
+
+    def save_1(labels, geometry, path):
+        if path.name == "1.nii.gz":
+            writing.set()
+            if not network_runs:
+                assert predicted.wait(SOON)
+                time.sleep(0.2)  # until the main thread waits
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        save(labels, geometry, path)
+
+    monkeypatch.setattr(infer, "predict", predict_2)
+    monkeypatch.setattr(infer, "save_label_map", save_1)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        run(many)
+    assert threading.active_count() == before
+    # What was being written is whole, and nothing was begun after it.
+    assert set(files_in(tmp_path / "out")) == {"0.nii.gz", "1.nii.gz", "volumes.csv"}
+    assert in_ras(tmp_path / "out" / "1.nii.gz").shape == SIZE
+    assert {case for case, _ in read_volumes(tmp_path / "out")} == {"0", "1"}
+
+
+def test_ctrl_c_ends_the_command_cleanly(checkpoint, tmp_path):
+    scan = save_scan(tmp_path / "scan.nii.gz", make_voxels((36, 36, 20)))
+    (tmp_path / "scans").mkdir()
+    for i in range(1000):  # far more than are done before the signal
+        (tmp_path / "scans" / f"{i:04}.nii.gz").symlink_to(scan)
+    command = [sys.executable, ROOT / "infer.py", tmp_path / "scans", "--checkpoint", checkpoint, "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--output", tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert wait_for(lambda: (tmp_path / "out" / "0002.nii.gz").is_file())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=SOON)
+    assert (process.returncode, out) == (130, "")
+    assert err == "interrupted; what was written before is whole\n"
+    found = set(files_in(tmp_path / "out"))
+    cases = {name.removesuffix(".nii.gz") for name in found - {"volumes.csv"}}
+    assert 3 <= len(cases) < 1000
+    assert all(case.isdigit() for case in cases)  # no temporary file
+    assert all(in_ras(tmp_path / "out" / f"{case}.nii.gz").shape == (36, 36, 20) for case in cases)
+    assert cases <= {case for case, _ in read_volumes(tmp_path / "out")}
+
+
+# ---- Precision
+
+
+def test_bf16_finds_the_same_organs(run_main, config, tmp_path):
+    """On phantoms, with a network trained for a second to tell tissues by their HU, so that it is sure of something."""
+    write_phantom(tmp_path / "data", 2, (48, 48, 32), seed=0)
+    cases = CaseDataset(find_cases(tmp_path / "data"), dataclasses.replace(config, organs=load_config().organs))
+    image = torch.stack([case["image"] for case in cases]).float() / 255  # (2, 1, X, Y, Z)
+    tissue = torch.bucketize(image[:, 0], torch.tensor([0.1, 0.3, 0.5]))  # air, fat, soft tissue, bone
+    torch.manual_seed(0)
+    network = build_network(config)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(network(image), tissue).backward()
+        optimizer.step()
+    save_checkpoint(tmp_path / "net.pt", network, config, training_data=describe_cases(cases, workers=0))
+
+    for precision in ("float32", "bf16", "auto"):
+        flags = ["--checkpoint", tmp_path / "net.pt", "--output", tmp_path / precision, "--precision", precision]
+        assert run_main(infer, tmp_path / "data", *flags, "--device", "cpu", "--probabilities")[0] == 0
+    for case in ("phantom_0001", "phantom_0002"):
+        exact, rounded = (in_ras(tmp_path / folder / f"{case}.nii.gz") for folder in ("float32", "bf16"))
+        assert min(np.bincount(exact.ravel(), minlength=len(ORGANS))) > 500
+        both = [(exact == i, rounded == i) for i in (1, 2, 3)]
+        assert np.mean([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in both]) >= 0.98
+        p_exact, p_rounded = (
+            nib.load(tmp_path / folder / f"{case}_probabilities.nii.gz").get_fdata() for folder in ("float32", "bf16")
+        )
+        # bf16 has 8 bits of mantissa: the probabilities are other ones, by a little.
+        assert np.abs(p_exact - p_rounded).max() > 1e-3
+        assert np.abs(p_exact - p_rounded).mean() < 1e-2
+        # On a CPU the default is float32.
+        assert np.array_equal(in_ras(tmp_path / "auto" / f"{case}.nii.gz"), exact)
+    assert read_volumes(tmp_path / "auto") == read_volumes(tmp_path / "float32") != read_volumes(tmp_path / "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "trained_in", "device", "expected"),
+    [
+        ("auto", "auto", "cpu", torch.float32),
+        ("auto", "bf16", "cpu", torch.float32),
+        ("float32", "bf16", "cpu", torch.float32),
+        ("bf16", "float32", "cpu", torch.bfloat16),
+        ("auto", "float32", "cuda", torch.float32),
+        ("auto", "fp16", "cuda", torch.float16),
+        ("bf16", "fp16", "cuda", torch.bfloat16),
+        ("float32", "bf16", "cuda", torch.float32),
+    ],
+)
+def test_precision_is_the_one_asked_for_or_that_of_the_training(name, trained_in, device, expected):
+    assert infer.choose_inference_precision(name, trained_in, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "complaint"),
+    [
+        ("fp16", "error: --precision: got fp16 on a CPU, where it is very slow; expected auto, float32 or bf16\n"),
+        ("half", "error: --precision: got half, expected one of auto, float32, bf16, fp16\n"),
+    ],
+)
+def test_a_precision_that_will_not_do(run, scans, tmp_path, precision, complaint):
+    code, out, err = run(scans, "--precision", precision)
+    assert (code, out, err) == (2, "", complaint)
+    assert files_in(tmp_path / "out") == {}
 
 
 # ---- What is unlike the training cases: 64 to 72 mm along X, 48 to 54 along Y, 48 to 60 along Z
