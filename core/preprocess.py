@@ -8,6 +8,8 @@ Arrays are (X, Y, Z) in RAS+ order: X grows to the patient's right, Y to the fro
 No affine is ever computed: a `Geometry` carries the scan's own.
 """
 
+import contextlib
+import math
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -17,12 +19,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
-from nibabel.volumeutils import array_from_file
-from scipy import ndimage
+from scipy import ndimage, sparse
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,9 +35,11 @@ ANTIALIAS_ABOVE = 2.0  # input voxels per output voxel: up to here linear interp
 LABEL_TOLERANCE = 0.05  # a stored label may be this far from an integer (scaled and float files)
 GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and still count as the same
 # What nibabel raises on bad files; a header that promises too much is a MemoryError.
-READ_ERRORS = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, ValueError, MemoryError)
-SLAB_BYTES = 16 * 2**20  # of float32 scores resized at a time; larger slabs leave the CPU's cache and are slower
-DENSE_ABOVE = 0.3  # share of cells with a boundary above which interpolating all voxels is faster than picking them
+READ_ERRORS = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, isal_zlib.error, ValueError, MemoryError)
+READ_BYTES = 4 * 2**20  # read and put into order at a time; more leaves the CPU's cache
+GZIP_LEVEL = 2  # of ISA-L's 0 to 3: label maps come out smaller than with level 3, or with gzip's level 1
+SLAB_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}  # of scores resized at a time; more leaves the CPU's cache
+DENSE_ABOVE = 0.4  # share of cells with a boundary above which interpolating all voxels is faster than picking them
 NIFTI_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL of nifti1.h
 
 
@@ -104,6 +108,12 @@ class Geometry:
 RAS = axcodes2ornt(("R", "A", "S"))
 
 
+class Opener(ImageOpener):
+    """nibabel's way of opening files for reading, with ISA-L in place of zlib, which takes half its time for gzip."""
+
+    compress_ext_map = ImageOpener.compress_ext_map | {".gz": (igzip.open, ("mode",))}
+
+
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
@@ -117,13 +127,11 @@ def load_scan(path: str | Path) -> tuple[np.ndarray, Geometry]:
         FileNotFoundError: when there is no such file.
         ValueError: when it is no readable 3-D NIfTI file, or has voxels that are not finite.
     """
-    stored, slope, intercept, geometry = read_nifti(path)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is counted below
-        voxels = np.array(geometry.to_ras(stored), dtype=np.float32, order="C")
+    voxels, slope, intercept, geometry = read_nifti(path, np.float32)
     if (slope, intercept) != (1, 0):
         voxels *= np.float32(slope)
         voxels += np.float32(intercept)
-    not_finite = voxels.size - np.count_nonzero(np.isfinite(voxels))
+    not_finite = voxels.size - sum(np.count_nonzero(np.isfinite(plane)) for plane in voxels)
     if not_finite:
         raise ValueError(f"{path}: {not_finite} of {voxels.size} voxels are NaN or infinite, expected finite HU")
     return voxels, geometry
@@ -144,7 +152,6 @@ def load_labels(path: str | Path, classes: int | None = None) -> tuple[np.ndarra
         ValueError: when it is no readable 3-D NIfTI file, or its values are no ids of the organ list.
     """
     stored, slope, intercept, geometry = read_nifti(path)
-    stored = geometry.to_ras(stored)
     if (slope, intercept) != (1, 0) or not np.issubdtype(stored.dtype, np.integer):
         with np.errstate(all="ignore"):  # NaN and infinite count as far
             scaled = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
@@ -159,7 +166,7 @@ def load_labels(path: str | Path, classes: int | None = None) -> tuple[np.ndarra
         outside = [(int(i), int(n)) for i, n in zip(ids, counts, strict=True) if i < 0 or i > highest]
         listed = ", ".join(f"{i} ({n} voxels)" for i, n in outside[:5]) + (", ..." if len(outside) > 5 else "")
         raise ValueError(f"{path}: ids outside the organ list: {listed}; expected 0 to {highest}")
-    return np.array(stored, dtype=np.uint8, order="C"), geometry
+    return stored.astype(np.uint8, copy=False), geometry
 
 
 def read_geometry(path: str | Path) -> Geometry:
@@ -171,26 +178,46 @@ def read_geometry(path: str | Path) -> Geometry:
     return open_nifti(path)[1]
 
 
-def read_nifti(path: str | Path) -> tuple[np.ndarray, float, float, Geometry]:
-    """Read a 3-D NIfTI file in its own data type and axes.
+def read_nifti(path: str | Path, dtype: type | None = None) -> tuple[np.ndarray, float, float, Geometry]:
+    """Read a 3-D NIfTI file piece by piece, so that there is no second volume beside the one that is returned.
+
+    Args:
+        path: a NIfTI file.
+        dtype: what the stored values are converted to; None for the file's own type.
 
     Returns:
-        the stored values (three axes), the slope and intercept that scale them, and the geometry.
+        the stored values, (X, Y, Z) in RAS+ order, the slope and intercept that scale them, and the geometry.
 
     Raises:
         FileNotFoundError, ValueError: as `load_scan`.
     """
     file, geometry = open_nifti(path)
     proxy = file.dataobj
+    *plane, depth = geometry.stored_shape
+    thickness = max(1, READ_BYTES // (math.prod(plane) * proxy.dtype.itemsize))
     try:
-        with ImageOpener(path) as stream:
-            stored = array_from_file(geometry.stored_shape, proxy.dtype, stream, proxy.offset, mmap=False)
+        voxels = np.empty(geometry.shape, dtype or proxy.dtype.newbyteorder("="))
+        in_file_order = geometry.from_ras(voxels).T  # a view; the axis that changes slowest in the file comes first
+        # What float32 cannot hold becomes infinite, which load_scan counts.
+        with Opener(path) as stream, np.errstate(over="ignore"):
+            stream.seek(proxy.offset)
+            for start in range(0, depth, thickness):
+                piece = np.empty((min(thickness, depth - start), *reversed(plane)), proxy.dtype)
+                if stream.readinto(piece) < piece.nbytes:
+                    raise EOFError(f"it ends before its {depth} x {math.prod(plane)} voxels do")
+                copy_by_planes(piece, in_file_order[start : start + thickness])
             # gzip's checksum stands behind the last voxel: without reading on, damaged voxels pass for good ones.
-            while stream.read(2**20):
+            while stream.read(READ_BYTES):
                 pass
     except READ_ERRORS as error:
         raise ValueError(f"{path}: cannot be read to its end ({one_line(error)})") from error
-    return stored, proxy.slope, proxy.inter, geometry
+    return voxels, proxy.slope, proxy.inter, geometry
+
+
+def copy_by_planes(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy (A, B, C) to an array of another memory order, B planes one by one: what is at work stays in the cache."""
+    for i in range(source.shape[1]):
+        target[:, i] = source[:, i]
 
 
 def open_nifti(path: str | Path) -> tuple[nib.Nifti1Image, Geometry]:
@@ -233,7 +260,9 @@ def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path) -> 
     header = geometry.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_intent(NIFTI_INTENT_LABEL, name="organ ids")
-    save_volume(geometry.from_ras(labels), header, path)
+    stored = np.empty(geometry.stored_shape, dtype=np.uint8, order="F")
+    copy_by_planes(geometry.from_ras(labels), stored)
+    save_volume(stored, header, path)
 
 
 def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> None:
@@ -244,7 +273,7 @@ def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> 
     """
     with tempfile.TemporaryFile(dir=Path(path).parent) as file:
         steps = np.memmap(file, np.uint16, mode="w+", shape=(*geometry.shape, len(logits)), order="F")
-        for slab in slabs(len(logits), geometry.shape):
+        for slab in slabs(logits, geometry.shape):
             probabilities = resize_slab(logits, geometry.shape, slab).softmax(dim=0)
             steps[slab] = (probabilities * 65535).round().cpu().numpy().astype(np.uint16).transpose(1, 2, 3, 0)
         header = geometry.header.copy()
@@ -254,15 +283,23 @@ def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> 
 
 
 def save_volume(stored: np.ndarray, header: nib.Nifti1Header, path: str | Path, slope: float = 1) -> None:
-    """Write stored values, in a file's own axes, under (a changed copy of) that file's header, whole."""
+    """Write stored values, in a file's own axes, under (a changed copy of) that file's header, whole.
+
+    The same values give the same bytes: gzip's header holds neither time nor name.
+    """
     assert stored.shape[:3] == header.get_data_shape(), f"{stored.shape[:3]} for {header.get_data_shape()}"
     header["cal_min"] = header["cal_max"] = 0
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # With no affine given, nibabel keeps the header's qform and sform as they are.
     file = kind(stored, None, header)
     file.header.set_slope_inter(slope, 0)
-    with whole_file(path) as temporary:
-        nib.save(file, temporary)
+    with whole_file(path) as temporary, open(temporary, "wb") as on_disk:
+        if temporary.suffix.lower() == ".gz":
+            packed = igzip.IGzipFile("", "wb", GZIP_LEVEL, on_disk, mtime=0)
+        else:
+            packed = contextlib.nullcontext(on_disk)
+        with packed as stream:
+            file.to_stream(stream)
 
 
 def check_same_grid(
@@ -334,10 +371,11 @@ def axis_weights(n_in: int, n_out: int, antialias: bool = False) -> Tensor:
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
-def apply_weights(volume: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Apply one (n_out, n_in) matrix to each of the last three axes: (..., X, Y, Z) -> (..., X', Y', Z')."""
+def apply_weights(volume: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+    """Apply an (n_out, n_in) matrix along each of the last three axes of (..., X, Y, Z); None leaves an axis alone."""
+    axes = [axis for axis in range(3) if weights[axis] is not None]
     # The axis that shrinks most goes first, so that the rest has the least to do.
-    for axis in sorted(range(3), key=lambda a: weights[a].shape[0] / weights[a].shape[1]):
+    for axis in sorted(axes, key=lambda a: weights[a].shape[0] / weights[a].shape[1]):
         # Each product takes the volume as it lies in memory; moving the axis to the end would copy it.
         if axis == 0:
             volume = (weights[axis] @ volume.flatten(-2)).unflatten(-1, volume.shape[-2:])
@@ -353,8 +391,13 @@ def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
     The inverse is the same function with the image's own shape (what was averaged away stays away).
     """
-    weights = [axis_weights(n_in, n_out, antialias=True) for n_in, n_out in zip(image.shape, size, strict=True)]
-    return apply_weights(torch.from_numpy(image), weights).numpy()
+    # Not by F.interpolate with antialias: torch 2.13 gets pictures of one voxel's width wrong.
+    averaging = [
+        axis_weights(n_in, n_out, antialias=True) if n_in > ANTIALIAS_ABOVE * n_out else None
+        for n_in, n_out in zip(image.shape, size, strict=True)
+    ]
+    volume = apply_weights(torch.from_numpy(image), averaging)
+    return F.interpolate(volume[None, None], size=tuple(size), mode="trilinear", align_corners=False)[0, 0].numpy()
 
 
 def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -387,6 +430,7 @@ def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return winner.numpy()
 
 
+@torch.no_grad()
 def logits_to_labels(logits: Tensor, shape: Sequence[int]) -> np.ndarray:
     """Resize logits, (K, X, Y, Z) on any device, to a scan's `shape` and take the largest class of each voxel.
 
@@ -398,14 +442,27 @@ def logits_to_labels(logits: Tensor, shape: Sequence[int]) -> np.ndarray:
     """
     labels = np.empty(tuple(shape), dtype=np.uint8)
     if logits.device.type == "cpu":
-        winners = logits.max(dim=0).indices.to(torch.uint8).numpy()
+        winners = np.stack([largest_class(logits[:, layer].float()) for layer in range(logits.shape[1])])
         mixed = cells_with_boundary(winners)
         if mixed.mean() < DENSE_ABOVE:
-            return interpolate_boundary(logits.float(), winners, mixed, labels)
-    for slab in slabs(len(logits), shape):
-        # Along the first axis max is three times as fast as argmax on a CPU.
-        labels[slab] = resize_slab(logits, shape, slab).max(dim=0).indices.to("cpu", torch.uint8).numpy()
+            return interpolate_boundary(logits, winners, mixed, labels)
+    for slab in slabs(logits, shape):
+        labels[slab] = largest_class(resize_slab(logits, shape, slab))
     return labels
+
+
+def largest_class(scores: Tensor) -> np.ndarray:
+    """The largest class of (K, ...) float32 scores, uint8; ties go to the lower id."""
+    if scores.device.type != "cpu":
+        return scores.max(dim=0).indices.to("cpu", torch.uint8).numpy()
+    # A running maximum: four times as fast as torch's max, which keeps int64 indices too.
+    best, *others = scores.numpy()
+    best, winner = best.copy(), np.zeros(best.shape, dtype=np.uint8)
+    for k, other in enumerate(others, start=1):
+        wins = other > best
+        np.maximum(winner, wins * np.uint8(k), out=winner)
+        np.maximum(best, other, out=best)
+    return winner
 
 
 def cells_with_boundary(winners: np.ndarray) -> np.ndarray:
@@ -424,42 +481,66 @@ def cells_with_boundary(winners: np.ndarray) -> np.ndarray:
 def interpolate_boundary(logits: Tensor, winners: np.ndarray, mixed: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Fill `labels` from (K, X, Y, Z) logits: in cells that are not `mixed` by their winner, else by interpolation."""
     (low_x, high_x, share_x), *in_plane = (neighbours(n, m) for n, m in zip(winners.shape, labels.shape, strict=True))
-    (low_y, high_y, share_y), (low_z, high_z, share_z) = in_plane
-    depth = winners.shape[2]
+    (low_y, _, _), (low_z, _, _) = in_plane
     for layer in np.unique(low_x):
         slices = np.flatnonzero(low_x == layer)  # all that lie between this layer and the next
         labels[slices] = winners[layer].take(low_y, axis=0).take(low_z, axis=1)
-        chosen = np.flatnonzero(mixed[layer].take(low_y, axis=0).take(low_z, axis=1))
-        y, z = np.divmod(chosen, labels.shape[2])
-        corners = [torch.from_numpy(at_y[y] * depth + at_z[z]) for at_y in (low_y, high_y) for at_z in (low_z, high_z)]
-        to_y, to_z = torch.from_numpy(share_y[y]), torch.from_numpy(share_z[z])
-        ends = []  # (K, chosen) on this layer and on the next
-        for plane in (logits[:, layer].flatten(1), logits[:, high_x[slices[0]]].flatten(1)):
-            a, b, c, d = (plane.index_select(1, corner) for corner in corners)
-            ends.append(torch.lerp(torch.lerp(a, b, to_z), torch.lerp(c, d, to_z), to_y))
+        chosen = np.nonzero(mixed[layer].take(low_y, axis=0).take(low_z, axis=1))
+        points, weights = interpolation_in_plane(chosen, in_plane, winners.shape[1:])
+        both = [plane for x in (layer, high_x[slices[0]]) for plane in logits[:, x].float().flatten(1).numpy()]
+        low, high = np.hsplit(weights @ np.stack([plane.take(points) for plane in both], axis=1), 2)  # (chosen, K) each
         for x in slices:
-            labels[x].reshape(-1)[chosen] = torch.lerp(*ends, float(share_x[x])).max(dim=0).indices.numpy()
+            labels[x][chosen] = (low + share_x[x] * (high - low)).argmax(axis=1)
     return labels
 
 
+def interpolation_in_plane(
+    places: tuple[np.ndarray, np.ndarray], in_plane: Sequence[tuple], plane: tuple[int, int]
+) -> tuple[np.ndarray, sparse.csr_array]:
+    """The bilinear interpolation of a plane of (Y, Z) points at `places`, N indices along Y' and along Z'.
+
+    Args:
+        places: of the plane that is interpolated to.
+        in_plane: what `neighbours` gives along Y and along Z.
+        plane: (Y, Z).
+
+    Returns:
+        the P points that are needed, counted along the flattened plane, and the weights, (N, P).
+    """
+    (low_y, high_y, to_y), (low_z, high_z, to_z) = (
+        (low[i], high[i], share[i]) for i, (low, high, share) in zip(places, in_plane, strict=True)
+    )
+    corners = np.stack([at_y * plane[1] + at_z for at_y in (low_y, high_y) for at_z in (low_z, high_z)], axis=1)
+    weights = np.stack([share_y * share_z for share_y in (1 - to_y, to_y) for share_z in (1 - to_z, to_z)], axis=1)
+    needed = np.zeros(math.prod(plane), dtype=bool)
+    needed[corners] = True
+    columns = (np.cumsum(needed, dtype=np.int32) - 1)[corners]
+    rows = np.arange(0, corners.size + 1, corners.shape[1], dtype=np.int32)  # where each begins
+    points = np.flatnonzero(needed)
+    return points, sparse.csr_array((weights.ravel(), columns.ravel(), rows), shape=(len(corners), len(points)))
+
+
 def neighbours(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `n_out` voxels the two of `n_in` around it, and the second's share, as in `axis_weights`."""
-    centres = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, n_in - 1)
+    """For each of `n_out` voxels the two of `n_in` around it, and the second's share, as in `axis_weights`.
+
+    In float32, step by step as F.interpolate does it: its labels come out but for ties in the last bit.
+    """
+    step = np.float32(n_in / n_out)
+    half = np.float32(0.5)
+    centres = np.clip((np.arange(n_out, dtype=np.float32) + half) * step - half, 0, n_in - 1)
     low = np.floor(centres).astype(np.int64)
-    return low, np.minimum(low + 1, n_in - 1), (centres - low).astype(np.float32)
+    return low, np.minimum(low + 1, n_in - 1), centres - low.astype(np.float32)
 
 
-def slabs(classes: int, shape: Sequence[int]) -> list[slice]:
-    """Cut the X axis of `shape` so that `classes` float32 volumes of one piece stay within SLAB_BYTES."""
-    thickness = max(1, SLAB_BYTES // (4 * classes * shape[1] * shape[2]))
+def slabs(logits: Tensor, shape: Sequence[int]) -> list[slice]:
+    """Cut the X axis of `shape` so that float32 logits resized to one piece of it stay within SLAB_BYTES."""
+    thickness = max(1, SLAB_BYTES[logits.device.type] // (4 * len(logits) * shape[1] * shape[2]))
     return [slice(start, min(start + thickness, shape[0])) for start in range(0, shape[0], thickness)]
 
 
 def resize_slab(logits: Tensor, shape: Sequence[int], slab: slice) -> Tensor:
     """The part `slab` along X of (K, X, Y, Z) logits resized to `shape`: (K, slab, Y', Z') float32."""
-    along_x = axis_weights(logits.shape[1], shape[0])[slab].to(logits.device)
-    used = along_x.any(dim=0).nonzero()
-    used = slice(int(used[0]), int(used[-1]) + 1)
-    part = along_x[:, used] @ logits[:, used].float().flatten(2)  # (K, slab, Y Z)
-    part = part.unflatten(2, logits.shape[2:])
+    along_x = neighbours(logits.shape[1], shape[0])
+    low, high, share = (torch.from_numpy(each[slab]).to(logits.device) for each in along_x)
+    part = torch.lerp(logits[:, low].float(), logits[:, high].float(), share[:, None, None])  # (K, slab, Y, Z)
     return F.interpolate(part, size=tuple(shape[1:]), mode="bilinear", align_corners=False)

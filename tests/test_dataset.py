@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -314,6 +316,29 @@ def test_a_sample_is_the_same_with_and_without_the_cache(tmp_path, monkeypatch):
     filling[0]["labels"].fill_(7)
     assert same_samples(filling[0], expected[0])
     assert same_samples(CaseDataset(cases, cached)[0], expected[0])
+
+
+def test_a_data_set_keeps_nothing_of_its_samples(tmp_path):
+    cases = find_cases(make_data(tmp_path / "data"))
+    samples = CaseDataset(cases, settings(cache_dir=str(tmp_path / "cache")))
+    before = pickle.dumps(vars(samples))
+    for _ in range(2):  # the second time from the cache
+        for i in range(len(samples)):
+            samples[i]
+    assert pickle.dumps(vars(samples)) == before
+
+
+def test_a_cached_sample_is_mapped_and_not_read_into_memory(tmp_path):
+    cases = find_cases(make_data(tmp_path / "data", ("a",)))
+    config = settings(cache_dir=str(tmp_path / "cache"), size=(64, 64, 64))
+    samples = CaseDataset(cases, config)
+    samples[0]
+    tracemalloc.start()
+    sample = samples[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sample["image"].numel() == 64**3
+    assert peak < 64**3 / 4
 
 
 def forbid_preparing(monkeypatch) -> None:
