@@ -1,160 +1,350 @@
-"""Score label maps against reference label maps.
+"""Score label maps against reference label maps, of this network or any other.
 
     python evaluate.py --predictions predictions --labels data/FLARE22Train/labels --output scores \
         --cases runs/vnet/val_cases.txt
+    python evaluate.py --predictions predictions --against others --labels data/FLARE22Train/labels --output scores
+    python evaluate.py --ceiling --labels data/FLARE22Train/labels --size 256 256 128 --output scores
 
-Writes OUTPUT/metrics.csv (a row per case and organ) and OUTPUT/summary.json, and prints a table per organ.
-Exit code 0: done, 1: some case could not be scored (the others are), 2: wrong usage.
+The first writes OUTPUT/metrics.csv (a row per case and organ), OUTPUT/summary.json and OUTPUT/scores.png, and prints a
+table per organ. The second compares two sets of predictions as well (comparison.json, other_metrics.csv). The third
+says what the network's grid costs (ceiling.csv, ceiling.json).
+Exit code 0: done, 1: some case was missing or refused (the others are scored), 2: wrong usage, 3: had to stop.
 """
 
 import argparse
 import csv
+import io
 import json
 import math
+import platform
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from core.config import DEFAULT_CONFIG, load_organs
+from core.config import DEFAULT_CONFIG, check, load_config
 from core.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
 from core.files import whole_file
-from core.metrics import SCORES, confusion_matrix, organ_scores
-from core.preprocess import check_same_grid, load_labels
-from dataset import find_label_maps, select_cases
+from core.flare22 import TOLERANCES_MM
+from core.parallel import MOST_WORKERS, cores, in_processes
+from core.scoring import COMPARED, DIGITS, SCORE_DEFINITIONS, Rules, Scored, Task, score_case
+from core.summary import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, bootstrap_interval, compare_tables, spread, summarise
+from core.tables import ceiling_table, comparison_table, score_table
+from dataset import find_label_maps, listed, select_cases
 
-COLUMNS = ("case", "id", "organ", *SCORES, "reference_ml", "predicted_ml")
+TOLERANCE_MM = 3.0  # of NSD, for organs that have none of their own in TOLERANCES_MM
+# All that a run leaves. What an earlier one left goes first: beside new rows it would pass for theirs.
+RESULTS = ("metrics.csv", "other_metrics.csv", "summary.json", "comparison.json", "scores.png")
+CEILING_RESULTS = ("ceiling.csv", "ceiling.json")
+# What else stands in the JSON files, for whoever reads them.
+INTERVAL = (
+    f"percentile bootstrap over cases, {BOOTSTRAP_SAMPLES} samples, seed {BOOTSTRAP_SEED}; too narrow for few cases, "
+    "null for fewer than two"
+)
 DEFINITIONS = {
-    "dice": "2 TP / (2 TP + FP + FN), voxels of one organ in one case",
-    "precision": "TP / (TP + FP); null where nothing was predicted",
-    "recall": "TP / (TP + FN); null where there is nothing to find",
-    "accuracy": "(TP + TN) / all voxels, one organ against the rest; near 1 even for an organ wholly missed",
-    "mean": "over organs, of each organ's mean over the cases where its score is defined",
+    "summary": {
+        "voxel_accuracy": "share of all voxels of a case with the right id, background included; over the cases",
+        "mean": "over organs, of each organ's mean over the cases where its score is defined; null where infinite",
+        "interval_95": f"95 % interval of mean: {INTERVAL}",
+        "refused": "cases of which a file could not be read or compared, and why; they are in no mean",
+        "extra": "predictions of cases without a reference; they are not looked at",
+        "rounding": f"the rows have {DIGITS} significant digits, and everything else is worked out from those",
+    },
+    "comparison": {
+        "difference": "mean over the pairs of (predictions - against)",
+        "mean": "of each case's mean over the organs that are defined on that side",
+        "n": "pairs where both are defined; n_unpaired: cases where one is",
+        "interval_95": f"95 % interval of difference: {INTERVAL}",
+        "p": "Wilcoxon's signed-rank test, two-sided (scipy's default), 1 where no pair differs; not corrected for the "
+        "number of organs; with fewer than 6 pairs it cannot fall below 0.05",
+        "left_out": "cases that were refused on either side",
+    },
+    "ceiling": {
+        "dice, nsd": "the truth as each organ's share of every voxel of the grid, restored like a network's answer",
+        "dice_as_labels, nsd_as_labels": "the truth as the labels that a network is trained on there, resized back",
+    },
 }
 
 
-def score_case(case: str, reference: Path, prediction: Path, organs: Sequence[str]) -> list[dict]:
-    """The rows of metrics.csv for one case, an organ each; NaN where a score is not defined.
+# ---- All cases -------------------------------------------------------------------------------------------------------
+
+
+def score_all(tasks: Sequence[Task], rules: Rules, workers: int, path: Path) -> dict[str, Scored]:
+    """Score the cases in parallel, and name on stderr those that are refused.
+
+    The rows of a case reach the CSV file `path` when it is done, so that a break loses no finished case; at the end
+    they are put in the order of the cases.
 
     Raises:
-        FileNotFoundError, ValueError: when a file cannot be read, has an unknown id, or another grid.
+        MemoryError: when a worker was killed.
+        OSError: when the file cannot be written.
     """
-    expected, geometry = load_labels(reference, len(organs))
-    predicted, predicted_geometry = load_labels(prediction, len(organs))
-    check_same_grid(geometry, predicted_geometry, f"case {case}", "the reference", "the prediction")
-    matrix = confusion_matrix(expected, predicted, len(organs))
-    scores = organ_scores(matrix)
-    reference_ml = matrix.sum(axis=1) * geometry.voxel_ml
-    predicted_ml = matrix.sum(axis=0) * geometry.voxel_ml
-    return [
-        {"case": case, "id": i, "organ": organ}
-        | {name: float(scores[name][i]) for name in SCORES}
-        | {"reference_ml": float(reference_ml[i]), "predicted_ml": float(predicted_ml[i])}
-        for i, organ in enumerate(organs[1:], start=1)
-    ]
+    organs = len(rules.organs) - 1
+    done: dict[str, Scored] = {}
+    with open(path, "w", newline="") as file, tqdm(total=len(tasks) * organs, unit="organ", disable=None) as bar:
+        file.write(csv_text([], rules.columns, header=True))
+        file.flush()
+        # Another process tells of whole cases only.
+        score = partial(score_case, rules=rules, **({"tick": bar.update} if workers == 1 else {}))
+        with closing(in_processes(score, tasks, workers)) as finished:
+            for task, scored in finished:
+                done[task.case] = scored
+                if scored.refusal:
+                    print_error(ValueError(scored.refusal))
+                file.write(csv_text(scored.rows, rules.columns))
+                file.flush()
+                bar.update(len(done) * organs - bar.n)
+    in_order = {task.case: done[task.case] for task in tasks}
+    rows = [row for scored in in_order.values() for row in scored.rows]
+    with whole_file(path) as temporary:
+        temporary.write_text(csv_text(rows, rules.columns, header=True), newline="")
+    return in_order
 
 
-def summarise(rows: Sequence[dict], organs: Sequence[str]) -> dict:
-    """For each organ and score: mean, sd, median and n over the cases where it is defined; and means over organs."""
-    per_organ = {
-        organ: {name: spread([row[name] for row in rows if row["organ"] == organ]) for name in SCORES}
-        for organ in organs[1:]
-    }
-    means = {name: spread([scores[name]["mean"] for scores in per_organ.values()])["mean"] for name in SCORES}
-    return {"mean": means, "organs": per_organ}
-
-
-def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
-    """Mean, sample standard deviation and median of the values that are defined (not None, not NaN), and their number.
-
-    What is itself not defined, or infinite, is None: JSON knows neither.
-    """
-    defined = np.array([value for value in values if value is not None and not math.isnan(value)])
-    infinite = int(np.isinf(defined).sum())
-    median = float(np.median(defined)) if len(defined) else math.inf
-    return {
-        "mean": float(defined.mean()) if len(defined) and not infinite else None,
-        "sd": float(defined.std(ddof=1)) if len(defined) > 1 and not infinite else None,
-        "median": median if math.isfinite(median) else None,
-        "n": len(defined),
-        "n_infinite": infinite,
-    }
-
-
-def format_table(summary: dict, cases: int) -> str:
-    """The summary as text: a line per organ, the mean over organs below."""
-    lines = [f"{'organ':<22}{'n':>4}" + "".join(f"{name:>11}" for name in ("Dice", "sd", *SCORES[1:]))]
-    for organ, scores in summary["organs"].items():
-        dice, others = scores["dice"], [scores[name]["mean"] for name in SCORES[1:]]
-        lines.append(format_line(organ, dice["n"], [dice["mean"], dice["sd"], *others]))
-    mean = summary["mean"]
-    lines.append(format_line("mean over organs", "", [mean["dice"], None, *(mean[name] for name in SCORES[1:])]))
-    lines.append(f"n: of {cases} cases, those with the organ in reference or prediction. Background is in no mean.")
-    lines.append("accuracy: near 1 even for an organ that was wholly missed; read Dice.")
-    return "\n".join(lines)
-
-
-def format_line(name: str, n: int | str, values: Sequence[float | None]) -> str:
-    """A line of the table; "-" for what is not defined."""
-    return f"{name:<22}{n:>4}" + "".join(f"{'-' if value is None else f'{value:.4f}':>11}" for value in values)
-
-
-def write_metrics(path: Path, rows: Sequence[dict]) -> None:
-    """Write metrics.csv; an empty cell is a score that is not defined."""
-    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+def csv_text(rows: Sequence[dict], columns: Sequence[str], header: bool = False) -> str:
+    """Rows as CSV; an empty cell is a score that is not defined, or not known to the protocol."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    if header:
         writer.writeheader()
-        for row in rows:
-            numbers = {
-                name: "" if math.isnan(value) else f"{value:.6g}" for name, value in row.items() if type(value) is float
-            }
-            writer.writerow(row | numbers)
+    for row in rows:
+        writer.writerow({name: format_cell(value) for name, value in row.items()})
+    return text.getvalue()
+
+
+def format_cell(value: str | int | float) -> str | int:
+    """A value as it stands in the CSV file."""
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.{DIGITS}g}"
+
+
+def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
+    """What is to be said of all cases that are not refused, and how it came about."""
+    tables = tables_of(results, results, rules)
+    return {
+        "protocol": rules.protocol,
+        **summarise(tables, rules.organs[1:]),
+        "interval_95": {name: bootstrap_interval(tables[name]) for name in COMPARED},
+        "cases": [case for case, scored in results.items() if not scored.refusal],
+        "refused": {case: scored.refusal for case, scored in results.items() if scored.refusal},
+        "tolerances_mm": dict(zip(rules.organs[1:], rules.tolerances_mm[1:], strict=True)),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("numpy", "scipy", "nibabel", "torch")},
+        "definitions": DEFINITIONS["summary"] | SCORE_DEFINITIONS[rules.protocol],
+    }
+
+
+def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) -> dict[str, np.ndarray]:
+    """By score, the table (cases, organs) of those of `cases` that are not refused."""
+    rows = [results[case].rows for case in cases if not results[case].refusal]
+    shape = (len(rows), len(rules.organs) - 1)
+    return {
+        name: np.array([row[name] for of_case in rows for row in of_case], dtype=float).reshape(shape)
+        for name in rules.scores
+    }
+
+
+def comparison_of(results: dict[str, Scored], other: dict[str, Scored], rules: Rules) -> dict:
+    """What comparison.json says of two sets of predictions of the same cases."""
+    cases = [case for case in results if not results[case].refusal and not other[case].refusal]
+    here, there = tables_of(results, cases, rules), tables_of(other, cases, rules)
+    return {
+        "protocol": rules.protocol,
+        **{name: compare_tables(here[name], there[name], rules.organs[1:]) for name in COMPARED},
+        "cases": cases,
+        "left_out": [case for case in results if case not in cases],
+        "definitions": DEFINITIONS["comparison"],
+    }
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    """Score the cases one by one, then write and print what came out."""
+    """Score predictions, or the network's grid."""
     arguments = parse_arguments()
-    output = Path(arguments.output)
     with refusing(USAGE):
-        organs = load_organs(arguments.config)
-        references = select_cases(find_label_maps(arguments.labels), arguments.cases)
-        predictions = find_label_maps(arguments.predictions)
-        output.mkdir(parents=True, exist_ok=True)
-        # Whoever may not write there learns it now, not after the work.
-        tempfile.TemporaryFile(dir=output).close()
+        references = find_label_maps(arguments.labels)
+        chosen = select_cases(references, arguments.cases)
+        workers = min(arguments.workers or min(cores(), MOST_WORKERS), len(chosen))
+        rules = read_rules(arguments, threads=max(1, cores() // workers))
+        if arguments.ceiling:
+            return score_ceiling(chosen, rules, workers, arguments)
+        return score_predictions(references, chosen, rules, workers, arguments)
 
-    rows, scored, failed = [], [], []
-    for case, reference in tqdm(references.items(), desc="cases", disable=None):
-        try:
-            if case not in predictions:
-                raise FileNotFoundError(f"case {case}: no prediction in {arguments.predictions}")
-            rows += score_case(case, reference, predictions[case], organs)
-            scored.append(case)
-        except (ValueError, OSError, MemoryError) as error:
-            print_error(error if case in str(error) else ValueError(f"case {case}: {error}"))
-            failed.append(case)
-    summary = {"protocol": "default", **summarise(rows, organs), "cases": scored, "failed": failed}
-    summary["definitions"] = DEFINITIONS
-    with refusing(USAGE):
-        write_metrics(output / "metrics.csv", rows)
-        with whole_file(output / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    print(format_table(summary, len(scored)))
-    print(f"{len(scored)} of {len(references)} cases scored into {output}: metrics.csv, summary.json")
+
+def score_predictions(
+    references: dict[str, Path], chosen: dict[str, Path], rules: Rules, workers: int, arguments: argparse.Namespace
+) -> int:
+    """Score the predictions of the chosen cases, and those of --against; write, draw and print what came out."""
+    output, markdown = Path(arguments.output), arguments.table == "md"
+    tasks, extra = pair_up(arguments.predictions, references, chosen)
+    other_tasks, _ = pair_up(arguments.against, references, chosen) if arguments.against else ([], [])
+    prepare_output(output, RESULTS)
+    if extra:
+        print(f"warning: {arguments.predictions}: no reference for {len(extra)}: {listed(extra)}", file=sys.stderr)
+    missing = name_missing(tasks, arguments.predictions)
+    results = score_all(tasks, rules, workers, output / "metrics.csv")
+    summary = summary_of(results, rules) | {
+        "voxel_accuracy": spread([scored.voxel_accuracy for scored in results.values()]),
+        "missing": [case for case in missing if not results[case].refusal],
+        "extra": extra,
+    }
+    write_json(output / "summary.json", summary)
+    written = ["metrics.csv", "summary.json"]
+    if summary["cases"]:
+        written += draw_picture(output)
+    print(score_table(summary, len(summary["cases"]), markdown))
+    failed = bool(missing or summary["refused"])
+    if other_tasks:
+        failed |= bool(name_missing(other_tasks, arguments.against))
+        other = score_all(other_tasks, rules, workers, output / "other_metrics.csv")
+        comparison = comparison_of(results, other, rules)
+        write_json(output / "comparison.json", comparison)
+        written += ["other_metrics.csv", "comparison.json"]
+        print_comparison(comparison, markdown)
+        failed |= any(scored.refusal for scored in other.values())
+    but = f", {len(summary['missing'])} of them as missed" if summary["missing"] else ""
+    but += f", {len(summary['refused'])} refused" if summary["refused"] else ""
+    print(f"{len(summary['cases'])} of {len(chosen)} cases scored{but}, into {output}: {', '.join(written)}")
     return REFUSED if failed else DONE
+
+
+def score_ceiling(chosen: dict[str, Path], rules: Rules, workers: int, arguments: argparse.Namespace) -> int:
+    """Score the truth pushed through the grid; write and print what came out."""
+    output = Path(arguments.output)
+    prepare_output(output, CEILING_RESULTS)
+    tasks = [Task(case, reference) for case, reference in chosen.items()]
+    summary = summary_of(score_all(tasks, rules, workers, output / "ceiling.csv"), rules) | {"size": rules.size}
+    summary["definitions"] |= DEFINITIONS["ceiling"]
+    write_json(output / "ceiling.json", summary)
+    print(ceiling_table(summary, rules.size, arguments.table == "md"))
+    print(f"{len(summary['cases'])} of {len(chosen)} cases pushed through, into {output}: {', '.join(CEILING_RESULTS)}")
+    return REFUSED if summary["refused"] else DONE
+
+
+def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -> tuple[list[Task], list[str]]:
+    """The chosen cases with their predictions in a folder, and the folder's cases that have no reference.
+
+    Raises:
+        FileNotFoundError, ValueError: when the folder holds no prediction of any reference's case.
+    """
+    predictions = find_label_maps(folder)
+    if not predictions.keys() & references.keys():
+        raise ValueError(
+            f"{folder}: none of its label maps ({listed(list(predictions), 3)}) belongs to a case of the references "
+            f"({listed(list(references), 3)}); a prediction is CASE.nii.gz"
+        )
+    tasks = [Task(case, reference, predictions.get(case)) for case, reference in chosen.items()]
+    return tasks, [case for case in predictions if case not in references]
+
+
+def name_missing(tasks: Sequence[Task], folder: str) -> list[str]:
+    """The cases without a prediction in the folder, each named on stderr."""
+    missing = [task.case for task in tasks if task.prediction is None]
+    for case in missing:
+        print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed"))
+    return missing
+
+
+def prepare_output(output: Path, results: Sequence[str]) -> None:
+    """Make the folder for the results, without those of an earlier run.
+
+    Raises:
+        OSError: when it cannot be written to.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    # Whoever may not write there learns it now, not after the work.
+    tempfile.TemporaryFile(dir=output).close()
+    for name in results:
+        (output / name).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file whole."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def draw_picture(output: Path) -> list[str]:
+    """Draw scores.png from metrics.csv; the names of what was drawn: none without matplotlib, which is optional."""
+    try:
+        from visualization.scores import draw_scores
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("warning: no scores.png, since matplotlib is not installed", file=sys.stderr)
+        return []
+    draw_scores(output / "metrics.csv", output / "scores.png")
+    return ["scores.png"]
+
+
+def print_comparison(comparison: dict, markdown: bool) -> None:
+    """Print what --against adds."""
+    for name, title in (("dice", "Dice"), ("nsd", "NSD")):
+        print(f"\n{comparison_table(title, comparison[name], markdown)}")
+    cases = len(comparison["cases"])
+    print(f"\ndifference: predictions - against, over {cases} cases; p: Wilcoxon's signed-rank test, not corrected.")
+
+
+def read_rules(arguments: argparse.Namespace, threads: int) -> Rules:
+    """The rules of scoring that the command line asks for, with `threads` for each case.
+
+    Raises:
+        FileNotFoundError, ValueError: when the settings file is no good, or a value.
+    """
+    config = load_config(arguments.config)
+    if not 0 <= arguments.tolerance_mm < math.inf:
+        raise ValueError(f"--tolerance-mm: got {arguments.tolerance_mm}, expected millimetres of 0 or more")
+    size = None
+    if arguments.ceiling:
+        size = check("size", arguments.size, "--size") if arguments.size else config.size
+    return Rules(
+        organs=config.organs,
+        tolerances_mm=tuple(TOLERANCES_MM.get(organ, arguments.tolerance_mm) for organ in config.organs),
+        protocol=arguments.protocol,
+        distances=arguments.distances,
+        size=size,
+        threads=threads,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Score label maps against reference label maps.")
-    parser.add_argument("--predictions", required=True, metavar="DIR", help="folder of CASE.nii.gz from infer.py")
+    parser.add_argument("--predictions", metavar="DIR", help="folder of CASE.nii.gz from infer.py, or any network's")
     parser.add_argument("--labels", required=True, metavar="DIR", help="folder of reference CASE.nii.gz")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for metrics.csv and summary.json")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings that list the organs")
-    return parser.parse_args()
+    parser.add_argument("--protocol", choices=("default", "flare22"), default="default", help="whose rules")
+    parser.add_argument(
+        "--tolerance-mm", type=float, default=TOLERANCE_MM, metavar="MM",
+        help=f"of NSD, for organs that FLARE22 does not have (default: {TOLERANCE_MM:g})",
+    )  # fmt: skip
+    parser.add_argument("--distances", action="store_true", help="hd_mm and mean_distance_mm too, in the files only")
+    parser.add_argument("--against", metavar="DIR", help="other predictions of the same cases, to compare with")
+    parser.add_argument("--ceiling", action="store_true", help="score the labels pushed through the network's grid")
+    parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: that of --config)")
+    parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")
+    parser.add_argument("--table", choices=("text", "md"), default="text", help="md: print tables in Markdown")
+    arguments = parser.parse_args()
+    if arguments.ceiling and (arguments.predictions or arguments.against or arguments.distances):
+        parser.error("--ceiling takes --labels and --size; leave out --predictions, --against and --distances")
+    if not arguments.ceiling and (arguments.size or not arguments.predictions):
+        parser.error("expected --predictions DIR, or --ceiling (which takes --size)")
+    if arguments.workers is not None and arguments.workers < 1:
+        parser.error(f"--workers: got {arguments.workers}, expected 1 or more")
+    if arguments.protocol == "flare22" and arguments.distances:
+        parser.error("--distances: the flare22 protocol has none; leave it out or take the default protocol")
+    return arguments
 
 
 if __name__ == "__main__":

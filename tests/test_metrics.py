@@ -1,12 +1,16 @@
-"""Scores against numbers worked out by hand and against plain boolean masks."""
+"""Scores against numbers worked out by hand, against plain boolean masks and against scikit-learn."""
 
 import math
 
 import numpy as np
 import pytest
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from core import metrics
-from core.metrics import SCORES, confusion_matrix, mean_defined, organ_scores
+from core.metrics import SCORES, confusion_matrix, mean_defined, organ_scores, voxel_accuracy
 
 NAN = math.nan
 
@@ -79,11 +83,27 @@ def test_how_the_arrays_lie_in_memory_changes_nothing():
             assert matrix.tolist() == expected, (first, second)
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64, np.uint64])
-def test_the_highest_id_does_not_run_over_a_small_type(kind):
-    reference = np.array([255, 0], kind)
-    assert confusion_matrix(reference, reference, 256)[255, 255] == 1
-    assert confusion_matrix(reference, reference, 256).sum() == 2
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64, np.uint64, ">i4"])
+@pytest.mark.parametrize("classes", [2, 14, 16, 17, 255, 256])  # a pair of ids needs 8 bits up to 16, 16 bits up to 256
+def test_the_highest_id_does_not_run_over_a_small_type(kind, classes):
+    reference, prediction = np.array([classes - 1, classes - 1, 0], kind), np.array([classes - 1, 0, classes - 1], kind)
+    matrix = confusion_matrix(reference, prediction, classes)
+    assert matrix[-1, -1] == matrix[-1, 0] == matrix[0, -1] == 1
+    assert matrix.sum() == 3
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(derandomize=True, database=None, deadline=None)
+@given(st.data(), st.integers(1, 256), array_shapes(max_dims=3, max_side=6))
+def test_any_label_maps_against_scikit_learn(data, classes, shape):
+    kinds = st.sampled_from([np.uint8, np.int16, np.uint16, np.int64])
+    ids = st.integers(0, classes - 1)
+    reference, prediction = (data.draw(arrays(data.draw(kinds), shape, elements=ids)) for _ in range(2))
+    matrix = confusion_matrix(reference, prediction, classes)
+    flat = reference.ravel(), prediction.ravel()
+    expected = sklearn.metrics.confusion_matrix(*flat, labels=range(classes))
+    np.testing.assert_array_equal(matrix, expected)
+    assert voxel_accuracy(matrix) == pytest.approx(sklearn.metrics.accuracy_score(*flat))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +113,10 @@ def test_the_highest_id_does_not_run_over_a_small_type(kind):
         ([0, 0], [0, 3], "got ids from 0 to 3, expected 0 to 2"),
         ([1, -1], [0, 0], "got ids from -1 to 1, expected 0 to 2"),
         ([1, 1], [0, -1], "got ids from -1 to 0, expected 0 to 2"),  # 1 * 3 - 1 is the cell of another pair
+        ([0, 256], [0, 0], "got ids from 0 to 256, expected 0 to 2"),  # in 8 bits it would be 0
         ([0, 0, 0], [0, 0], r"reference of shape \(3,\), prediction of shape \(2,\)"),
+        ([0, 1], [0.0, 1.5], "got ids of type float64, expected integers"),
+        ([0.0, math.nan], [0, 1], "got ids of type float64, expected integers"),
     ],
 )
 def test_ids_and_shapes_that_cannot_be_are_refused(reference, prediction, complaint):
@@ -102,7 +125,7 @@ def test_ids_and_shapes_that_cannot_be_are_refused(reference, prediction, compla
 
 
 def test_empty_arrays_count_nothing_and_define_nothing():
-    matrix = confusion_matrix(np.zeros((0, 3)), np.zeros((0, 3)), 3)
+    matrix = confusion_matrix(np.zeros((0, 3), np.uint8), np.zeros((0, 3), np.uint8), 3)
     assert matrix.tolist() == [[0, 0, 0]] * 3
     assert all(np.isnan(values).all() for values in organ_scores(matrix).values())
 
@@ -167,6 +190,18 @@ def test_reference_and_prediction_swapped_swap_precision_and_recall():
 @pytest.mark.filterwarnings("error")
 def test_what_is_not_defined_warns_of_nothing():
     scores_of([0, 0], [0, 0], 3)
+
+
+def test_the_accuracy_of_all_classes_at_once_counts_each_voxel_once():
+    matrix = confusion_matrix(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 2, 0]), 3)
+    assert voxel_accuracy(matrix) == pytest.approx(2 / 5)
+    # One against the rest, a voxel with a wrong id is wrong for two organs and right for all the others.
+    assert organ_scores(matrix)["accuracy"].tolist() == pytest.approx([3 / 5, 3 / 5, 3 / 5])
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_voxels_have_no_accuracy():
+    assert math.isnan(voxel_accuracy(np.zeros((3, 3), np.int64)))
 
 
 # ---- Means

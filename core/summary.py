@@ -1,0 +1,138 @@
+"""Means, intervals and comparisons of scores over cases: tables in, numbers out.
+
+A table is an array of (cases, organs) float64, NaN where a score is not defined. None stands for what is not defined or
+infinite: JSON knows neither.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+BOOTSTRAP_SEED = 0
+BOOTSTRAP_SAMPLES = 2000
+INTERVAL_PERCENT = (2.5, 97.5)  # of the bootstrap samples: the 95 % interval
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean, sample standard deviation and median of the values that are defined (not NaN), and their number.
+
+    With an infinite value among them, mean and sd are None; n_infinite counts these.
+    """
+    defined = np.array([value for value in values if not math.isnan(value)])
+    infinite = int(np.isinf(defined).sum())
+    median = float(np.median(defined)) if len(defined) else math.inf
+    return {
+        "mean": float(defined.mean()) if len(defined) and not infinite else None,
+        "sd": float(defined.std(ddof=1)) if len(defined) > 1 and not infinite else None,
+        "median": median if math.isfinite(median) else None,
+        "n": len(defined),
+        "n_infinite": infinite,
+    }
+
+
+def summarise(tables: dict[str, np.ndarray], organs: Sequence[str]) -> dict:
+    """For each organ and score its `spread` over the cases, and for each score the mean over organs of their means.
+
+    A mean over organs of which one is infinite is None. An organ without any defined value is in no mean.
+
+    Args:
+        tables: for each score a (C, K - 1) table.
+        organs: the K - 1 names, without background.
+    """
+    per_organ = {
+        organ: {score: spread(table[:, i]) for score, table in tables.items()} for i, organ in enumerate(organs)
+    }
+    means = {score: spread([mean_of(scores[score]) for scores in per_organ.values()])["mean"] for score in tables}
+    return {"mean": means, "organs": per_organ}
+
+
+def mean_of(scores: dict) -> float:
+    """The mean of a `spread` as a number: infinite or NaN where it is None."""
+    if scores["n_infinite"]:
+        return math.inf
+    return math.nan if scores["mean"] is None else scores["mean"]
+
+
+def mean_over(table: np.ndarray, axis: int) -> np.ndarray:
+    """The mean along an axis over what is defined; NaN where nothing is."""
+    defined = ~np.isnan(table)
+    return share(np.where(defined, table, 0).sum(axis=axis), defined.sum(axis=axis))
+
+
+def share(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`sums / counts`, NaN where a count is 0."""
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def bootstrap_interval(table: np.ndarray) -> list[float] | None:
+    """The 95 % percentile-bootstrap interval, over cases, of the mean over organs of each organ's mean.
+
+    Cases are drawn whole, with replacement, BOOTSTRAP_SAMPLES times from BOOTSTRAP_SEED: the same table gives the same
+    interval. With few cases it is too narrow; for fewer than two, or where nothing is defined, it is None.
+
+    Args:
+        table: (C, organs), finite or NaN.
+
+    Returns:
+        lower and upper end.
+    """
+    table = table[~np.isnan(table).all(axis=1)]
+    cases = len(table)
+    if cases < 2:
+        return None
+    times = np.random.default_rng(BOOTSTRAP_SEED).multinomial(cases, np.full(cases, 1 / cases), BOOTSTRAP_SAMPLES)
+    defined = ~np.isnan(table)
+    # einsum adds in one order on any number of threads; a matrix product need not.
+    sums = np.einsum("sc,co->so", times, np.where(defined, table, 0.0))
+    counts = np.einsum("sc,co->so", times, defined.astype(np.int64))
+    means = mean_over(share(sums, counts), axis=1)  # (samples,)
+    return [float(end) for end in np.nanpercentile(means, INTERVAL_PERCENT)]
+
+
+def compare(here: np.ndarray, other: np.ndarray) -> dict[str, float | int | list | None]:
+    """Two scores of the same cases, pair by pair.
+
+    Args:
+        here: (C,), finite or NaN.
+        other: (C,); a pair counts where both are defined.
+
+    Returns:
+        n pairs and n_unpaired, the cases where only one is defined; over the pairs the mean of each, the mean and the
+        median difference (here - other), its bootstrap interval, and p of Wilcoxon's signed-rank test, two-sided.
+    """
+    paired = ~np.isnan(here) & ~np.isnan(other)
+    n = int(paired.sum())
+    differences = (here - other)[paired]
+    return {
+        "n": n,
+        "n_unpaired": int((np.isnan(here) != np.isnan(other)).sum()),
+        "mean": float(here[paired].mean()) if n else None,
+        "other_mean": float(other[paired].mean()) if n else None,
+        "difference": float(differences.mean()) if n else None,
+        "median_difference": float(np.median(differences)) if n else None,
+        "interval_95": bootstrap_interval(differences[:, None]),
+        "p": wilcoxon_p(differences) if n else None,
+    }
+
+
+def wilcoxon_p(differences: np.ndarray) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test, as scipy has it by default; 1 where no pair differs."""
+    if not differences.any():
+        return 1.0
+    # Takes a second to import, which only comparisons need to wait for.
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(differences).pvalue)
+
+
+def compare_tables(here: np.ndarray, other: np.ndarray, organs: Sequence[str]) -> dict:
+    """`compare` two (C, organs) tables by each case's mean over organs, and organ by organ.
+
+    A case's mean is over the organs that are defined on that side, so that an organ predicted where there is none
+    counts against the side that did it.
+    """
+    return {
+        "mean": compare(mean_over(here, axis=1), mean_over(other, axis=1)),
+        "organs": {organ: compare(here[:, i], other[:, i]) for i, organ in enumerate(organs)},
+    }

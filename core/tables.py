@@ -1,0 +1,121 @@
+"""Tables of scores as text: for a terminal of 100 columns, or in Markdown."""
+
+from collections.abc import Sequence
+
+NAME_WIDTH = 20  # of an organ; longer names are cut, so that 100 columns are enough
+FEW_CASES = 10  # below so many, a bootstrap interval is too narrow to go by
+NOT_DEFINED = "-"
+
+
+def score_table(summary: dict, cases: int, markdown: bool = False) -> str:
+    """A line per organ, the mean over organs and the notes below.
+
+    Args:
+        summary: "mean", "organs" and "interval_95" as in summary.json.
+        cases: how many are in it.
+        markdown: whether for Markdown, else for a terminal.
+    """
+    full = "hd95_mm" in summary["mean"]  # the challenge has Dice and NSD alone
+    header = ["organ", "n", "Dice", "sd", "NSD"]
+    lines = []
+    for organ, scores in summary["organs"].items():
+        dice = scores["dice"]
+        line = [organ, str(dice["n"]), decimals(dice["mean"]), decimals(dice["sd"]), decimals(scores["nsd"]["mean"])]
+        if full:
+            line.append(distance(scores["hd95_mm"]))
+            for name in ("precision", "recall"):
+                line += [decimals(scores[name]["mean"]), str(scores[name]["n"])]
+            line.append(decimals(scores["accuracy"]["mean"]))
+        lines.append(line)
+    mean = summary["mean"]
+    last = ["mean over organs", "", decimals(mean["dice"]), "", decimals(mean["nsd"])]
+    if full:
+        header += ["HD95 mm", "precision", "n", "recall", "n", "accuracy"]
+        any_infinite = any(scores["hd95_mm"]["n_infinite"] for scores in summary["organs"].values())
+        hd95 = "inf" if any_infinite else decimals(mean["hd95_mm"], 2)
+        last += [hd95, decimals(mean["precision"]), "", decimals(mean["recall"]), "", decimals(mean["accuracy"])]
+    return "\n".join([lay_out([header, *lines, last], markdown), "", *score_notes(summary, cases, full)])
+
+
+def score_notes(summary: dict, cases: int, full: bool) -> list[str]:
+    """What has to be known to read the table, in lines of at most 100 columns."""
+    notes = []
+    intervals = {name: ends for name, ends in summary["interval_95"].items() if ends}
+    if intervals:
+        ends = ", ".join(
+            f"{label} {decimals(intervals[name][0])} to {decimals(intervals[name][1])}"
+            for name, label in (("dice", "Dice"), ("nsd", "NSD"))
+            if name in intervals
+        )
+        few = ": too few" if cases < FEW_CASES else ""
+        notes.append(f"Mean, 95 % interval: {ends} (bootstrap, {cases} cases{few}).")
+    if not full:
+        notes.append(f"n: of {cases} cases. flare22: the challenge's rules; an organ in neither label map scores 1.")
+        return notes
+    notes.append(f"n: of {cases} cases, those in which the score is defined. Background is in no mean.")
+    if any(scores["hd95_mm"]["n_infinite"] for scores in summary["organs"].values()):
+        notes.append("HD95: infinite where the organ is in one label map only; * median, for the mean is infinite.")
+    notes.append("accuracy: one organ against the rest, near 1 even for an organ wholly missed; read Dice.")
+    return notes
+
+
+def ceiling_table(summary: dict, size: Sequence[int], markdown: bool = False) -> str:
+    """Best Dice and NSD by organ, as ceiling.json has them, with the notes."""
+    names = ("dice", "nsd", "dice_as_labels", "nsd_as_labels")
+    lines = [["organ", "n", "Dice", "NSD", "Dice as labels", "NSD as labels"]]
+    for organ, scores in summary["organs"].items():
+        lines.append([organ, str(scores["dice"]["n"]), *(decimals(scores[name]["mean"]) for name in names)])
+    lines.append(["mean over organs", "", *(decimals(summary["mean"][name]) for name in names)])
+    return "\n".join(
+        [
+            lay_out(lines, markdown),
+            "",
+            f"The truth on {'x'.join(map(str, size))} voxels and back to the scans' own grids: the rest is resolution.",
+            "Dice, NSD: from every voxel's true shares of the organs; no ordinary answer does better.",
+            "as labels: from the labels that the network is trained on there.",
+        ]
+    )
+
+
+def comparison_table(name: str, compared: dict, markdown: bool = False) -> str:
+    """Two sets of predictions by one score: over the cases' means, and by organ."""
+    lines = [[name, "n", "predictions", "against", "difference", "95 % interval", "p"]]
+    for organ, pair in (("mean of a case", compared["mean"]), *compared["organs"].items()):
+        ends = pair["interval_95"]
+        interval = f"{ends[0]:+.4f} to {ends[1]:+.4f}" if ends else NOT_DEFINED
+        difference = NOT_DEFINED if pair["difference"] is None else f"{pair['difference']:+.4f}"
+        p = NOT_DEFINED if pair["p"] is None else f"{pair['p']:.2g}"
+        means = [decimals(pair["mean"]), decimals(pair["other_mean"])]
+        lines.append([organ, str(pair["n"]), *means, difference, interval, p])
+    table = lay_out(lines, markdown)
+    if any(pair["n_unpaired"] for pair in compared["organs"].values()):
+        table += "\n\nn: pairs; some cases have the score on one side only (n_unpaired in comparison.json)."
+    return table
+
+
+def lay_out(lines: Sequence[Sequence[str]], markdown: bool) -> str:
+    """Lines of cells as text, the first line the header; the first column to the left, numbers to the right."""
+    if not markdown:
+        lines = [[line[0][:NAME_WIDTH], *line[1:]] for line in lines]
+    least = 3 if markdown else 1  # Markdown's rule below the header needs as many signs
+    widths = [max(least, *map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
+
+
+def decimals(value: float | None, places: int = 4) -> str:
+    """A number with that many decimals."""
+    return NOT_DEFINED if value is None else f"{value:.{places}f}"
+
+
+def distance(scores: dict) -> str:
+    """A distance's mean in mm; where it is infinite the median, marked."""
+    if not scores["n_infinite"]:
+        return decimals(scores["mean"], 2)
+    return "inf*" if scores["median"] is None else f"{scores['median']:.2f}*"
