@@ -23,16 +23,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
+from isal import igzip
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import machine, print_result
 from benchmarks.peers import NO_MONAI, monai_installed
-from benchmarks.train_step import make_training, summarise
+from benchmarks.train_step import make_training, summarise, watch_memory
 from core.checkpoint import build_network
 from core.config import Config, load_config
 from core.exits import DONE, USAGE, refusing, run_command
+from core.preprocess import load_labels, load_scan, prepare_image, resize_labels, save_label_map
 from core.step import training_step
 from data.make_phantom import write_phantom
 from dataset import Case, CaseDataset, find_cases
@@ -42,6 +45,7 @@ CASES = 3
 WORKERS = (0, 1, 2)
 GROWTH_CASES = (10, 50, 200)  # data sets of these many cases show whether memory or time a sample grows
 GROWTH_SIZE = (64, 64, 48)  # small, so that it takes seconds: 0.4 MiB a case, if it were kept
+STAGE_REPEATS = 7  # at the most
 COPY_REPEATS = 15
 MIB = 2**20
 STATUS = Path("/proc/self/status")  # Linux only
@@ -166,6 +170,39 @@ def monai_transforms(config: Config) -> Callable:
     )
 
 
+def measure_stages(case: Case, config: Config, folder: Path, repeats: int) -> dict[str, Any]:
+    """Milliseconds of each stage of a raw sample and of writing a label map, and memory that reading a scan takes."""
+    voxels, geometry = load_scan(case.scan)
+    labels, _ = load_labels(case.labels)
+    read_rise_gib = watch_memory(torch.device("cpu"))
+    load_scan(case.scan)
+    rise_gib = read_rise_gib()
+    written = folder / "labels.nii.gz"
+    stages = {
+        "gunzip alone": lambda: igzip.open(case.scan).read(),
+        "load_scan": lambda: load_scan(case.scan),
+        "nibabel's get_fdata": lambda: nib.as_closest_canonical(nib.load(case.scan)).get_fdata(dtype=np.float32),
+        "load_labels": lambda: load_labels(case.labels),
+        "prepare_image": lambda: prepare_image(voxels, config.size, config.window_hu),
+        "resize_labels": lambda: resize_labels(labels, config.size),
+        "save_label_map": lambda: save_label_map(labels, geometry, written),
+    }
+    ms: dict[str, list[float]] = {name: [] for name in stages}
+    for _ in range(1 + repeats):
+        for name, stage in stages.items():
+            started = time.perf_counter()
+            stage()
+            ms[name].append((time.perf_counter() - started) * 1000)
+    return {
+        "shape": list(geometry.shape),
+        "scan_mib": voxels.nbytes / MIB,
+        "load_scan_rise_mib": rise_gib and rise_gib * 1024,
+        "scan_file_mib": case.scan.stat().st_size / MIB,
+        "labels_file_mib": written.stat().st_size / MIB,
+        "ms": {name: summarise(taken[1:]) for name, taken in ms.items()},
+    }
+
+
 def measure_growth(case: Case, config: Config, folder: Path) -> list[dict[str, Any]]:
     """Milliseconds a cached sample and memory gained in an epoch, for data sets of more and more cases (copies)."""
     config = replace(config, size=GROWTH_SIZE, cache_dir=str(folder / "growth"))
@@ -230,6 +267,7 @@ def measure(cases: Sequence[Case], config: Config, repeats: int) -> dict[str, An
                     contender.later_ms[workers].append(epoch_ms(loader))
         rows = {contender.name: summarise_contender(contender) for contender in contenders}
         del contenders  # ends the workers, and frees what they keep
+        stages = measure_stages(cases[0], config, Path(folder), min(repeats, STAGE_REPEATS))
         small = make_small_case(Path(folder))
         growth = measure_growth(small, config, Path(folder))
         demo = measure_demo(small, Path(folder))
@@ -238,6 +276,7 @@ def measure(cases: Sequence[Case], config: Config, repeats: int) -> dict[str, An
         "cases": len(cases),
         "repeats": repeats,
         "contenders": rows,
+        "stages": stages,
         "growth": growth,
         "demo": demo,
         "copy_gib_per_s": copy_gib_per_s(),
@@ -264,6 +303,12 @@ def format_table(result: dict[str, Any]) -> list[str]:
         numbers += [later["0"]["min"], later["0"]["max"], row["kept_mib_per_case"], row["disk_mib_per_case"]]
         lines.append(f"{name:<26}" + "".join(f"{'-':>12}" if n is None else f"{n:>12.1f}" for n in numbers))
     lines.append("min and max: of the epochs without workers; kept and disk: memory and files, a case")
+    stages = result["stages"]
+    rise = "-" if stages["load_scan_rise_mib"] is None else f"{stages['load_scan_rise_mib']:.0f}"
+    lines.append(f"stages at {' x '.join(map(str, stages['shape']))}, median ms (min to max):")
+    for name, ms in stages["ms"].items():
+        lines.append(f"  {name:<24}{ms['median']:>8.0f} ({ms['min']:.0f} to {ms['max']:.0f})")
+    lines.append(f"  a scan of {stages['scan_mib']:.0f} MiB as float32 is read with {rise} MiB of memory")
     for row in result["growth"]:
         gained = "-" if row["gained_mib"] is None else f"{row['gained_mib']:.1f}"
         ms = row["later_epochs_ms"]["median"]

@@ -44,7 +44,7 @@ CONTRAST, BLUR_VOXELS, NOISE, NOISE_VOXELS = 12.0, 7, 4.3, 4
 def network_like_logits(config: Config) -> Tensor:
     """(K, X, Y, Z) logits as a trained network might give: a phantom's organs, blurred, and smooth noise on top."""
     labels = resize_labels(make_case(config.seed, number=1)[1], config.size)
-    random = torch.Generator()
+    random = torch.Generator().manual_seed(config.seed)
     logits = torch.empty(len(config.organs), *config.size)
     for k, scores in enumerate(logits):
         share = torch.from_numpy(ndimage.uniform_filter((labels == k).astype(np.float32), BLUR_VOXELS))

@@ -1,19 +1,26 @@
 """The benchmarks count and answer what they say; nothing timed is asserted, and MONAI is not needed."""
 
+import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import memory, train_step
-from benchmarks.peers import NO_MONAI, Predecessor
+from benchmarks import inference, memory, train_step
+from benchmarks.peers import NO_MONAI, Predecessor, monai_installed
 from core.checkpoint import build_network
 from core.config import load_config
 from core.memory import predict
 from core.step import PLANS
+from data.make_phantom import write_phantom
+from dataset import find_scans
 
 SMALL = load_config(
     flags={"size": ["32", "32", "16"], "channels": "4", "down_convs": ["1", "1"], "up_convs": ["1"], "device": "cpu"}
@@ -112,6 +119,10 @@ def test_train_step_without_monai_has_no_ratios(monkeypatch, capsys, without_mon
         (train_step, ["--size", "30", "32", "32"], "size: got 30 32 32"),
         (train_step, ["--repeats", "0"], "--repeats: got 0"),
         (train_step, ["--device", "cuda:99"], "device: got cuda:99"),
+        (inference, ["--size", "30", "32", "32"], "size: got 30 32 32"),
+        (inference, ["--cases", "0"], "--cases: got 0"),
+        (inference, ["--scans", "nowhere"], "nowhere: no such file or folder"),
+        (inference, ["--checkpoint", "none.pt", "--size", "32", "32", "32"], "leave out --size or --checkpoint"),
     ],
 )
 def test_wrong_usage_is_told_in_a_sentence(monkeypatch, capsys, module, flags, told):
@@ -131,3 +142,77 @@ def test_take_turns_trains_as_the_training_step_does(monkeypatch, without_monai)
     train_step.take_turn(contender, labels)
     assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     assert len(contender.step_s) == 1
+
+
+# ---- inference
+
+TINY = ["--size", 16, 16, 16, "--shape", 40, 36, 24, "--cases", 2, "--repeats", 2]
+
+
+class Peer:
+    """In MONAI's place: finds an organ nowhere."""
+
+    def __init__(self, network, config, device, precision, output):
+        self.device, self.output = device, output
+        output.mkdir()
+        self.read = self.resize = self.forward = self.restore = lambda item: item
+
+    def write(self, item):
+        scan = nib.load(item["image"])
+        nib.save(nib.Nifti1Image(np.zeros(scan.shape, np.uint8), scan.affine), self.output / Path(item["image"]).name)
+
+    def run(self, scans):
+        for scan in scans:
+            self.write({"image": str(scan)})
+
+
+def test_inference_tells_the_stages_of_every_way(monkeypatch, capsys):
+    monkeypatch.setattr(inference, "monai_installed", lambda: True)
+    monkeypatch.setattr(inference, "MonaiPipeline", Peer)
+    lines, result = run(monkeypatch, capsys, inference, *TINY, "--device", "cpu")
+    ways = itertools.product(("float32", "bf16"), ("project", "MONAI"), ("", ", in turn"))
+    assert list(result["contenders"]) == [f"{name}, {precision}{way}" for precision, name, way in ways]
+    for name, row in result["contenders"].items():
+        assert row["scan_s"]["n"] == row["to_monai"]["n"] == 2
+        assert set(row["stages_s"]) == ({"read", "resize", "forward", "restore", "write"} if "turn" in name else set())
+    stages = result["contenders"]["project, float32, in turn"]["stages_s"]
+    assert all(stage["min"] > 0 for stage in stages.values())
+    whole = result["contenders"]["project, float32, in turn"]["scan_s"]
+    assert sum(stage["min"] for stage in stages.values()) <= whole["max"]
+    assert result["contenders"]["MONAI, bf16"]["to_monai"]["median"] == 1
+    assert sorted(map(sorted, result["scans"])) == [[24, 36, 40]] * 2
+    assert any(line.startswith("2 scans of ") for line in lines)
+
+
+def test_inference_without_monai_has_no_ratios(monkeypatch, capsys):
+    monkeypatch.setattr(inference, "monai_installed", lambda: False)
+    lines, result = run(monkeypatch, capsys, inference, *TINY, "--device", "cpu", "--json")
+    assert len(lines) == 1
+    assert all("project" in name and row["to_monai"] is None for name, row in result["contenders"].items())
+    assert result["same_voxels_as_monai"] == {}
+    assert result["notes"] == [NO_MONAI]
+
+
+def test_inference_in_turn_writes_the_label_maps_of_infer(tmp_path):
+    write_phantom(tmp_path / "data", 2, (40, 36, 24), seed=0)
+    config = replace(SMALL, size=(16, 16, 16))
+    scans = find_scans([tmp_path / "data"])
+    torch.manual_seed(0)
+    contenders = inference.make_contenders(build_network(config).eval(), config, torch.device("cpu"), scans, tmp_path)
+    whole, in_turn = contenders[:2]
+    assert (whole.title, in_turn.title) == ("project, float32", "project, float32, in turn")
+    whole.run()
+    shutil.copytree(whole.output, tmp_path / "whole")
+    for path in whole.output.glob("*.nii.gz"):
+        path.unlink()
+    in_turn.run()
+    names = {case: Path(f"{case}.nii.gz") for case in scans}
+    assert inference.same_voxels(tmp_path / "whole", in_turn.output, names) == 1
+
+
+@pytest.mark.skipif(not monai_installed(), reason=NO_MONAI)
+def test_monai_does_the_same_job(monkeypatch, capsys):
+    # Phantoms less than twice the network's grid, where neither side blurs; MONAI never does.
+    flags = ["--size", 16, 16, 16, "--shape", 30, 28, 24, "--cases", 2, "--repeats", 1, "--device", "cpu"]
+    _, result = run(monkeypatch, capsys, inference, *flags)
+    assert result["same_voxels_as_monai"]["float32"] > 0.97

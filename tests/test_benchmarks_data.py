@@ -60,6 +60,9 @@ def test_data_loading_times_raw_and_cached_samples(run_main, small):
     assert raw["disk_mib_per_case"] == 0
     # Two bytes a voxel, and a line of facts.
     assert cached["disk_mib_per_case"] == pytest.approx(2 * 32 * 32 * 16 / 2**20, rel=0.02)
+    assert result["stages"]["shape"] == [32, 32, 24]
+    assert result["stages"]["scan_mib"] == 4 * 32 * 32 * 24 / 2**20
+    assert all(ms["n"] == 2 for ms in result["stages"]["ms"].values())
     assert [row["cases"] for row in result["growth"]] == [2, 4]
     assert result["demo"]["step_ms"]["n"] == 3
     assert result["copy_gib_per_s"] > 0

@@ -86,7 +86,7 @@ def test_peers_that_are_missing_are_named(run_main, monkeypatch):
     [
         (["--repeats", 0], "--repeats: got 0, expected 1 or more"),
         (["--shape", 15, 64, 64], "--shape: got 15 64 64, expected 16 or more each"),
-        (["--shape", 16, 16, 16], "--shape: 16 16 16 voxels are too few for 13 organs"),
+        (["--shape", 40, 32, 24], "--shape: 40 32 24 voxels are too few for 13 organs"),
         (["--shape", 512, 512, 512], "33554432 voxels at most"),
     ],
 )

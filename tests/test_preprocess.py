@@ -214,10 +214,15 @@ def test_gzip_in_several_members_is_read_to_the_end(tmp_path):
 
 
 def test_every_damage_to_a_gzipped_scan_is_found(tmp_path):
-    path = write(tmp_path / "scan.nii.gz", NOISE)
-    content = path.read_bytes()
     rng = np.random.default_rng(0)
-    damaged = [content[:length] for length in rng.integers(0, len(content), 40)]
+    # With its 352 bytes of header a multiple of 8192: who stops at the last voxel has not met the checksum then.
+    noise = rng.integers(0, 255, (8, 4, (4 * 8192 - 352) // 32)).astype(np.uint8)
+    path = write(tmp_path / "scan.nii.gz", noise)
+    # More than the voxels may stand in front of the checksum.
+    longer = gzip.compress(gzip.decompress(path.read_bytes()) + rng.bytes(10**5))
+    content = path.read_bytes()
+    damaged = [longer[:-1], longer[:-9], longer[:-5] + bytes([longer[-5] ^ 1]) + longer[-4:]]
+    damaged += [content[:length] for length in rng.integers(0, len(content), 40)]
     damaged += [content[:-cut] for cut in range(1, 10)]
     # Behind gzip's first ten bytes, of which some mean nothing; the last eight are the checksum and the length.
     for place in [*rng.integers(10, len(content), 200), *range(len(content) - 8, len(content))]:
@@ -228,8 +233,9 @@ def test_every_damage_to_a_gzipped_scan_is_found(tmp_path):
         path.write_bytes(wrong)
         with pytest.raises(ValueError, match=re.escape(f"{path}: cannot be read")):
             load_scan(path)
-    path.write_bytes(content)
-    np.testing.assert_array_equal(load_scan(path)[0], NOISE)
+    for whole in (content, longer):
+        path.write_bytes(whole)
+        np.testing.assert_array_equal(load_scan(path)[0], noise)
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------
@@ -490,6 +496,11 @@ def test_restoring_needs_no_memory_that_grows_with_the_classes(monkeypatch):
     volumes = 96**3 + 2 * 48**3
     assert volumes < peak(4) < 1.3 * volumes
     assert peak(64) < peak(4) + 4 * 64 * 48**2  # bytes of one layer of all classes
+    monkeypatch.setattr(preprocess, "DENSE_ABOVE", 1.1)
+    logits = smooth_logits(torch.bfloat16)
+    with LargestTensor() as largest:
+        logits_to_labels(logits, (45, 31, 17))
+    assert largest.elements == logits[:, 0].numel()
 
 
 def test_cells_with_boundary_by_hand():
@@ -660,7 +671,7 @@ def test_a_label_map_comes_back_from_a_finer_grid():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Keeps the number of elements of the largest floating tensor that any operation gives."""
+    """Keeps the number of elements of the largest floating tensor that any operation makes; views are none."""
 
     def __init__(self):
         super().__init__()
@@ -669,8 +680,11 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Run the operation and look at what came out."""
         result = function(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage().data_ptr() in given:
+                continue
+            if tensor.is_floating_point():
                 self.elements = max(self.elements, tensor.numel())
         return result
 
