@@ -156,11 +156,15 @@ def segment_all(inference: Inference, scans: dict[str, Path]) -> Iterator[Segmen
     once_more = []
     with stage_thread(inference.device) as reader, stage_thread(inference.device) as writer:
         prepared = in_thread(reader, preparing, starmap(Segmentation, scans.items()))
-        for scan in in_thread(writer, finishing, map(predicting, prepared)):
-            if scan.out_of_memory:
-                once_more.append(Segmentation(scan.case, scan.file))
-            else:
-                yield scan
+        try:
+            for scan in in_thread(writer, finishing, map(predicting, prepared)):
+                if scan.out_of_memory:
+                    once_more.append(Segmentation(scan.case, scan.file))
+                else:
+                    yield scan
+        except KeyboardInterrupt:
+            print("interrupted; what is being written is finished first", file=sys.stderr)
+            raise
     yield from map(finishing, map(predicting, map(preparing, once_more)))
 
 

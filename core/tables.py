@@ -71,8 +71,8 @@ def ceiling_table(summary: dict, size: Sequence[int], markdown: bool = False) ->
             lay_out(lines, markdown),
             "",
             f"The truth on {'x'.join(map(str, size))} voxels and back to the scans' own grids: the rest is resolution.",
-            "Dice, NSD: from every voxel's true shares of the organs; no ordinary answer does better.",
-            "as labels: from the labels that the network is trained on there.",
+            "Dice, NSD: restored from the organs' true shares of every voxel there, all that a voxel can tell.",
+            "as labels: restored from the labels that the network is trained on there.",
         ]
     )
 
