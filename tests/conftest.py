@@ -1,10 +1,14 @@
 """What several test files share: a script's main, run in this process, which spares its start-up."""
 
+import signal
 import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+
+# Started in the background of a script, the tests would pass on to every command that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
