@@ -22,15 +22,8 @@ from torch.utils.data import Dataset, Sampler
 
 from core.config import Config
 from core.files import whole_file
-from core.preprocess import (
-    NIFTI_SUFFIXES,
-    check_same_grid,
-    load_labels,
-    load_scan,
-    prepare_image,
-    read_geometry,
-    resize_labels,
-)
+from core.preprocess import NIFTI_SUFFIXES, check_same_grid, load_labels, load_scan, prepare_image, read_geometry
+from core.resample import resize_labels
 
 DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
 CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file

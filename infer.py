@@ -27,14 +27,8 @@ from core.checkpoint import load_network
 from core.config import Config, check
 from core.exits import DONE, REFUSED, USAGE, is_out_of_memory, print_error, refusing, run_command
 from core.files import whole_file
-from core.preprocess import (
-    Geometry,
-    load_scan,
-    logits_to_labels,
-    prepare_image,
-    save_label_map,
-    save_probabilities,
-)
+from core.preprocess import Geometry, load_scan, prepare_image, save_label_map, save_probabilities
+from core.resample import logits_to_labels
 from core.step import autocast, choose_device, choose_precision
 from dataset import find_scans, hu_percentiles, select_cases
 from vnet import VNet

@@ -31,7 +31,8 @@ from benchmarks.train_step import clock, ratios, summarise
 from core.checkpoint import build_network, load_network
 from core.config import Config, load_config
 from core.exits import DONE, USAGE, refusing, run_command
-from core.preprocess import load_scan, logits_to_labels, prepare_image, save_label_map
+from core.preprocess import load_scan, prepare_image, save_label_map
+from core.resample import logits_to_labels
 from core.step import choose_device
 from data.make_phantom import write_phantom
 from dataset import HU_PERCENTILES, find_scans

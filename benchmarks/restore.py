@@ -29,7 +29,8 @@ from core.checkpoint import load_network
 from core.config import Config, load_config
 from core.exits import DONE, USAGE, refusing, run_command
 from core.memory import GIB
-from core.preprocess import cells_with_boundary, load_scan, logits_to_labels, prepare_image, resize_labels
+from core.preprocess import load_scan, prepare_image
+from core.resample import cells_with_boundary, logits_to_labels, resize_labels
 from core.step import choose_device
 from data.make_phantom import make_case
 

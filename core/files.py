@@ -1,6 +1,7 @@
-"""Files written whole: whoever reads one finds the old content or the new, never half of it."""
+"""Files written whole, where there is room for them, and errors of writing that name the file."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which replaces `path` when the block ends without an error.
+
+    Whoever reads the file finds the old content or the new, never half of it.
 
     The temporary name keeps the suffix, by which libraries choose the format, and starts with a dot, which every
     listing of cases passes over. When the block raises, `path` is as it was and the temporary file is gone.
@@ -22,3 +25,28 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise an OSError when the disk has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder}: has {gib(free)} free, but {what} needs {gib(needed)}; make room, or choose another folder"
+        )
+
+
+def gib(size: int) -> str:
+    """A number of bytes for a message."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing, which does not do so itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -103,7 +103,7 @@ def voxel_accuracy(matrix: np.ndarray) -> float:
 
 def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """`numerator / denominator`, NaN where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator != 0)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 
 def mean_defined(values: Iterable[float]) -> tuple[float, int]:

@@ -13,15 +13,8 @@ import torch
 
 from core.flare22 import flare22_scores
 from core.metrics import SCORES, confusion_matrix, organ_scores, voxel_accuracy
-from core.preprocess import (
-    Geometry,
-    apply_weights,
-    axis_weights,
-    check_same_grid,
-    load_labels,
-    logits_to_labels,
-    resize_labels,
-)
+from core.preprocess import Geometry, check_same_grid, load_labels
+from core.resample import apply_weights, axis_weights, logits_to_labels, resize_labels
 from core.surface import hausdorff_mm, mean_distance_mm, nsd, organ_surfaces
 
 DIGITS = 6  # significant ones of a number in a row; all means are of the numbers as they stand there

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from core.metrics import divide
+
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_SAMPLES = 2000
 INTERVAL_PERCENT = (2.5, 97.5)  # of the bootstrap samples: the 95 % interval
@@ -57,12 +59,7 @@ def mean_of(scores: dict) -> float:
 def mean_over(table: np.ndarray, axis: int) -> np.ndarray:
     """The mean along an axis over what is defined; NaN where nothing is."""
     defined = ~np.isnan(table)
-    return share(np.where(defined, table, 0).sum(axis=axis), defined.sum(axis=axis))
-
-
-def share(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`sums / counts`, NaN where a count is 0."""
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return divide(np.where(defined, table, 0).sum(axis=axis), defined.sum(axis=axis))
 
 
 def bootstrap_interval(table: np.ndarray) -> list[float] | None:
@@ -86,7 +83,7 @@ def bootstrap_interval(table: np.ndarray) -> list[float] | None:
     # einsum adds in one order on any number of threads; a matrix product need not.
     sums = np.einsum("sc,co->so", times, np.where(defined, table, 0.0))
     counts = np.einsum("sc,co->so", times, defined.astype(np.int64))
-    means = mean_over(share(sums, counts), axis=1)  # (samples,)
+    means = mean_over(divide(sums, counts), axis=1)  # (samples,)
     return [float(end) for end in np.nanpercentile(means, INTERVAL_PERCENT)]
 
 

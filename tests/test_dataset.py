@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from core.config import Config, load_config
-from core.preprocess import load_labels, load_scan, prepare_image, resize_labels
+from core.preprocess import load_labels, load_scan, prepare_image
+from core.resample import resize_labels
 from dataset import (
     Case,
     CaseDataset,

@@ -24,7 +24,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data import download
+from data import download, unzip
 from dataset import find_cases
 
 ROOT = Path(__file__).parents[1]
@@ -538,14 +538,14 @@ def test_endless_file_is_refused(get, server, to, monkeypatch, answer, word):
 
 def with_free_bytes(monkeypatch, free: int) -> None:
     usage = shutil.disk_usage("/")._replace(free=free)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
 
 def test_disk_is_looked_at_before_the_download(get, to, monkeypatch):
     with_free_bytes(monkeypatch, 2 * len(PAYLOAD) - 1)
     code, _, err = get()
     assert code == STOPPED
-    assert_one_sentence(err, to, "free", "--to")
+    assert_one_sentence(err, to, "free", "another folder")
     assert list(to.iterdir()) == []
     with_free_bytes(monkeypatch, 2 * len(PAYLOAD))
     assert get()[0] == DONE
@@ -600,18 +600,18 @@ def test_interrupted_download_goes_on(get, server, to):
 
 
 def test_interrupted_unpacking_leaves_nothing_half_written(get, server, to, monkeypatch):
-    extract_file, done = download.extract_file, []
+    extract_file, done = unzip.extract_file, []
 
     def interrupted(*arguments: object) -> None:
         if done:
             raise KeyboardInterrupt
         done.append(extract_file(*arguments))
 
-    monkeypatch.setattr(download, "extract_file", interrupted)
+    monkeypatch.setattr(unzip, "extract_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         get()
     assert [path.name for path in to.iterdir()] == ["FLARE22Train.zip.part"]
-    monkeypatch.setattr(download, "extract_file", extract_file)
+    monkeypatch.setattr(unzip, "extract_file", extract_file)
     assert get()[0] == DONE
     assert len(server.requests) == 1
     assert_installed(to)
@@ -897,7 +897,7 @@ def test_bad_zip_is_refused_and_leaves_nothing(install, to, tmp_path, kind):
 
 
 def test_unpacked_size_is_bounded(install, to, monkeypatch):
-    monkeypatch.setattr(download, "MAX_UNPACKED_BYTES", 100_000)
+    monkeypatch.setattr(unzip, "MAX_UNPACKED_BYTES", 100_000)
     code, _, err = install(PAYLOAD)
     assert code == REFUSED
     assert_one_sentence(err, "mine.zip", "GiB")

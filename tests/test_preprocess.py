@@ -16,24 +16,21 @@ from scipy import ndimage
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import preprocess
+from core import preprocess, resample
 from core.files import whole_file
 from core.preprocess import (
     Geometry,
-    axis_weights,
     check_same_grid,
     load_labels,
     load_scan,
-    logits_to_labels,
     prepare_image,
     read_geometry,
     read_nifti,
-    resize_image,
-    resize_labels,
     save_label_map,
     save_probabilities,
     window_hu,
 )
+from core.resample import axis_weights, logits_to_labels, resize_image, resize_labels
 
 LABELLED = Path(__file__).parents[1] / ".." / "shared" / "data" / "labelled"
 ODD = LABELLED.parent / "odd"
@@ -421,7 +418,7 @@ def test_the_same_labels_give_the_same_bytes(tmp_path, monkeypatch, suffix):
 
 
 def test_probabilities_lie_in_the_scans_geometry_and_agree_with_the_labels(tmp_path, monkeypatch):
-    monkeypatch.setitem(preprocess.SLAB_BYTES, "cpu", 4 * 3 * 7 * 4 * 2)  # two slices of three classes
+    monkeypatch.setitem(resample.SLAB_BYTES, "cpu", 4 * 3 * 7 * 4 * 2)  # two slices of three classes
     stored, affine = store_as(((1, 2, 0), (1, -1, -1)), HU, affine_of())
     geometry = read_geometry(write(tmp_path / "scan.nii.gz", stored, affine, slope=3, inter=-1000))
     logits = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -452,8 +449,8 @@ def smooth_logits(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_only_boundaries_are_interpolated_and_nothing_changes(shape, dtype, dense_above, monkeypatch):
     logits = smooth_logits(dtype)
     winners = logits.argmax(dim=0).to(torch.uint8).numpy()
-    assert 0 < preprocess.cells_with_boundary(winners).mean() < 0.5
-    monkeypatch.setattr(preprocess, "DENSE_ABOVE", dense_above)
+    assert 0 < resample.cells_with_boundary(winners).mean() < 0.5
+    monkeypatch.setattr(resample, "DENSE_ABOVE", dense_above)
     plain = F.interpolate(logits[None].float(), size=shape, mode="trilinear", align_corners=False)[0]
     for lying in (logits, logits[None].to(memory_format=torch.channels_last_3d)[0], logits.clone().requires_grad_()):
         labels = logits_to_labels(lying, shape)
@@ -465,7 +462,7 @@ def test_only_boundaries_are_interpolated_and_nothing_changes(shape, dtype, dens
 
 @pytest.mark.parametrize("dense_above", [-1, 1.1])
 def test_a_class_that_wins_at_no_corner_may_win_between_them(monkeypatch, dense_above):
-    monkeypatch.setattr(preprocess, "DENSE_ABOVE", dense_above)
+    monkeypatch.setattr(resample, "DENSE_ABOVE", dense_above)
     # Along X from 0 to 1: class 0 falls from 2 to 0, class 1 rises from 0 to 2, class 2 stays 1.5 and wins at 0.5.
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.5, 1.5]]).reshape(3, 2, 1, 1)
     # Five voxels in place of two have their centres at -0.3, 0.1, 0.5, 0.9 and 1.3; at 0.1 class 0 is 1.8.
@@ -474,11 +471,11 @@ def test_a_class_that_wins_at_no_corner_may_win_between_them(monkeypatch, dense_
 
 def test_the_largest_class_by_hand():
     scores = torch.tensor([[1.0, 2.0, 3.0, -5.0], [1.0, 3.0, 2.0, -4.0], [0.0, 3.0, 3.0, -3.0]])
-    assert preprocess.largest_class(scores).tolist() == [0, 1, 0, 2]  # ties go to the lower id
+    assert resample.largest_class(scores).tolist() == [0, 1, 0, 2]  # ties go to the lower id
     many = torch.arange(256.0).reshape(256, 1)
-    assert preprocess.largest_class(many).tolist() == [255]
-    assert preprocess.largest_class(many.flip(0)).tolist() == [0]
-    assert preprocess.largest_class(many[:1]).tolist() == [0]
+    assert resample.largest_class(many).tolist() == [255]
+    assert resample.largest_class(many.flip(0)).tolist() == [0]
+    assert resample.largest_class(many[:1]).tolist() == [0]
 
 
 def test_restoring_needs_no_memory_that_grows_with_the_classes(monkeypatch):
@@ -496,7 +493,7 @@ def test_restoring_needs_no_memory_that_grows_with_the_classes(monkeypatch):
     volumes = 96**3 + 2 * 48**3
     assert volumes < peak(4) < 1.3 * volumes
     assert peak(64) < peak(4) + 4 * 64 * 48**2  # bytes of one layer of all classes
-    monkeypatch.setattr(preprocess, "DENSE_ABOVE", 1.1)
+    monkeypatch.setattr(resample, "DENSE_ABOVE", 1.1)
     logits = smooth_logits(torch.bfloat16)
     with LargestTensor() as largest:
         logits_to_labels(logits, (45, 31, 17))
@@ -506,7 +503,7 @@ def test_restoring_needs_no_memory_that_grows_with_the_classes(monkeypatch):
 def test_cells_with_boundary_by_hand():
     winners = np.zeros((3, 3, 3), np.uint8)
     winners[1, 1, 1] = 5
-    mixed = preprocess.cells_with_boundary(winners)
+    mixed = resample.cells_with_boundary(winners)
     # The eight cells that touch the middle voxel; the last layers, each its own neighbour, touch nothing.
     expected = np.zeros((3, 3, 3), bool)
     expected[:2, :2, :2] = True
@@ -700,7 +697,7 @@ def test_logits_to_labels_is_interpolation_and_argmax_without_the_volumes(monkey
     best, second = full.topk(2, dim=0).values
     clear = (best - second > 1e-5).numpy()
     for slices in (1, 3, 1000):
-        monkeypatch.setitem(preprocess.SLAB_BYTES, "cpu", slices * classes * shape[1] * shape[2] * 4)
+        monkeypatch.setitem(resample.SLAB_BYTES, "cpu", slices * classes * shape[1] * shape[2] * 4)
         with LargestTensor() as largest:
             labels = logits_to_labels(logits, shape)
         assert labels.dtype == np.uint8
@@ -714,7 +711,7 @@ def test_logits_to_labels_is_interpolation_and_argmax_without_the_volumes(monkey
 
 def test_default_slabs_of_a_large_scan_stay_small():
     shape = (512, 512, 600)
-    cuts = preprocess.slabs(torch.empty(14, 1, 1, 1), shape)
+    cuts = resample.slabs(torch.empty(14, 1, 1, 1), shape)
     assert [cut.start for cut in cuts[1:]] == [cut.stop for cut in cuts[:-1]]
     assert (cuts[0].start, cuts[-1].stop) == (0, 512)
     assert max(cut.stop - cut.start for cut in cuts) * 14 * 512 * 600 * 4 <= 32 * 2**20
