@@ -126,7 +126,7 @@ def largest_class(scores: Tensor) -> np.ndarray:
     best, *others = scores.numpy()
     best, winner = best.copy(), np.zeros(best.shape, dtype=np.uint8)
     for k, other in enumerate(others, start=1):
-        wins = other > best
+        wins = (other > best).view(np.uint8)
         np.maximum(winner, wins * np.uint8(k), out=winner)
         np.maximum(best, other, out=best)
     return winner
@@ -152,12 +152,14 @@ def interpolate_boundary(logits: Tensor, winners: np.ndarray, mixed: np.ndarray,
     for layer in np.unique(low_x):
         slices = np.flatnonzero(low_x == layer)  # all that lie between this layer and the next
         labels[slices] = winners[layer].take(low_y, axis=0).take(low_z, axis=1)
-        chosen = np.nonzero(mixed[layer].take(low_y, axis=0).take(low_z, axis=1))
-        points, weights = interpolation_in_plane(chosen, in_plane, winners.shape[1:])
+        chosen = np.flatnonzero(mixed[layer].take(low_y, axis=0).take(low_z, axis=1))
+        places = np.divmod(chosen, labels.shape[2])  # along Y' and along Z'
+        points, weights = interpolation_in_plane(places, in_plane, winners.shape[1:])
         both = [plane for x in (layer, high_x[slices[0]]) for plane in logits[:, x].float().flatten(1).numpy()]
         low, high = np.hsplit(weights @ np.stack([plane.take(points) for plane in both], axis=1), 2)  # (chosen, K) each
+        rise = high - low
         for x in slices:
-            labels[x][chosen] = (low + share_x[x] * (high - low)).argmax(axis=1)
+            labels[x].reshape(-1)[chosen] = (low + share_x[x] * rise).argmax(axis=1)
     return labels
 
 
