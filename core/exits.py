@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from tqdm import tqdm
+
 DONE = 0
 REFUSED = 1  # some input was refused or some case failed; the others are done and kept
 USAGE = 2  # wrong usage or settings
@@ -45,6 +47,11 @@ def refusing(code: int) -> Iterator[None]:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of Python, numpy or torch says that memory ran out; torch has no type of its own on a CPU."""
     return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def print_warning(message: str) -> None:
+    """Print a warning on stderr, beside a progress bar if there is one."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def print_error(error: Exception) -> None:

@@ -14,7 +14,7 @@ import contextlib
 import math
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 
+from core.exits import print_warning
 from core.files import whole_file
 from core.resample import resize_image, resize_slab, slabs
 
@@ -37,7 +38,29 @@ GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and 
 READ_ERRORS = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, isal_zlib.error, ValueError, MemoryError)
 READ_BYTES = 4 * 2**20  # read and put into order at a time; more leaves the CPU's cache
 GZIP_LEVEL = 2  # of ISA-L's 0 to 3: label maps come out smaller than with level 3, or with gzip's level 1
+MAX_GIB = 8.0  # of voxels as float32; 1024x1024x1500 take 6
+SPACING_MM = (0.1, 20.0)  # between neighbouring voxels of any CT
 NIFTI_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL of nifti1.h
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is accepted of files that are read.
+
+    Attributes:
+        max_gib: of voxels as float32; larger files are refused before memory is taken.
+        assume_ras: whether a file that does not say where its voxels lie is taken to be in RAS+ order.
+        replace_nonfinite: whether NaN and infinite voxels of a scan become air, instead of refusing it.
+        warn: is given what the user should know, a sentence each.
+    """
+
+    max_gib: float = MAX_GIB
+    assume_ras: bool = False
+    replace_nonfinite: bool = False
+    warn: Callable[[str], None] = print_warning
+
+
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +137,7 @@ class Opener(ImageOpener):
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def load_scan(path: str | Path) -> tuple[np.ndarray, Geometry]:
+def load_scan(path: str | Path, reading: Reading = DEFAULT_READING) -> tuple[np.ndarray, Geometry]:
     """Read a CT scan.
 
     Returns:
@@ -134,7 +157,9 @@ def load_scan(path: str | Path) -> tuple[np.ndarray, Geometry]:
     return voxels, geometry
 
 
-def load_labels(path: str | Path, classes: int | None = None) -> tuple[np.ndarray, Geometry]:
+def load_labels(
+    path: str | Path, classes: int | None = None, reading: Reading = DEFAULT_READING
+) -> tuple[np.ndarray, Geometry]:
     """Read a label map.
 
     Args:
@@ -166,7 +191,7 @@ def load_labels(path: str | Path, classes: int | None = None) -> tuple[np.ndarra
     return stored.astype(np.uint8, copy=False), geometry
 
 
-def read_geometry(path: str | Path) -> Geometry:
+def read_geometry(path: str | Path, reading: Reading = DEFAULT_READING) -> Geometry:
     """Read only the header of a 3-D NIfTI file.
 
     Raises:
