@@ -2,19 +2,20 @@
 
     python infer.py INPUT [INPUT ...] --checkpoint runs/vnet/best.pt --output predictions
 
-INPUT is a NIfTI file or a folder of them. Writes OUTPUT/CASE.nii.gz, a label map in the scan's own geometry, for each
-scan, and OUTPUT/volumes.csv with every organ's volume in mL. Size, HU window and organs come from the checkpoint.
+INPUT is a NIfTI file, a folder of them, or the folder of a DICOM series. Writes OUTPUT/CASE.nii.gz, a label map in the
+scan's own geometry, for each scan, and OUTPUT/volumes.csv with every organ's volume in mL. Size, HU window and organs
+come from the checkpoint. What an earlier run left of a case that fails is renamed to .old.
 Exit code 0: done, 1: some input or scan was refused (the others are done), 2: wrong usage.
 """
 
 import argparse
-import csv
+import math
+import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import starmap
 from pathlib import Path
@@ -25,17 +26,36 @@ from tqdm import tqdm
 
 from core.checkpoint import load_network
 from core.config import Config, check
-from core.exits import DONE, REFUSED, USAGE, is_out_of_memory, print_error, refusing, run_command
-from core.files import whole_file
-from core.preprocess import Geometry, load_scan, prepare_image, save_label_map, save_probabilities
+from core.exits import DONE, REFUSED, USAGE, is_out_of_memory, print_error, print_warning, refusing, run_command
+from core.files import check_room, whole_file
+from core.predictions import (
+    check_inputs_are_elsewhere,
+    is_finished,
+    label_map_path,
+    prepare_folder,
+    probabilities_path,
+    rename_old,
+    set_aside,
+    write_volumes,
+)
+from core.preprocess import (
+    DEFAULT_READING,
+    MAX_GIB,
+    Geometry,
+    Reading,
+    load_scan,
+    prepare_image,
+    save_label_map,
+    save_probabilities,
+)
 from core.resample import logits_to_labels
 from core.step import autocast, choose_device, choose_precision
-from dataset import find_scans, hu_percentiles, select_cases
+from dataset import case_id, find_files, find_scans, hu_percentiles, select_cases
 from vnet import VNet
 
-VOLUME_COLUMNS = ["case", "id", "organ", "ml"]
 EXTENT_TOLERANCE = 0.25  # a scan may be this much smaller or larger than every training case before infer.py warns
 HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may lie outside those of the training cases
+PROBABILITY_BYTES = 2  # of a voxel and class, in the file that they lie in before they are compressed
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,8 @@ class Inference:
         precision: the type that convolutions are computed in.
         output: the folder for the results.
         probabilities: whether they are written too.
+        reading: what is accepted of scans.
+        series_uid: which of the series in a DICOM folder is meant; None: the only one.
     """
 
     network: VNet
@@ -59,6 +81,8 @@ class Inference:
     precision: torch.dtype
     output: Path
     probabilities: bool
+    reading: Reading = DEFAULT_READING
+    series_uid: str | None = None
 
 
 @dataclass
@@ -67,7 +91,7 @@ class Segmentation:
 
     Attributes:
         case: the scan's id.
-        file: where it is read from.
+        file: where it is read from; for a DICOM series, its folder.
         geometry: its geometry, once it is read.
         image: (X, Y, Z) uint8, what the network is to see.
         logits: (K, X, Y, Z) float32, what it gave.
@@ -83,6 +107,10 @@ class Segmentation:
     failure: str | None = None
     out_of_memory: bool = False
 
+    def named(self, message: str) -> str:
+        """A message that says which scan it is about."""
+        return message if message.startswith(str(self.file)) else f"case {self.case}: {message}"
+
 
 # ---- The three stages ------------------------------------------------------------------------------------------------
 
@@ -93,13 +121,16 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
     Raises:
         OSError, ValueError: when it cannot be read.
     """
-    voxels, scan.geometry = load_scan(scan.file)
+    reading = replace(inference.reading, warn=lambda message: print_warning(scan.named(message)))
+    if scan.file.is_dir():
+        from data.dicom import load_series
+
+        voxels, scan.geometry = load_series(scan.file, inference.series_uid, reading.warn, reading.max_gib)
+    else:
+        voxels, scan.geometry = load_scan(scan.file, reading)
     unlike = differences(voxels, scan.geometry, inference.training_data)
     if unlike:
-        tqdm.write(
-            f"warning: case {scan.case}: unlike the training cases, expect a poor prediction: {', '.join(unlike)}",
-            file=sys.stderr,
-        )
+        reading.warn(f"unlike the training cases, expect a poor prediction: {', '.join(unlike)}")
     scan.image = prepare_image(voxels, inference.config.size, inference.config.window_hu)
 
 
@@ -126,10 +157,15 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     # Slice by slice, since bincount makes 8 bytes of each label.
     voxels = sum(np.bincount(labels_yz.ravel(), minlength=len(organs)) for labels_yz in labels)
     if inference.probabilities:
-        save_probabilities(logits, geometry, inference.output / f"{scan.case}_probabilities.nii.gz")
-    write_volumes(inference.output / "volumes.csv", scan.case, voxels * geometry.voxel_ml, organs)
-    # The label map comes last: --skip-existing takes it as the sign that all of the case is done.
-    save_label_map(labels, geometry, inference.output / f"{scan.case}.nii.gz")
+        check_room(inference.output, PROBABILITY_BYTES * len(organs) * labels.size, f"the probabilities of {scan.case}")
+        save_probabilities(logits, geometry, probabilities_path(inference.output, scan.case))
+    else:
+        rename_old(probabilities_path(inference.output, scan.case), f"case {scan.case}: without --probabilities")
+    # The label map is the sign that all of the case is done, so it takes its place last. It is whole on the disk before
+    # the volumes are written, so that hardly anything can go wrong between the two.
+    with whole_file(label_map_path(inference.output, scan.case)) as temporary:
+        save_label_map(labels, geometry, temporary)
+        write_volumes(inference.output, scan.case, voxels * geometry.voxel_ml, organs)
 
 
 # ---- All scans -------------------------------------------------------------------------------------------------------
@@ -173,8 +209,7 @@ def attempt(stage: Callable[[Inference, Segmentation], None], inference: Inferen
         if isinstance(error, RuntimeError) and not scan.out_of_memory:
             raise
         # In words, since the error itself would keep alive all that the stage was working on.
-        reason = str(error) or type(error).__name__
-        scan.failure = reason if reason.startswith(str(scan.file)) else f"case {scan.case}: {reason}"
+        scan.failure = scan.named(str(error) or type(error).__name__)
         scan.image = scan.logits = None
     return scan
 
@@ -224,64 +259,70 @@ def differences(voxels: np.ndarray, geometry: Geometry, training_data: dict) -> 
     return found
 
 
-def read_volumes(path: Path) -> list[dict]:
-    """The rows of a volumes.csv; none when there is no such file.
-
-    Raises:
-        ValueError: when the file has other columns.
-    """
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != VOLUME_COLUMNS:
-            raise ValueError(f"{path}: has the columns {reader.fieldnames}, expected {VOLUME_COLUMNS}; move it away")
-        return list(reader)
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def write_volumes(path: Path, case: str, volumes_ml: Sequence[float], organs: Sequence[str]) -> None:
-    """Put the volumes of a case, (K,) in mL by id, into volumes.csv; the rows of other cases stay."""
-    rows = [row for row in read_volumes(path) if row["case"] != case]
-    for i, organ in enumerate(organs[1:], start=1):
-        rows.append({"case": case, "id": i, "organ": organ, "ml": f"{volumes_ml[i]:.3f}"})
-    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, VOLUME_COLUMNS)
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (row["case"], int(row["id"]))))
-
-
-def find_inputs(inputs: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
-    """The scans of the inputs by case id, and the inputs that had to be refused, each named on stderr.
+def find_inputs(inputs: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
+    """The scans of the inputs, ordered by case id, and the inputs that had to be refused, each named on stderr.
 
     Raises:
         ValueError: when two inputs mean the same case.
     """
-    refused = []
-    for path in inputs:
+    found: dict[str, Path] = {}
+    refused: list[Path] = []
+    for path in map(Path, inputs):
         try:
-            find_scans([path])
+            scans = find_input(path)
         except (ValueError, OSError) as error:
             print_error(error)
             refused.append(path)
-    return find_scans([path for path in inputs if path not in refused]), refused
+            continue
+        for case, scan in scans.items():
+            if found.setdefault(case, scan).resolve() != scan.resolve():
+                raise ValueError(f"case {case}: {found[case]} and {scan} both mean it; rename one or leave it out")
+    return dict(sorted(found.items())), refused
 
 
-def prepare_output(output: Path, scans: Iterable[Path]) -> None:
-    """Make the folder for the results, where they replace nothing but earlier results.
+def find_input(path: Path) -> dict[str, Path]:
+    """The scans of one input by case id: a NIfTI file, those of a folder, or the folder itself where it is a series'.
+
+    A folder with files of both kinds is refused: often they are one scan twice, and which is meant is not ours to say.
 
     Raises:
-        OSError, ValueError: when the folder cannot be written to, or holds scans or their reference label maps.
+        OSError, ValueError: when there is no scan, or it is DICOM and pydicom is not installed.
     """
-    for scan in scans:
-        for folder in (scan.parent.resolve(), scan.resolve().parent):  # where a link stands, and where it leads
-            if output.resolve() == folder:
-                raise ValueError(f"--output: {output} holds the scan {scan}; choose another folder")
-            if folder.name == "images" and output.resolve() == folder.parent / "labels":
-                raise ValueError(f"--output: {output} holds the data's own label maps; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    # Whoever may not write there learns it now, not after the work.
-    tempfile.TemporaryFile(dir=output).close()
-    read_volumes(output / "volumes.csv")
+    if path.is_dir() and not (path / "images").is_dir():
+        from data.dicom import import_pydicom, is_series_folder
+
+        nifti = find_files(path)
+        if is_series_folder(path):
+            if nifti:
+                raise ValueError(f"{path}: holds DICOM and NIfTI files; give the NIfTI file, or move one kind away")
+            import_pydicom()  # without it, the input is refused
+            return {named_case(path): path}
+        if not nifti and any(is_series_folder(folder) for folder in path.iterdir()):
+            raise ValueError(f"{path}: its DICOM series are in folders within it; give those, say {path}/*")
+    return find_scans([path])
+
+
+def named_case(path: Path) -> str:
+    """The case that an input's name stands for, whether or not it can be read; for a folder, its own name."""
+    return case_id(Path(os.path.abspath(path)))
+
+
+def choose_reading(arguments: argparse.Namespace) -> Reading:
+    """What is accepted of scans, by the command line.
+
+    Raises:
+        ValueError: when --max-gib is no size.
+    """
+    try:
+        max_gib = float(arguments.max_gib)
+    except ValueError:
+        max_gib = math.nan
+    if not 0 < max_gib < math.inf:
+        raise ValueError(f"--max-gib: got {arguments.max_gib}, expected a number above 0")
+    return Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
 
 
 def choose_inference_precision(name: str, trained_in: str, device: torch.device) -> torch.dtype:
@@ -305,37 +346,50 @@ def main() -> int:
     with refusing(USAGE):
         device = choose_device(check("device", arguments.device, "--device"))
         check("precision", arguments.precision, "--precision")
+        reading = choose_reading(arguments)
         found, refused = find_inputs(arguments.inputs)
-        if not found:
-            return REFUSED
-        cases = select_cases(found, arguments.cases)
-        prepare_output(output, cases.values())
-        network, checkpoint = load_network(arguments.checkpoint, device)
-        precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
+        cases = select_cases(found, arguments.cases) if found else {}
+        if found and arguments.series is not None and not any(scan.is_dir() for scan in cases.values()):
+            raise ValueError("--series: none of the scans is DICOM, expected the folder of a series; leave it out")
+        check_inputs_are_elsewhere(output, [*cases.values(), *(path for path in refused if not path.is_dir())])
+        if found:
+            prepare_folder(output, cases)
+            network, checkpoint = load_network(arguments.checkpoint, device)
+            precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
+    if arguments.cases is None and not arguments.skip_existing:
+        for case in {named_case(path) for path in refused} - found.keys():
+            set_aside(output, case)
+    if not found:
+        return REFUSED
     if arguments.skip_existing:
-        endings = ["", "_probabilities"] if arguments.probabilities else [""]
-        done = {case for case in cases if all((output / f"{case}{end}.nii.gz").is_file() for end in endings)}
-        cases = {case: scan for case, scan in cases.items() if case not in done}
+        cases = {case: scan for case, scan in cases.items() if not is_finished(output, case, arguments.probabilities)}
 
     config, training_data = checkpoint["config"], checkpoint["training_data"]
-    inference = Inference(network, config, training_data, device, precision, output, arguments.probabilities)
+    asked_for = (output, arguments.probabilities, reading, arguments.series)
+    failed = segment_into(Inference(network, config, training_data, device, precision, *asked_for), cases)
+    if failed or refused:
+        print(f"error: failed: {', '.join([*failed, *map(str, refused)])}", file=sys.stderr)
+        return REFUSED
+    return DONE
+
+
+def segment_into(inference: Inference, cases: dict[str, Path]) -> list[str]:
+    """Segment all cases into the output folder; those that failed, which are named and set aside."""
     failed = []
     with closing(segment_all(inference, cases)) as segmented:
         for scan in tqdm(segmented, total=len(cases), desc="scans", disable=None):
             if scan.failure:
                 print_error(ValueError(scan.failure))
+                set_aside(inference.output, scan.case)
                 failed.append(scan.case)
-    print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented into {output}")
-    if failed or refused:
-        print(f"error: failed: {', '.join(failed + refused)}", file=sys.stderr)
-        return REFUSED
-    return DONE
+    print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented into {inference.output}")
+    return failed
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Segment CT scans with a trained V-Net.")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a NIfTI file, or a folder of them")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a NIfTI file, a folder of them, or a DICOM series")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt or last.pt of a run")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the label maps and volumes.csv")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
@@ -347,6 +401,19 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_probabilities.nii.gz too")
+    parser.add_argument("--series", metavar="UID", help="of a DICOM folder with several series, the one to segment")
+    parser.add_argument(
+        "--max-gib",
+        default=str(MAX_GIB),
+        metavar="GIB",
+        help=f"refuse scans of more memory than this (default: {MAX_GIB:g})",
+    )
+    parser.add_argument(
+        "--assume-ras", action="store_true", help="take files that do not say where they lie to be in RAS+ order"
+    )
+    parser.add_argument(
+        "--replace-nonfinite", action="store_true", help="make air of NaN and infinite voxels, instead of refusing them"
+    )
     return parser.parse_args()
 
 

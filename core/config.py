@@ -19,6 +19,8 @@ import yaml
 from core.files import whole_file
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "config.yaml"
+MOST_BYTES = 256 * 2**10  # of a settings file; a list of 10,000 case ids takes 150 KB
+MOST_SHOWN = 200  # characters of a wrong key or value in an error
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,11 @@ RULES = {
     ),
     "organs": Rule(
         str,
-        "two names or more, no name twice, at most 256, the first for background",
+        "two names or more, no name twice, all printable, at most 256, the first for background",
         lambda values: (
-            2 <= len(values) <= 256 and all(values) and len({v.replace(" ", "_") for v in values}) == len(values)
+            2 <= len(values) <= 256
+            and all(v.strip() and v.isprintable() for v in values)
+            and len({v.replace(" ", "_") for v in values}) == len(values)
         ),
         row=True,
     ),
@@ -140,17 +144,31 @@ RULES = {
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number (PyYAML wants 1.0e-4), and a key twice is an error."""
+    """YAML as people write it: 1e-4 is a number (PyYAML wants 1.0e-4), and a key twice is an error.
+
+    Aliases are refused: no setting needs one, and nested ones stand for billions of values in a few lines.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node, refusing an alias."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"the alias *{shorten(event.anchor)} stands for another value; write the value itself"
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """The mapping of a node, refusing a key that stands there twice."""
-        seen = []
+        seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key that is a list or a mapping, expected a word"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                problem = f"the key {key} stands there twice"
+                problem = f"the key {shorten(key)} stands there twice"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
-            seen.append(key)
+            seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -210,9 +228,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such settings file")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        settings = yaml.load(content.decode(), Loader)
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: its values are nested too deeply, expected lines of 'key: value'") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-01
         raise ValueError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(settings, dict):
@@ -225,9 +249,9 @@ def check_keys(settings: dict[str, Any], source: str) -> None:
     """Check that every key is there and none besides; `source` opens the error's sentence."""
     for key in settings:
         if key not in RULES:
-            close = difflib.get_close_matches(str(key), RULES, n=1)
+            close = difflib.get_close_matches(shorten(key), RULES, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(RULES)}"
-            raise ValueError(f"{source}: unknown key {key}; {hint}")
+            raise ValueError(f"{source}: unknown key {shorten(key)}; {hint}")
     missing = [key for key in RULES if key not in settings]
     if missing:
         raise ValueError(f"{source}: missing key {missing[0]}, expected {RULES[missing[0]].words}")
@@ -241,7 +265,7 @@ def parse_flag(key: str, typed: str | list[str]) -> Any:
         return None if typed == "null" and RULES[key].optional else typed
     try:
         return yaml.load(typed, Loader)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return typed
 
 
@@ -268,9 +292,18 @@ def is_a(value: Any, kind: type) -> bool:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as it would stand in the file: null, true, [1, 2]."""
-    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+    """A value as it would stand in the file: null, true, [1, 2]; only its type where it is none for a file."""
+    try:
+        text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    except (yaml.YAMLError, RecursionError):
+        return f"a {type(value).__name__}"
+    return shorten(text.removesuffix("...\n").strip())
+
+
+def shorten(value: Any) -> str:
+    """The first characters of a value's text, for an error."""
+    text = str(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,21 @@
-"""Files written whole, where there is room for them, and errors of writing that name the file."""
+"""Files written whole, where there is room for them, one process at a time, and errors that name the file."""
 
+import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from core.exits import print_warning
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, no two processes may share an output folder
+    fcntl = None
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks answer
 
 
 @contextmanager
@@ -14,17 +25,43 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Whoever reads the file finds the old content or the new, never half of it.
 
     The temporary name keeps the suffix, by which libraries choose the format, and starts with a dot, which every
-    listing of cases passes over. When the block raises, `path` is as it was and the temporary file is gone.
+    listing of cases passes over; errors name `path` in its place. It is another one each time, so that threads,
+    processes and hosts that share the folder never write to one file, and what a killed run left is in nobody's way.
+    When the block raises, `path` is as it was and the temporary file is gone.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{secrets.token_hex(6)}.{path.name}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or str(error.filename or temporary) != str(temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let no other process or thread into a block with the same path; the file at `path` stays, for the next one.
+
+    Where the file system has no locks, a warning says so.
+
+    Raises:
+        OSError: when the file cannot be opened.
+    """
+    with naming(path), open(path, "ab") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print_warning(f"{path}: this file system has no locks; let one process at a time write into the folder")
+        yield
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:

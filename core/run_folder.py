@@ -21,7 +21,7 @@ import nibabel
 import numpy as np
 import torch
 
-from core.checkpoint import load_checkpoint
+from core.checkpoint import check_resumable, load_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.files import whole_file
 
@@ -57,7 +57,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: when the folder holds a run and neither `resume` nor `overwrite` is asked for.
-            ValueError: when both are, or when the run to resume was made with other settings.
+            ValueError: when both are, or when the run to resume was made with other settings or is damaged.
         """
         if resume and overwrite:
             raise ValueError("--resume and --overwrite: got both, expected one: go on with the run or replace it")
@@ -68,6 +68,7 @@ class RunFolder:
         if not (resume and self.last.is_file()):
             return None
         checkpoint = load_checkpoint(self.last)
+        check_resumable(checkpoint, self.last)
         self.check_same_settings(checkpoint["config"])
         return checkpoint
 

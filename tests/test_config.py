@@ -293,6 +293,17 @@ def test_a_missing_key_is_named_with_what_it_may_be(tmp_path, key):
     [
         (b"epochs: 1\nseed: 2\nepochs: 3\n", "line 3: the key epochs stands there twice"),
         (b"1: 2\n0x1: 3\n", "line 2: the key 1 stands there twice"),
+        (b"a: &a [1, 2]\nb: *a\n", "line 2: the alias *a stands for another value; write the value itself"),
+        (b"a: &a {k: 1}\nb: {<<: [*a, *a]}\n", "line 2: the alias *a stands for another value"),
+        (b"epochs: &e [*e]\n", "line 1: the alias *e stands for another value"),
+        (b"? [1, 2]\n: 3\n", "line 1: a key that is a list or a mapping, expected a word"),
+        (b"epochs: " + b"[" * 20000, "its values are nested too deeply"),
+        (b"epochs: " + b"{a: " * 20000, "its values are nested too deeply"),
+        (b"seed: 1\n" + b"#" * 2**18, "it has more than 262144 bytes"),
+        (b"x" * 1000 + b": 1\n", "unknown key " + "x" * 200 + "...; the keys are"),
+        (DEFAULTS.replace("epochs: 50", "epochs: " + "9" * 5000).encode(), "cannot be read as YAML (Exceeds the limit"),
+        (DEFAULTS.replace("epochs: 50", "epochs: " + "x" * 10**5).encode(), "epochs: got " + "x" * 200 + "..., exp"),
+        (DEFAULTS.replace("- liver", '- "liver\\e[2J"').encode(), "all printable"),
         (b"epochs: [1, 2\n", "line 2: expected ',' or ']'"),
         (b"", "got nothing, expected lines of 'key: value'"),
         (b"# only a remark\n", "got nothing, expected lines of 'key: value'"),
@@ -313,6 +324,20 @@ def test_a_file_of_another_kind_is_refused(tmp_path, capsys, content, complaint)
     assert printed.startswith(f"error: {path}: ")
     assert complaint in printed
     assert printed.count("\n") == 1
+
+
+def test_aliases_that_stand_for_billions_of_values_take_no_time(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40)]
+    (tmp_path / "settings.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"settings\.yaml: line 2: the alias \*a0 stands for another value"):
+        load_config(tmp_path / "settings.yaml")
+
+
+def test_a_flag_that_is_nested_too_deeply_is_refused():
+    with pytest.raises(ValueError, match=r"^--seed: got '\[\[") as error:
+        load_config(flags={"seed": "[" * 20000})
+    assert len(str(error.value)) < 400
 
 
 def test_a_missing_file_and_a_folder_are_no_settings(tmp_path):

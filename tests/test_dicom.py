@@ -70,7 +70,7 @@ def make_series(count: int = SLICES, **changes: object) -> list[Dataset]:
 
 def write(folder: Path, slices: list[Dataset], name: str = "IM") -> Path:
     """Write slices so that neither the names' order nor the instance numbers are those of the positions."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for k, one in enumerate(slices):
         one.InstanceNumber = 7 * k % 5
         syntax = one.file_meta.TransferSyntaxUID

@@ -17,19 +17,23 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from test_dicom import REAL, make_series, write
 from torch.nn import functional as F
 
 import infer
 from core.checkpoint import build_network, load_network, save_checkpoint
 from core.config import Config, load_config
+from core.files import locked, whole_file
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 from train import describe_cases
 
 ROOT = Path(__file__).resolve().parents[1]
+SOON = 60  # seconds; only a failing test waits that long
 SIZE, WINDOW_HU = (32, 32, 16), (-100.0, 300.0)
 ORGANS = ("background", "liver", "spleen", "left kidney")
 SPACING_MM = (2.0, 1.5, 3.0)
@@ -112,7 +116,15 @@ def read_volumes(folder: Path) -> dict[tuple[str, str], float]:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files.pop(".volumes.lock", None)  # which stays
+    return files
+
+
+def start(*command: object, **options: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 # ---- There and back
@@ -284,17 +296,6 @@ def test_skip_existing_leaves_finished_cases_alone(run, scans, tmp_path):
     assert (tmp_path / "out" / "two.nii.gz").read_bytes() != b"done before"
 
 
-def test_a_case_whose_volumes_could_not_be_written_is_not_finished(run, scans, tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(infer, "write_volumes", fail)
-        assert run(scans)[0] == 1
-    assert run(scans, "--skip-existing")[0] == 0
-    assert len(read_volumes(tmp_path / "out")) == 9
-
-
 # ---- What is refused
 
 
@@ -461,7 +462,7 @@ def test_a_device_that_is_not_there(run, scans, device, complaint):
 
 def test_a_network_that_computes_nan_makes_no_label_map(run, scans, config, checkpoint, tmp_path):
     network, content = load_network(checkpoint)
-    network.classify.bias.data[1] = math.nan
+    network.classify.weight.data[1] = 3e38  # finite, but no sum of its products is
     save_checkpoint(tmp_path / "nan.pt", network, config, training_data=content["training_data"])
     code, out, err = run(scans, "--checkpoint", tmp_path / "nan.pt")
     assert code == 1
@@ -470,10 +471,492 @@ def test_a_network_that_computes_nan_makes_no_label_map(run, scans, config, chec
     assert not files_in(tmp_path / "out")
 
 
+# ---- What earlier runs left ------------------------------------------------------------------------------------------
+
+
+def test_what_was_there_of_a_case_that_fails_cannot_pass_for_new(run, scans, tmp_path):
+    out = tmp_path / "out"
+    assert run(scans, "--probabilities")[0] == 0
+    (out / "two.nii.gz.old").write_text("older still")
+    before, volumes = files_in(out), read_volumes(out)
+    (scans / "two_0000.nii.gz").write_text("no NIfTI at all")
+    code, _, err = run(scans, "--probabilities")
+    assert code == 1
+    for name in ("two.nii.gz", "two_probabilities.nii.gz"):
+        assert f"warning: case two: failed, so the earlier {name} is now {out / name}.old\n" in err
+        assert files_in(out)[f"{name}.old"] == before[name]
+        assert not (out / name).exists()
+    assert read_volumes(out) == {key: ml for key, ml in volumes.items() if key[0] != "two"}
+    # Nothing but that has changed, and once more nothing does.
+    after = files_in(out)
+    assert {name for name in before if after.get(name) != before[name]} == {
+        "two.nii.gz", "two.nii.gz.old", "two_probabilities.nii.gz", "volumes.csv",
+    }  # fmt: skip
+    code, _, err = run(scans, "--probabilities")
+    assert (code, "earlier" in err) == (1, False)
+    assert files_in(out) == after
+
+
+def test_earlier_probabilities_do_not_stay_beside_a_new_label_map(run, scans, tmp_path):
+    assert run(scans, "--probabilities", "--cases", "two")[0] == 0
+    code, _, err = run(scans)
+    assert code == 0
+    name = "two_probabilities.nii.gz"
+    assert err == (
+        f"warning: case two: without --probabilities, so the earlier {name} is now {tmp_path / 'out' / name}.old\n"
+    )
+    assert set(files_in(tmp_path / "out")) == {
+        "one.nii.gz", "three.nii.gz", "two.nii.gz", f"{name}.old", "volumes.csv",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_an_input_that_is_gone_counts_as_failed_too(run, scans, tmp_path, others):
+    out = tmp_path / "out"
+    assert run(scans)[0] == 0
+    two, inputs = scans / "two_0000.nii.gz", [scans / "one_0000.nii.gz"] * others
+    two.unlink()
+    before = files_in(out)
+    assert run(two, *inputs, "--skip-existing")[0] == 1
+    if others:  # a choice of cases in which it is not
+        assert run(two, *inputs, "--cases", "one")[0] == 1
+    assert files_in(out) == before
+    code, _, err = run(two, *inputs)
+    assert code == 1
+    assert err.startswith(f"error: {two}: no such file")
+    assert f"warning: case two: failed, so the earlier two.nii.gz is now {out / 'two.nii.gz'}.old\n" in err
+    assert set(files_in(out)) == {"one.nii.gz", "three.nii.gz", "two.nii.gz.old", "volumes.csv"}
+    assert {case for case, _ in read_volumes(out)} == {"one", "three"}
+
+
+def test_a_mistyped_scan_moves_no_label_map_of_the_data(run, tmp_path):
+    labels = save_scan(tmp_path / "data" / "labels" / "two.nii.gz", make_voxels(SIZE))
+    (tmp_path / "data" / "images").mkdir()
+    code, _, err = run(tmp_path / "data" / "images" / "two_0000.nii.gz", "--output", labels.parent)
+    assert code == 2
+    assert "holds the data's own label maps; choose another folder" in err
+    assert set(files_in(tmp_path / "data")) == {"labels/two.nii.gz"}
+
+
+@pytest.mark.parametrize("step", ["save_label_map", "write_volumes", "replace"])
+def test_a_case_that_cannot_be_written_leaves_neither_files_nor_rows(run, scans, tmp_path, monkeypatch, step):
+    out = tmp_path / "out"
+    assert run(scans)[0] == 0
+    earlier = (out / "two.nii.gz").read_bytes()
+    real_step = os.replace if step == "replace" else getattr(infer, step)
+
+    def fail_for_two(*arguments):
+        target = next(Path(path).name for path in reversed(arguments) if isinstance(path, str | Path))
+        if arguments[1] == "two" or (target if step == "replace" else target[-11:]) in ("two.nii.gz", ".two.nii.gz"):
+            raise OSError(28, "No space left on device")
+        return real_step(*arguments)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os if step == "replace" else infer, step, fail_for_two)
+        code, _, err = run(scans)
+    assert code == 1
+    assert f"error: case two: [Errno 28] No space left on device: '{out / 'two.nii.gz'}'\n" in err
+    assert files_in(out)["two.nii.gz.old"] == earlier
+    assert set(files_in(out)) == {"one.nii.gz", "three.nii.gz", "two.nii.gz.old", "volumes.csv"}
+    assert {case for case, _ in read_volumes(out)} == {"one", "three"}
+    assert run(scans, "--skip-existing")[0] == 0
+    assert {case for case, _ in read_volumes(out)} == {"one", "three", "two"}
+    assert files_in(out)["two.nii.gz"] == earlier
+
+
+def test_a_killed_run_leaves_nothing_half_done(run, checkpoint, tmp_path):
+    scan, cases = save_scan(tmp_path / "scan.nii.gz", make_voxels((36, 36, 20))), {f"{i:02}" for i in range(40)}
+    (tmp_path / "scans").mkdir()
+    for case in cases:
+        (tmp_path / "scans" / f"{case}.nii.gz").symlink_to(scan)
+    command = [sys.executable, ROOT / "infer.py", tmp_path / "scans", "--checkpoint", checkpoint, "--device", "cpu"]
+    process = start(*command, "--output", tmp_path / "out")
+    assert wait_for(lambda: (tmp_path / "out" / "02.nii.gz").is_file())
+    process.kill()
+    process.communicate(timeout=SOON)
+    done = {path.name[:2]: path.read_bytes() for path in (tmp_path / "out").glob("[0-9]*.nii.gz")}
+    assert 3 <= len(done) < 40
+    assert len(set(done.values())) == 1  # all are whole: the scans are the same
+    assert done.keys() <= {case for case, _ in read_volumes(tmp_path / "out")}
+    code, out, _ = run(tmp_path / "scans", "--skip-existing")
+    assert code == 0
+    assert f"{40 - len(done)} of {40 - len(done)} scans segmented" in out
+    assert {case for case, _ in read_volumes(tmp_path / "out")} == cases
+    assert all((tmp_path / "out" / f"{case}.nii.gz").read_bytes() == done["00"] for case in cases)
+
+
+def test_left_overs_of_a_killed_run_are_in_nobodys_way(run, scans, tmp_path):
+    (tmp_path / "out").mkdir()
+    left = {f".{name}": b"half" for name in ("ab12.two.nii.gz", "cd34.volumes.csv", "volumes.lock")}
+    for name, content in left.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    assert run(scans)[0] == 0
+    assert run(tmp_path / "out", "--output", tmp_path / "again")[0] == 0  # its label maps, taken for scans
+    assert set(files_in(tmp_path / "again")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", "volumes.csv"}
+    assert left.items() <= {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}.items()
+
+
+# ---- Disks and links -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("name", ["two.nii.gz", "two_probabilities.nii.gz"])
+def test_no_output_over_the_scan_itself_by_whatever_name(run, scans, tmp_path, link, name):
+    (tmp_path / "out").mkdir()
+    getattr(tmp_path / "out" / name, link)(scans / "two_0000.nii.gz")
+    before = files_in(tmp_path)
+    code, _, err = run(scans, "--checkpoint", tmp_path / "none.pt")
+    assert code == 2
+    assert f"error: --output: {tmp_path / 'out' / name} is the scan {scans / 'two_0000.nii.gz'} itself" in err
+    assert {name: content for name, content in files_in(tmp_path).items() if "lock" not in name} == before
+
+
+@pytest.mark.parametrize("name", ["two.nii.gz", "volumes.csv"])
+def test_a_folder_in_a_results_place_is_found_before_the_network_is_read(run, scans, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    code, out, err = run(scans, "--checkpoint", tmp_path / "none.pt")
+    assert (code, out) == (2, "")
+    assert str(tmp_path / "out" / name) in err
+    assert "none.pt" not in err
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("case,id,organ,ml\none,1,liver\n", "has the row one,1,liver,None, expected case,id,organ,ml"),
+        ("case,id,organ,ml\none,x,liver,3\n", "has the row one,x,liver,3, expected case,id,organ,ml"),
+        ('case,id,organ,ml\none,1,"liver"s,3\n', "cannot be read as a table"),
+    ],
+)
+def test_a_damaged_table_is_refused_at_the_start(run, scans, tmp_path, content, complaint):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "volumes.csv").write_text(content)
+    code, _, err = run(scans)
+    assert code == 2
+    assert f"error: {tmp_path / 'out' / 'volumes.csv'}: {complaint}" in err
+    assert files_in(tmp_path / "out") == {"volumes.csv": content.encode()}
+
+
+def test_a_table_from_a_spreadsheet_program_and_odd_names_come_through(run, scans, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "volumes.csv").write_bytes(b"\xef\xbb\xbfcase,id,organ,ml\r\nzw\xc3\xb6lf,1,liver,3.000\r\n")
+    name = os.fsdecode(b"latin \xf6")  # a name that is no UTF-8
+    (scans / "two_0000.nii.gz").rename(scans / f"{name}.nii.gz")
+    assert run(scans)[0] == 0
+    rows = (tmp_path / "out" / "volumes.csv").read_bytes().splitlines()
+    assert "zwölf,1,liver,3.000".encode() in rows
+    assert sum(row.startswith(b"latin \xf6,") for row in rows) == 3
+    assert rows[0] == b"case,id,organ,ml"
+
+
+@pytest.fixture
+def large(run, scans, tmp_path) -> int:
+    """One more scan, and how many KiB its label map takes; the other label maps together take less than half."""
+    save_scan(scans / "large.nii.gz", make_voxels((200, 200, 60)))
+    assert run(scans, "--output", tmp_path / "sizes")[0] == 0
+    kib = {name: len(content) // 1024 + 4 for name, content in files_in(tmp_path / "sizes").items()}
+    assert kib["large.nii.gz"] > 2 * (sum(kib.values()) - kib["large.nii.gz"])
+    return kib["large.nii.gz"]
+
+
+def test_a_scan_that_no_room_is_left_for_fails_alone(checkpoint, scans, large, tmp_path):
+    """With a limit on the size of every file, which a large label map goes over."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "large.nii.gz").write_text("from an earlier run")
+    command = [sys.executable, ROOT / "infer.py", scans, "--checkpoint", checkpoint, "--output", tmp_path / "out"]
+    process = start("bash", "-c", f'ulimit -f {large // 2} && exec "$@"', "bash", *command, "--device", "cpu")
+    out, err = process.communicate(timeout=SOON)
+    assert process.returncode == 1, err
+    assert f"error: case large: [Errno 27] File too large: '{tmp_path / 'out' / 'large.nii.gz'}'\n" in err
+    assert err.endswith("error: failed: large\n")
+    assert "3 of 4 scans segmented" in out
+    files = files_in(tmp_path / "out")
+    assert set(files) == {"large.nii.gz.old", "one.nii.gz", "two.nii.gz", "three.nii.gz", "volumes.csv"}
+    assert files["large.nii.gz.old"] == b"from an earlier run"
+    assert {case for case, _ in read_volumes(tmp_path / "out")} == {"one", "two", "three"}
+
+
+def may_mount() -> bool:
+    """Whether a process may mount file systems that only it sees."""
+    try:
+        return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs unshare -rm, which this machine does not allow")
+@pytest.mark.parametrize(
+    ("mounted", "complaint"),
+    [
+        ("mount -t tmpfs -o ro none out", "Read-only file system"),
+        ("mount -t tmpfs -o size=8k none out && cat /dev/zero > out/full 2>/dev/null", "No space left on device"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_found_before_the_network_is_read(scans, tmp_path, mounted, complaint):
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, ROOT / "infer.py", scans, "--checkpoint", tmp_path / "none.pt", "--output", "out"]
+    process = start("unshare", "-rm", "bash", "-c", f'{mounted}; exec "$@"', "bash", *command, cwd=tmp_path)
+    out, err = process.communicate(timeout=SOON)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.endswith(f"{complaint}: 'out'\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs unshare -rm, which this machine does not allow")
+def test_a_disk_that_fills_up(checkpoint, scans, large, tmp_path):
+    """The large label map has no place on it, those of the others do."""
+    for name in ("out", "kept"):
+        (tmp_path / name).mkdir()
+    mount_and_run = f'mount -t tmpfs -o size={large * 3 // 4}k none out; "$@"; code=$?; cp -a out/. kept; exit $code'
+    command = [sys.executable, ROOT / "infer.py", scans, "--checkpoint", checkpoint, "--output", "out"]
+    isolated = ["unshare", "-rm", "bash", "-c", mount_and_run, "bash"]
+    process = start(*isolated, *command, "--device", "cpu", cwd=tmp_path)
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 1, err
+    assert "error: case large: [Errno 28] No space left on device: 'out/large.nii.gz'\n" in err
+    assert set(files_in(tmp_path / "kept")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", "volumes.csv"}
+    assert {case for case, _ in read_volumes(tmp_path / "kept")} == {"one", "two", "three"}
+    (tmp_path / "kept" / "volumes.csv").unlink()
+
+    process = start(*isolated, *command, "--device", "cpu", "--probabilities", "--cases", "large", cwd=tmp_path)
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 1, err
+    # 200 * 200 * 60 voxels of 4 classes, 2 bytes each: 0.018 GiB.
+    assert "error: case large: out: has 0.00 GiB free, but the probabilities of large needs 0.02 GiB; make room" in err
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+
+def test_several_processes_share_an_output_folder(checkpoint, tmp_path):
+    voxels = [make_voxels(SIZE, seed) for seed in range(3)]
+    cases = [f"{i:02}" for i in range(40)]
+    for i, case in enumerate(cases):
+        save_scan(tmp_path / "scans" / f"{case}.nii.gz", voxels[i % 3])
+    # Many rows, so that reading and writing the table takes its time, in which others come in between.
+    earlier = "".join(f"earlier_{i:05},1,liver,1.000\n" for i in range(10_000))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "volumes.csv").write_text(f"case,id,organ,ml\n{earlier}")
+    command = [sys.executable, ROOT / "infer.py", tmp_path / "scans", "--checkpoint", checkpoint, "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        start(*command, "--output", tmp_path / "out", "--cases", *cases[first::4], env=environment)
+        for first in range(4)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=SOON)
+        assert (process.returncode, err) == (0, "")
+        assert "10 of 10 scans segmented" in out
+    volumes = read_volumes(tmp_path / "out")
+    assert len(volumes) == 10_000 + 40 * 3
+    by_hand = [predict_by_hand(checkpoint, one) for one in voxels]
+    for i, case in enumerate(cases):
+        assert np.array_equal(in_ras(tmp_path / "out" / f"{case}.nii.gz"), by_hand[i % 3])
+        assert volumes[case, "liver"] == pytest.approx((by_hand[i % 3] == 1).sum() * VOXEL_ML, abs=5e-4)
+    assert set(files_in(tmp_path / "out")) == {"volumes.csv", *(f"{case}.nii.gz" for case in cases)}
+
+
+def test_writers_of_one_file_never_share_a_temporary_name(tmp_path):
+    target = tmp_path / "scan.nii.gz"
+    with whole_file(target) as first:
+        with whole_file(target) as second:
+            first.write_text("first")
+            second.write_text("second")
+        assert target.read_text() == "second"
+    assert files_in(tmp_path) == {"scan.nii.gz": b"first"}
+
+
+def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("core.files.fcntl.flock", no_locks)
+    with locked(tmp_path / "lock"):
+        pass
+    assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'lock'}: this file system has no locks")
+
+
+# ---- DICOM -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def series(tmp_path) -> Path:
+    """The folder of a DICOM series: 8 columns, 6 rows, 4 slices; 0.8 x 0.5 x 2.5 mm."""
+    return write(tmp_path / "patients" / "p1", make_series())
+
+
+def test_a_dicom_series_is_a_case_named_as_its_folder(run, scans, series, tmp_path):
+    out = tmp_path / "out"
+    code, done, err = run(f"{series}/", scans / "one_0000.nii.gz")
+    assert code == 0
+    assert "2 of 2 scans segmented" in done
+    assert err.startswith("warning: case p1: unlike the training cases")
+    assert set(files_in(out)) == {"one.nii.gz", "p1.nii.gz", "volumes.csv"}
+    labels = nib.load(out / "p1.nii.gz")
+    assert labels.shape == (8, 6, 4)
+    # Columns run to the left, rows to the back, from L -10, P -20, S 30 (test_dicom.py).
+    expected = [[-0.8, 0, 0, 10], [0, -0.5, 0, 20], [0, 0, 2.5, 30], [0, 0, 0, 1]]
+    np.testing.assert_allclose(labels.affine, expected, rtol=1e-6)
+    volumes = {organ: ml for (case, organ), ml in read_volumes(out).items() if case == "p1"}
+    for i, organ in enumerate(ORGANS[1:], start=1):
+        assert volumes[organ] == pytest.approx((np.asarray(labels.dataobj) == i).sum() * 0.001, abs=5e-4)
+
+    before = files_in(out)
+    assert run(series, "--skip-existing")[1].startswith("0 of 0 scans")
+    assert run(series, scans, "--cases", "two")[0] == 0
+    assert set(files_in(out)) == set(before) | {"two.nii.gz"}
+    next(series.glob("*.dcm")).write_bytes(b"damaged")
+    code, _, err = run(series)
+    assert code == 1
+    assert f"error: {series}: " in err
+    assert files_in(out)["p1.nii.gz.old"] == before["p1.nii.gz"]
+    assert "p1" not in {case for case, _ in read_volumes(out)}
+
+
+def test_the_network_sees_the_series_values_in_their_places(run, checkpoint, tmp_path):
+    """The same blobs as a DICOM series and as a NIfTI file get the same label map, each in its own storage order."""
+    voxels = make_voxels((8, 6, 20), seed=3)
+    slices = make_series(20)
+    for k, one in enumerate(slices):
+        stored = voxels[::-1, ::-1, k].T + 1024  # columns to the left, rows to the back
+        one.PixelData = np.ascontiguousarray(stored).astype(np.uint16).tobytes()
+    code, *_ = run(write(tmp_path / "p1", slices))
+    assert code == 0
+    found = in_ras(tmp_path / "out" / "p1.nii.gz")
+    expected = predict_by_hand(checkpoint, voxels)
+    assert len(np.unique(expected)) > 1
+    assert np.mean(found != expected) < 1e-2
+
+
+def test_which_of_several_series(run, series, tmp_path):
+    write(series, make_series(3, SeriesInstanceUID="1.2.3.7"), "LUNG")
+    code, _, err = run(series)
+    assert code == 1
+    assert f"error: {series}: holds 2 CT series, expected one; choose by --series UID: 1.2.3.4" in err
+    assert run(series, "--series", "1.2.3.7")[0] == 0
+    assert nib.load(tmp_path / "out" / "p1.nii.gz").shape == (8, 6, 3)
+    assert run(series, "--series", "1.2.3.4")[0] == 0
+    assert nib.load(tmp_path / "out" / "p1.nii.gz").shape == (8, 6, 4)
+
+
+def test_series_is_for_dicom_only(run, scans, tmp_path):
+    code, _, err = run(scans, "--series", "1.2.3.4")
+    assert (code, err) == (
+        2, "error: --series: none of the scans is DICOM, expected the folder of a series; leave it out\n",
+    )  # fmt: skip
+
+
+def test_folders_with_both_kinds_and_folders_of_series_are_asked_for(run, scans, series, tmp_path):
+    both = save_scan(series / "converted.nii.gz", make_voxels(SIZE)).parent
+    code, _, err = run(scans, both)
+    assert code == 1
+    assert f"error: {both}: holds DICOM and NIfTI files; give the NIfTI file, or move one kind away\n" in err
+    assert run(both / "converted.nii.gz")[0] == 0
+    (both / "converted.nii.gz").unlink()
+    code, _, err = run(series.parent)
+    assert code == 1
+    assert (
+        err == f"error: {series.parent}: its DICOM series are in folders within it; give those, say {series.parent}/*\n"
+    )
+    write(series.parent / "p2", make_series(5))
+    assert run(*series.parent.iterdir(), "--output", tmp_path / "all")[0] == 0
+    assert set(files_in(tmp_path / "all")) == {"p1.nii.gz", "p2.nii.gz", "volumes.csv"}
+
+
+def test_two_series_folders_of_one_name_are_refused(run, series, tmp_path):
+    code, _, err = run(series, write(tmp_path / "p1", make_series()))
+    assert code == 2
+    assert f"error: case p1: {series} and {tmp_path / 'p1'} both mean it" in err
+
+
+@pytest.mark.parametrize("below", ["", "results"])
+def test_no_output_into_a_series_folder(run, series, below):
+    before = files_in(series)
+    code, _, err = run(series, "--output", series / below)
+    assert code == 2
+    assert f"error: --output: {series / below} lies in the input folder {series}; choose another folder\n" in err
+    assert files_in(series) == before
+
+
+def test_without_pydicom_a_series_is_refused_and_the_rest_is_done(run, scans, series, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    code, out, err = run(series, scans)
+    assert code == 1
+    assert "error: reading DICOM needs packages that are not installed: pip install pydicom python-gdcm\n" in err
+    assert "3 of 3 scans segmented" in out
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real scans, which are not part of the repository")
+def test_a_real_series_label_map_lies_where_its_headers_say(checkpoint, tmp_path):
+    command = [sys.executable, ROOT / "infer.py", REAL, "--checkpoint", checkpoint, "--output", "out"]
+    process = start(*command, "--device", "cpu", cwd=tmp_path)
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 0, err
+    labels = nib.load(tmp_path / "out" / f"{REAL.name}.nii.gz")
+    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in REAL.glob("*.dcm")]
+    headers.sort(key=lambda header: float(header.ImagePositionPatient[2]))
+    assert labels.shape == (headers[0].Columns, headers[0].Rows, len(headers)) == (512, 512, 20)
+    # Every slice's corners by PS3.3 equation C.7.6.2.1-1, in LPS, against the label map's affine, in RAS.
+    for k, header in enumerate(headers):
+        along_row, down_column = np.reshape(np.array(header.ImageOrientationPatient, float), (2, 3))
+        row_mm, column_mm = map(float, header.PixelSpacing)
+        for i, j in itertools.product((0, header.Columns - 1), (0, header.Rows - 1)):
+            lps = np.array(header.ImagePositionPatient, float) + along_row * column_mm * i + down_column * row_mm * j
+            np.testing.assert_allclose(labels.affine @ [i, j, k, 1], [*(lps * [-1, -1, 1]), 1], atol=1e-3)
+
+
+# ---- What is accepted of scans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much", ""])
+def test_a_limit_that_is_none(run, scans, tmp_path, value):
+    code, out, err = run(scans, f"--max-gib={value}", "--checkpoint", tmp_path / "none.pt")
+    assert (code, out, err) == (2, "", f"error: --max-gib: got {value}, expected a number above 0\n")
+
+
+def test_scans_above_the_limit_are_refused(run, scans):
+    save_scan(scans / "small.nii.gz", make_voxels((8, 8, 8)))
+    code, out, err = run(scans, "--max-gib", "1e-5")  # 10737 bytes; 32 x 32 x 16 voxels take 65536, 8 x 8 x 8 take 2048
+    assert code == 1
+    assert "1 of 4 scans segmented" in out
+    assert err.count(f"error: {scans}") == 3
+
+
+def test_a_series_above_the_limit_is_refused(run, series):
+    code, _, err = run(series, "--max-gib", "1e-7")  # 107 bytes
+    assert code == 1
+    assert f"error: {series}: 8x6x4 voxels" in err
+    assert run(series, "--max-gib", "1e-6")[0] == 0  # 1074 bytes; the series takes 768
+
+
+def test_voxels_that_are_not_finite_are_replaced_when_asked_for(run, tmp_path):
+    holes = make_voxels(SIZE).astype(np.float32)
+    holes[3, 4, 5] = math.nan
+    scan = save_scan(tmp_path / "scan.nii.gz", holes)
+    code, _, err = run(scan)
+    assert code == 1
+    assert f"error: {scan}: 1 of 16384 voxels" in err
+    code, _, err = run(scan, "--replace-nonfinite")
+    assert code == 0
+    assert err.startswith(f"warning: {scan}: 1 ")
+
+
+def test_a_scan_that_does_not_say_where_it_lies_is_segmented_when_asked_for(run, tmp_path):
+    file = nib.Nifti1Image(make_voxels(SIZE), None)
+    file.header.set_zooms(SPACING_MM)
+    nib.save(file, tmp_path / "scan.nii.gz")
+    code, _, err = run(tmp_path / "scan.nii.gz")
+    assert code == 1
+    assert err.startswith(f"error: {tmp_path / 'scan.nii.gz'}: ")
+    assert "--assume-ras" in err
+    assert run(tmp_path / "scan.nii.gz", "--assume-ras")[0] == 0
+    labels = nib.load(tmp_path / "out" / "scan.nii.gz")
+    assert labels.shape == SIZE
+    assert labels.header.get_zooms() == SPACING_MM
+
+
 # ---- Stages that overlap
-
-
-SOON = 60  # seconds; only a failing test waits that long
 
 
 @pytest.fixture
@@ -653,7 +1136,7 @@ def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypat
             predicted.set()
 
     def save_1(labels, geometry, path):
-        if path.name == "1.nii.gz":
+        if path.name.endswith(".1.nii.gz"):  # its temporary name
             writing.set()
             if not network_runs:
                 assert predicted.wait(SOON)
