@@ -22,12 +22,21 @@ from torch.utils.data import Dataset, Sampler
 
 from core.config import Config
 from core.files import whole_file
-from core.preprocess import NIFTI_SUFFIXES, check_same_grid, load_labels, load_scan, prepare_image, read_geometry
+from core.nifti import Reading
+from core.preprocess import (
+    DEFAULT_READING,
+    NIFTI_SUFFIXES,
+    check_same_grid,
+    load_labels,
+    load_scan,
+    prepare_image,
+    read_geometry,
+)
 from core.resample import resize_labels
 
 DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
 CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file
-CACHE_VERSION = 2  # to be raised when what is cached for the same scan and settings changes
+CACHE_VERSION = 3  # to be raised when what is cached for the same scan and settings changes
 BODY_ABOVE_HU = -500  # voxels above it belong to the body; its HU percentiles tell CT from other things
 HU_PERCENTILES = (5, 50, 95)
 
@@ -61,7 +70,7 @@ def find_data(data_dir: str | Path) -> Path:
     return folder
 
 
-def find_cases(data_dir: str | Path) -> list[Case]:
+def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list[Case]:
     """The labelled cases of a data set, ordered by id.
 
     Reads FLARE22's layout, also under one or two folders FLARE22Train, and label maps in folders of their own name
@@ -82,7 +91,8 @@ def find_cases(data_dir: str | Path) -> list[Case]:
         raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii)")
     cases = [Case(case, scans[case], labels[case]) for case in sorted(scans)]
     for case in cases:
-        check_same_grid(read_geometry(case.scan), read_geometry(case.labels), f"case {case.id}")
+        scan, labels = (read_geometry(path, reading) for path in (case.scan, case.labels))
+        check_same_grid(scan, labels, f"case {case.id}")
     return cases
 
 
@@ -231,6 +241,11 @@ def split_cases(
 # ---- Samples ---------------------------------------------------------------------------------------------------------
 
 
+def reading_of(config: Config) -> Reading:
+    """What the settings accept of files."""
+    return Reading(config.max_gib, config.assume_ras, config.replace_nonfinite)
+
+
 class CaseDataset(Dataset):
     """Labelled cases on the network's grid, kept on disk as bytes once they have been resized.
 
@@ -240,7 +255,7 @@ class CaseDataset(Dataset):
 
     Args:
         cases: with label maps.
-        config: size, window_hu, organs and cache_dir are used.
+        config: size, window_hu, organs, cache_dir and what is accepted of files are used.
     """
 
     def __init__(self, cases: Sequence[Case], config: Config):
@@ -248,6 +263,7 @@ class CaseDataset(Dataset):
         self.size = config.size
         self.window_hu = config.window_hu
         self.classes = len(config.organs)
+        self.reading = reading_of(config)
         self.cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
 
     def __len__(self) -> int:
@@ -284,8 +300,8 @@ class CaseDataset(Dataset):
         Raises:
             FileNotFoundError, ValueError: when its files cannot be read or do not fit together.
         """
-        voxels, geometry = load_scan(case.scan)
-        labels, labels_geometry = load_labels(case.labels, self.classes)
+        voxels, geometry = load_scan(case.scan, self.reading)
+        labels, labels_geometry = load_labels(case.labels, self.classes, self.reading)
         check_same_grid(geometry, labels_geometry, f"case {case.id}")
         facts = {"extent_mm": list(geometry.extent_mm), "hu_percentiles": hu_percentiles(voxels)}
         volumes = np.stack([prepare_image(voxels, self.size, self.window_hu), resize_labels(labels, self.size)])
@@ -294,7 +310,8 @@ class CaseDataset(Dataset):
     def key(self, case: Case) -> str:
         """A name for everything that a cached sample depends on."""
         files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (case.scan, case.labels)]
-        settings = [CACHE_VERSION, self.size, self.window_hu, self.classes]
+        accepted = [self.reading.assume_ras, self.reading.replace_nonfinite]
+        settings = [CACHE_VERSION, self.size, self.window_hu, self.classes, *accepted]
         return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()[:16]
 
     def read_cache(self, path: Path) -> tuple[np.ndarray, dict] | None:

@@ -32,6 +32,7 @@ from core.config import DEFAULT_CONFIG, check, load_config
 from core.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
 from core.files import whole_file
 from core.flare22 import TOLERANCES_MM
+from core.nifti import MAX_GIB, Reading
 from core.parallel import MOST_WORKERS, cores, in_processes
 from core.scoring import COMPARED, DIGITS, SCORE_DEFINITIONS, Rules, Scored, Task, score_case
 from core.summary import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, bootstrap_interval, compare_tables, spread, summarise
@@ -313,6 +314,7 @@ def read_rules(arguments: argparse.Namespace, threads: int) -> Rules:
         distances=arguments.distances,
         size=size,
         threads=threads,
+        reading=Reading(check("max_gib", arguments.max_gib, "--max-gib"), arguments.assume_ras),
     )
 
 
@@ -334,6 +336,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ceiling", action="store_true", help="score the labels pushed through the network's grid")
     parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: that of --config)")
     parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")
+    parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest label map, as float32")
+    parser.add_argument(
+        "--assume-ras", action="store_true", help="take files that do not say where they lie to be RAS+"
+    )
     parser.add_argument("--table", choices=("text", "md"), default="text", help="md: print tables in Markdown")
     arguments = parser.parse_args()
     if arguments.ceiling and (arguments.predictions or arguments.against or arguments.distances):

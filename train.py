@@ -41,7 +41,7 @@ from core.step import (
     to_channels_last,
     validation_step,
 )
-from dataset import HU_PERCENTILES, CaseDataset, EpochOrder, augment, find_cases, find_data, split_cases
+from dataset import HU_PERCENTILES, CaseDataset, EpochOrder, augment, find_cases, find_data, reading_of, split_cases
 
 
 def train_one_epoch(
@@ -247,7 +247,7 @@ def main() -> int:
             load_weights(training.network, load_checkpoint(config.init_from, device), config.init_from)
         data_dir = find_data(config.data_dir)
     with refusing(REFUSED):
-        cases = find_cases(data_dir)
+        cases = find_cases(data_dir, reading_of(config))
     with refusing(USAGE):
         train_cases, val_cases, how = split_cases(cases, config.val_cases, config.val_fraction, config.seed)
         train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)

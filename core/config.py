@@ -35,6 +35,9 @@ class Config:
     size: tuple[int, int, int]
     window_hu: tuple[float, float]
     organs: tuple[str, ...]
+    max_gib: float
+    assume_ras: bool
+    replace_nonfinite: bool
     channels: int
     down_convs: tuple[int, ...]
     up_convs: tuple[int, ...]
@@ -113,6 +116,9 @@ RULES = {
         ),
         row=True,
     ),
+    "max_gib": Rule(float, "a number of GiB above 0", lambda value: value > 0),
+    "assume_ras": Rule(bool, "true or false"),
+    "replace_nonfinite": Rule(bool, "true or false"),
     "channels": whole_number(1),
     "down_convs": row_of_counts("whole numbers of 1 or more, one for each stage"),
     "up_convs": row_of_counts("whole numbers of 1 or more, one for each stage, one stage fewer than down_convs"),

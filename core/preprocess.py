@@ -13,51 +13,31 @@ No affine is ever computed: a `Geometry` carries the scan's own.
 import contextlib
 import math
 import tempfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import nibabel as nib
 import numpy as np
-from isal import igzip, isal_zlib
-from nibabel.filebasedimages import ImageFileError
-from nibabel.openers import ImageOpener
+from isal import igzip
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 
-from core.exits import print_warning
 from core.files import whole_file
+from core.nifti import MAX_BEHIND, READ_ERRORS, NiftiFile, Reading, one_line, open_nifti
 from core.resample import resize_image, resize_slab, slabs
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 LABEL_TOLERANCE = 0.05  # a stored label may be this far from an integer (scaled and float files)
 GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and still count as the same
-# What nibabel raises on bad files; a header that promises too much is a MemoryError.
-READ_ERRORS = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, isal_zlib.error, ValueError, MemoryError)
 READ_BYTES = 4 * 2**20  # read and put into order at a time; more leaves the CPU's cache
 GZIP_LEVEL = 2  # of ISA-L's 0 to 3: label maps come out smaller than with level 3, or with gzip's level 1
-MAX_GIB = 8.0  # of voxels as float32; 1024x1024x1500 take 6
-SPACING_MM = (0.1, 20.0)  # between neighbouring voxels of any CT
+AIR_HU = -1024.0  # what voxels without a value become
+HIGHEST_AIR_HU = -200.0  # a scan whose lowest value is above it shows no air, and is no CT in HU
+SOFT_TISSUE_HU = (-200.0, 300.0)
+LEAST_SOFT_TISSUE = 0.02  # share of a scan's voxels; below it is no abdomen, or values are not HU
 NIFTI_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL of nifti1.h
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is accepted of files that are read.
-
-    Attributes:
-        max_gib: of voxels as float32; larger files are refused before memory is taken.
-        assume_ras: whether a file that does not say where its voxels lie is taken to be in RAS+ order.
-        replace_nonfinite: whether NaN and infinite voxels of a scan become air, instead of refusing it.
-        warn: is given what the user should know, a sentence each.
-    """
-
-    max_gib: float = MAX_GIB
-    assume_ras: bool = False
-    replace_nonfinite: bool = False
-    warn: Callable[[str], None] = print_warning
 
 
 DEFAULT_READING = Reading()
@@ -128,17 +108,15 @@ class Geometry:
 RAS = axcodes2ornt(("R", "A", "S"))
 
 
-class Opener(ImageOpener):
-    """nibabel's way of opening files for reading, with ISA-L in place of zlib, which takes half its time for gzip."""
-
-    compress_ext_map = ImageOpener.compress_ext_map | {".gz": (igzip.open, ("mode",))}
-
-
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 def load_scan(path: str | Path, reading: Reading = DEFAULT_READING) -> tuple[np.ndarray, Geometry]:
     """Read a CT scan.
+
+    Args:
+        path: a NIfTI file.
+        reading: what is accepted; its `warn` is told of values that are unlike a CT's, too.
 
     Returns:
         voxels, (X, Y, Z) float32 in HU and RAS+ order, and the geometry that leads back to the file's own order.
@@ -147,14 +125,36 @@ def load_scan(path: str | Path, reading: Reading = DEFAULT_READING) -> tuple[np.
         FileNotFoundError: when there is no such file.
         ValueError: when it is no readable 3-D NIfTI file, or has voxels that are not finite.
     """
-    voxels, slope, intercept, geometry = read_nifti(path, np.float32)
+    voxels, slope, intercept, geometry = read_nifti(path, reading, np.float32)
     if (slope, intercept) != (1, 0):
-        voxels *= np.float32(slope)
-        voxels += np.float32(intercept)
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is counted
+            voxels *= np.float32(slope)
+            voxels += np.float32(intercept)
     not_finite = voxels.size - sum(np.count_nonzero(np.isfinite(plane)) for plane in voxels)
     if not_finite:
-        raise ValueError(f"{path}: {not_finite} of {voxels.size} voxels are NaN or infinite, expected finite HU")
+        found = f"{not_finite} of {voxels.size} voxels are NaN or infinite"
+        if not reading.replace_nonfinite:
+            raise ValueError(f"{path}: {found}, expected finite HU; replace-nonfinite makes them air")
+        reading.warn(f"{path}: {found}; they become air ({AIR_HU:g} HU)")
+        np.nan_to_num(voxels, copy=False, nan=AIR_HU, posinf=AIR_HU, neginf=AIR_HU)
+    warn_of_values(voxels, lambda message: reading.warn(f"{path}: {message}"))
     return voxels, geometry
+
+
+def warn_of_values(voxels: np.ndarray, warn: Callable[[str], None]) -> None:
+    """Warn of a scan, in HU, whose values (of every fourth voxel along each axis) are unlike those of a CT."""
+    sample = voxels[::4, ::4, ::4]
+    low, high = float(sample.min()), float(sample.max())
+    softest, hardest = SOFT_TISSUE_HU
+    soft = np.count_nonzero((sample > softest) & (sample < hardest)) / sample.size
+    if low == high and voxels.min() == voxels.max():
+        warn(f"all its voxels are {low:g}, so that there is nothing to see")
+    elif low > HIGHEST_AIR_HU:
+        warn(f"its values go from {low:g} to {high:g}, without the air that every CT shows; is it MR, or not in HU?")
+    elif soft < LEAST_SOFT_TISSUE:
+        warn(
+            f"{soft:.1%} of its voxels are soft tissue ({softest:g} to {hardest:g} HU); is it CT of the abdomen, in HU?"
+        )
 
 
 def load_labels(
@@ -165,6 +165,7 @@ def load_labels(
     Args:
         path: a NIfTI file of organ ids.
         classes: K; ids must be below it. None allows any that fit into uint8.
+        reading: what is accepted.
 
     Returns:
         labels, (X, Y, Z) uint8 in RAS+ order, and the geometry of the file.
@@ -173,7 +174,7 @@ def load_labels(
         FileNotFoundError: when there is no such file.
         ValueError: when it is no readable 3-D NIfTI file, or its values are no ids of the organ list.
     """
-    stored, slope, intercept, geometry = read_nifti(path)
+    stored, slope, intercept, geometry = read_nifti(path, reading)
     if (slope, intercept) != (1, 0) or not np.issubdtype(stored.dtype, np.integer):
         with np.errstate(all="ignore"):  # NaN and infinite count as far
             scaled = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
@@ -192,19 +193,27 @@ def load_labels(
 
 
 def read_geometry(path: str | Path, reading: Reading = DEFAULT_READING) -> Geometry:
-    """Read only the header of a 3-D NIfTI file.
+    """Read only the header of a 3-D NIfTI file, without a warning: reading its voxels gives those.
 
     Raises:
         FileNotFoundError, ValueError: as `load_scan`, as far as the header tells.
     """
-    return open_nifti(path)[1]
+    return geometry_of(open_nifti(path, reading, warn=lambda message: None))
 
 
-def read_nifti(path: str | Path, dtype: type | None = None) -> tuple[np.ndarray, float, float, Geometry]:
+def geometry_of(file: NiftiFile) -> Geometry:
+    """How a file's voxels lie in the patient."""
+    return Geometry(file.shape, file.affine, file.header)
+
+
+def read_nifti(
+    path: str | Path, reading: Reading, dtype: type | None = None
+) -> tuple[np.ndarray, float, float, Geometry]:
     """Read a 3-D NIfTI file piece by piece, so that there is no second volume beside the one that is returned.
 
     Args:
         path: a NIfTI file.
+        reading: what is accepted.
         dtype: what the stored values are converted to; None for the file's own type.
 
     Returns:
@@ -213,64 +222,39 @@ def read_nifti(path: str | Path, dtype: type | None = None) -> tuple[np.ndarray,
     Raises:
         FileNotFoundError, ValueError: as `load_scan`.
     """
-    file, geometry = open_nifti(path)
-    proxy = file.dataobj
-    *plane, depth = geometry.stored_shape
-    thickness = max(1, READ_BYTES // (math.prod(plane) * proxy.dtype.itemsize))
+    file = open_nifti(path, reading, warn=lambda message: reading.warn(f"{path}: {message}"))
+    geometry = geometry_of(file)
+    *plane, depth = file.shape
+    thickness = max(1, READ_BYTES // (math.prod(plane) * file.dtype.itemsize))
     try:
-        voxels = np.empty(geometry.shape, dtype or proxy.dtype.newbyteorder("="))
+        voxels = np.empty(geometry.shape, dtype or file.dtype.newbyteorder("="))
         in_file_order = geometry.from_ras(voxels).T  # a view; the axis that changes slowest in the file comes first
         # What float32 cannot hold becomes infinite, which load_scan counts.
-        with Opener(path) as stream, np.errstate(over="ignore"):
-            stream.seek(proxy.offset)
+        with file.stream() as stream, np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, depth, thickness):
-                piece = np.empty((min(thickness, depth - start), *reversed(plane)), proxy.dtype)
+                piece = np.empty((min(thickness, depth - start), *reversed(plane)), file.dtype)
                 if stream.readinto(piece) < piece.nbytes:
                     raise EOFError(f"it ends before its {depth} x {math.prod(plane)} voxels do")
                 copy_by_planes(piece, in_file_order[start : start + thickness])
-            # gzip's checksum stands behind the last voxel: without reading on, damaged voxels pass for good ones.
-            while stream.read(READ_BYTES):
-                pass
+            read_to_the_end(stream)
     except READ_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read to its end ({one_line(error)})") from error
-    return voxels, proxy.slope, proxy.inter, geometry
+        raise ValueError(f"{path}: cannot be read to its end ({one_line(error)}); copy it again") from error
+    return voxels, file.slope, file.intercept, geometry
+
+
+def read_to_the_end(stream: IO[bytes]) -> None:
+    """Read what follows the voxels: gzip's checksum is there, without which damaged voxels pass for good ones."""
+    behind = 0
+    while part := stream.read(READ_BYTES):
+        behind += len(part)
+        if behind > MAX_BEHIND:
+            raise ValueError(f"more than {MAX_BEHIND // 2**20} MiB follow its voxels")
 
 
 def copy_by_planes(source: np.ndarray, target: np.ndarray) -> None:
     """Copy (A, B, C) to an array of another memory order, B planes one by one: what is at work stays in the cache."""
     for i in range(source.shape[1]):
         target[:, i] = source[:, i]
-
-
-def open_nifti(path: str | Path) -> tuple[nib.Nifti1Image, Geometry]:
-    """Open a NIfTI file and check its header; the voxels are not read yet."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        file = nib.load(path)
-    except READ_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read as NIfTI ({one_line(error)})") from error
-    if not isinstance(file, nib.Nifti1Image):
-        raise ValueError(f"{path}: is a {type(file).__name__}, expected a NIfTI file (.nii or .nii.gz)")
-    shape = file.shape
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"{path}: has the shape {'x'.join(map(str, file.shape))}, expected one 3-D volume")
-    kind = file.get_data_dtype()
-    if not np.issubdtype(kind, np.number) or np.issubdtype(kind, np.complexfloating):
-        raise ValueError(f"{path}: has voxels of type {kind}, expected real numbers")
-    if not np.isfinite(file.affine).all() or abs(np.linalg.det(file.affine[:3, :3])) < 1e-9:
-        raise ValueError(f"{path}: its affine cannot be inverted, so the scan has no place in the patient")
-    header = file.header.copy()
-    header.set_data_shape(shape)
-    return file, Geometry(tuple(shape), file.affine, header)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path) -> None:

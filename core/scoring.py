@@ -13,7 +13,8 @@ import torch
 
 from core.flare22 import flare22_scores
 from core.metrics import SCORES, confusion_matrix, organ_scores, voxel_accuracy
-from core.preprocess import Geometry, check_same_grid, load_labels
+from core.nifti import Reading
+from core.preprocess import DEFAULT_READING, Geometry, check_same_grid, load_labels
 from core.resample import apply_weights, axis_weights, logits_to_labels, resize_labels
 from core.surface import hausdorff_mm, mean_distance_mm, nsd, organ_surfaces
 
@@ -58,6 +59,7 @@ class Rules:
         distances: whether DISTANCES are wanted too.
         size: the grid whose ceiling is wanted, or None.
         threads: for one case's nearest neighbours.
+        reading: what is accepted of label maps.
     """
 
     organs: tuple[str, ...]
@@ -66,6 +68,7 @@ class Rules:
     distances: bool
     size: tuple[int, int, int] | None
     threads: int = 1
+    reading: Reading = DEFAULT_READING
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -111,12 +114,12 @@ def unnoticed() -> None:
 def score_case(task: Task, rules: Rules, tick: Callable[[], object] = unnoticed) -> Scored:
     """Score one case. What is wrong with its files becomes its refusal; `tick` is called after each organ."""
     try:
-        expected, geometry = load_labels(task.reference, len(rules.organs))
+        expected, geometry = load_labels(task.reference, len(rules.organs), rules.reading)
         if rules.size:
             return measure_ceiling(task.case, expected, geometry, rules)
         predicted = np.zeros_like(expected)
         if task.prediction:
-            predicted, predicted_geometry = load_labels(task.prediction, len(rules.organs))
+            predicted, predicted_geometry = load_labels(task.prediction, len(rules.organs), rules.reading)
             check_same_grid(geometry, predicted_geometry, f"case {task.case}", "the reference", "the prediction")
         matrix = confusion_matrix(expected, predicted, len(rules.organs))
         if rules.protocol == "flare22" and not task.prediction:

@@ -26,7 +26,8 @@ import nibabel as nib
 import numpy as np
 
 from core.exits import print_warning
-from core.preprocess import GRID_TOLERANCE, MAX_GIB, SPACING_MM, Geometry
+from core.nifti import MAX_GIB, SPACING_MM
+from core.preprocess import GRID_TOLERANCE, Geometry
 from data import dicom_pixels
 from data.dicom_pixels import FAILURE, FRAME, FRAME_SECONDS, decode_errors
 

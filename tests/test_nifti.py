@@ -1,0 +1,149 @@
+"""What is accepted of NIfTI files, and where their voxels come to lie; the odd and broken ones: test_strangers.py."""
+
+import os
+import tracemalloc
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nifti_bytes import gzip_member, nifti
+
+from core.nifti import Reading
+from core.preprocess import load_labels, load_scan, read_geometry
+
+SHAPE = (6, 5, 4)
+HU = (np.arange(120).reshape(SHAPE) * 10 - 1000).astype(np.int16)
+AFFINE = np.array([[2.0, 0, 0, -30], [0, 1.5, 0, 12], [0, 0, 3.0, 500], [0, 0, 0, 1]])
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def read(path: Path, **accepted: object) -> tuple:
+    """Voxels, geometry and the warnings of a scan."""
+    warnings = []
+    return *load_scan(path, Reading(warn=warnings.append, **accepted)), warnings
+
+
+def test_a_scan_without_a_place_needs_leave(tmp_path):
+    path = write(
+        tmp_path / "scan.nii", nifti(HU, AFFINE, sform_code=0, qform_code=0, pixdim=(1, 2, 1.5, 3, 0, 0, 0, 0))
+    )
+    for refused in (load_scan, load_labels, read_geometry):
+        with pytest.raises(ValueError, match="does not say where its voxels lie .*assume-ras"):
+            refused(path)
+    voxels, geometry, warnings = read(path, assume_ras=True)
+    np.testing.assert_array_equal(voxels, HU)
+    np.testing.assert_array_equal(geometry.affine, np.diag([2, 1.5, 3, 1]))
+    assert warnings == [f"{path}: does not say where its voxels lie; taken to be in RAS+ order"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_become_air_on_request(tmp_path, value):
+    array = HU.astype(np.float32)
+    array[1, 2, 3] = array[5, 4, 0] = value
+    path = write(tmp_path / "scan.nii.gz", gzip_member(nifti(array, AFFINE)))
+    with pytest.raises(ValueError, match="2 of 120 voxels are NaN or infinite, expected finite HU"):
+        load_scan(path)
+    voxels, _, warnings = read(path, replace_nonfinite=True)
+    array[1, 2, 3] = array[5, 4, 0] = -1024
+    np.testing.assert_array_equal(voxels, array)
+    assert warnings == [f"{path}: 2 of 120 voxels are NaN or infinite; they become air (-1024 HU)"]
+
+
+@pytest.mark.parametrize(("code", "factor"), [(0, 1), (2, 1), (1, 0.001), (3, 1000), (2 + 8, 1), (1 + 16, 0.001)])
+def test_units_become_millimetres_and_the_header_stays(tmp_path, code, factor):
+    affine = AFFINE.copy()
+    affine[:3] *= factor
+    path = write(tmp_path / "scan.nii", nifti(HU, affine, xyzt_units=code))
+    _, geometry, warnings = read(path)
+    np.testing.assert_allclose(geometry.affine, AFFINE, rtol=1e-6)
+    np.testing.assert_allclose(geometry.spacing_mm, (2, 1.5, 3), rtol=1e-6)
+    assert geometry.voxel_ml == pytest.approx(0.009)
+    np.testing.assert_allclose(geometry.header.get_sform(), affine, rtol=1e-6)
+    assert not warnings
+
+
+def test_of_two_places_the_sform_is_used_and_that_said(tmp_path):
+    place = {"qform_code": 1, "quatern": (0, 0, 0), "pixdim": (1, 2, 1.5, 3, 0, 0, 0, 0)}
+    path = write(tmp_path / "scan.nii", nifti(HU, AFFINE, **place, qoffset=(-30, 12, 507)))
+    _, geometry, warnings = read(path)
+    np.testing.assert_array_equal(geometry.affine, AFFINE)
+    assert warnings == [f"{path}: its sform and qform put it in places 7 mm apart; the sform is used"]
+    near = write(tmp_path / "near.nii", nifti(HU, AFFINE, **place, qoffset=(-30, 12, 500.1)))  # 0.1 mm of 1.5
+    assert not read(near)[2]
+
+
+def test_shear_is_said_and_kept(tmp_path):
+    for mm, degrees in ((0.9, 16.7), (3.0, 45.0)):  # of every 3 mm along Z, towards Y
+        affine = AFFINE.copy()
+        affine[1, 2] = mm
+        path = write(tmp_path / "scan.nii", nifti(HU, affine))
+        _, geometry, warnings = read(path)
+        np.testing.assert_allclose(geometry.affine, affine, rtol=1e-6)
+        assert warnings == [
+            f"{path}: its slices are sheared by {degrees} degrees (tilted gantry); the affine keeps that"
+        ]
+    turned = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, 0.2, 0.1) @ np.diag([2, 1.5, 3]), (1, 2, 3))
+    assert not read(write(tmp_path / "oblique.nii", nifti(HU, turned)))[2]
+
+
+def test_values_unlike_a_ct_are_warned_about(tmp_path):
+    rng = np.random.default_rng(0)
+    shape = (24, 24, 24)
+    cases = {
+        "all its voxels are -1000": np.full(shape, -1000),
+        "its values go from .* without the air": rng.integers(0, 800, shape),
+        "0.0% of its voxels are soft tissue": np.where(rng.random(shape) < 0.5, -1000, 1500),
+    }
+    for words, array in cases.items():
+        path = write(tmp_path / "scan.nii", nifti(array.astype(np.int16), AFFINE))
+        with pytest.raises(AssertionError, match=words):
+            raise AssertionError(" ".join(read(path)[2]))
+    body = np.where(rng.random(shape) < 0.1, rng.integers(-100, 200, shape), -1000)
+    assert not read(write(tmp_path / "scan.nii", nifti(body.astype(np.int16), AFFINE)))[2]
+
+
+def test_the_size_is_limited_before_memory_is_taken(tmp_path):
+    claims = nifti(HU, AFFINE, dim=(3, 1024, 1024, 256, 1, 1, 1, 1))  # 1 GiB as float32
+    for path in (write(tmp_path / "a.nii", claims), write(tmp_path / "a.nii.gz", gzip_member(claims))):
+        for limit, words in ((0.5, "1024x1024x256 voxels, 1 GiB as float32, expected at most 0.5"), (8, "too few for")):
+            tracemalloc.start()
+            with pytest.raises(ValueError, match=words):
+                load_scan(path, Reading(max_gib=limit))
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+            tracemalloc.stop()
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    (tmp_path / "nowhere.nii").symlink_to("gone.nii")
+    (tmp_path / "loop.nii").symlink_to("loop.nii")
+    (tmp_path / "folder.nii").mkdir()
+    os.mkfifo(tmp_path / "pipe.nii")
+    words = {
+        "missing.nii": "no such file",
+        "nowhere.nii": "is a link to gone.nii, which does not exist",
+        "loop.nii": "cannot be opened",
+        "folder.nii": "is a folder, expected a NIfTI file",
+        "pipe.nii": "is a pipe or a device, expected a NIfTI file",
+    }
+    for name, text in words.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=f"^{tmp_path / name}: {text}"):
+            load_scan(tmp_path / name)
+
+
+def test_content_decides_what_is_packed_and_not_the_name(tmp_path):
+    plain = nifti(HU, AFFINE)
+    for name, content in (("plain.nii.gz", plain), ("packed.nii", gzip_member(plain)), ("no_suffix", plain)):
+        np.testing.assert_array_equal(load_scan(write(tmp_path / name, content))[0], HU)
+
+
+def test_a_little_may_follow_the_voxels_but_not_without_end(tmp_path):
+    plain = nifti(HU, AFFINE)
+    np.testing.assert_array_equal(load_scan(write(tmp_path / "scan.nii", plain + bytes(1000)))[0], HU)
+    packed = write(tmp_path / "scan.nii.gz", gzip_member(plain + bytes(65 * 2**20)))
+    with pytest.raises(ValueError, match="more than 64 MiB follow its voxels"):
+        load_scan(packed)
