@@ -331,18 +331,22 @@ def hu_percentiles(voxels: np.ndarray) -> list[float]:
 
 
 class EpochOrder(Sampler):
-    """The order of the cases in an epoch: a permutation that depends on (seed, epoch) alone."""
+    """The order of the cases in an epoch: a permutation that depends on (seed, epoch) alone.
+
+    `start` of them are left out, as done before; the length is that of the whole epoch.
+    """
 
     def __init__(self, length: int, seed: int):
         self.length = length
         self.seed = seed
         self.epoch = 0
+        self.start = 0
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist())
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.length)[self.start :].tolist())
 
 
 # ---- Augmentation ----------------------------------------------------------------------------------------------------

@@ -143,6 +143,7 @@ class Training:
         scaler: enabled for fp16 alone, whose small gradients would vanish otherwise.
         precision: the type that convolutions are computed in.
         plan: one of PLANS.
+        clip_norm: the largest norm of a step's gradient, all weights together; 0 for any.
     """
 
     network: VNet
@@ -151,6 +152,7 @@ class Training:
     scaler: torch.amp.GradScaler
     precision: torch.dtype
     plan: str = "off"
+    clip_norm: float = 0.0
 
 
 def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
@@ -204,6 +206,9 @@ def training_step(
     loss = gradients(training, image, labels, check)
     # Adam reads on the device whether to leave this step out. An enabled scaler puts its own answer here, in which all
     # gradients have a say.
+    if training.clip_norm:
+        training.scaler.unscale_(training.optimizer)
+        nn.utils.clip_grad_norm_(training.network.parameters(), training.clip_norm)
     training.optimizer.found_inf = loss.isfinite().logical_not().float()
     training.scaler.step(training.optimizer)
     training.scaler.update()

@@ -336,3 +336,21 @@ def test_precision_and_device():
             choose_precision(precision, CPU)
     with pytest.raises(ValueError, match=r"device: got cuda:99, but torch sees \d+ GPUs"):
         choose_device("cuda:99")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_clipping_shortens_the_gradient_and_keeps_its_direction(plan, scaled):
+    torch.manual_seed(0)
+    network = VNet(classes=3, channels=2, down_convs=(1, 1), up_convs=(1,))
+    image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8))
+    found = []
+    for clip_norm in (1e9, 1e-3):  # the first shortens nothing, but takes the scaler's factor out
+        training = start(copy.deepcopy(network), plan=plan, scaled=scaled)
+        training.clip_norm = clip_norm
+        training_step(training, image, labels)
+        found.append(torch.cat([p.grad.flatten() for p in training.network.parameters()]))
+    whole, clipped = found
+    assert whole.norm() > 1e-2
+    assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.allclose(clipped, whole * (1e-3 / whole.norm()), rtol=1e-3, atol=1e-9)

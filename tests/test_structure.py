@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "core/recompute.py": {"vnet"},
     "core/step.py": {"core.recompute", "vnet"},
     "core/memory.py": {"core.checkpoint", "core.config", "core.step", "vnet"},
-    "core/run_folder.py": {"core.checkpoint", "core.config"},
+    "core/run_folder.py": {"core.checkpoint", "core.config", "vnet"},
     "dataset.py": {"core.preprocess", "core.resample", "core.config"},
     "train.py": {"dataset", "vnet", "core"},
     "infer.py": {"dataset", "vnet", "core"},

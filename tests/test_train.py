@@ -54,10 +54,10 @@ def power_cut(before_epoch: int) -> Iterator[None]:
     """A block in which training breaks off before that epoch."""
     one_epoch = train.train_one_epoch
 
-    def cut(training, loader, config, epoch, *others):
-        if epoch == before_epoch:
+    def cut(run, *others):
+        if run.epoch == before_epoch:
             raise KeyboardInterrupt
-        return one_epoch(training, loader, config, epoch, *others)
+        return one_epoch(run, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_one_epoch", cut)
@@ -85,6 +85,7 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
     done = subprocess.run([*map(str, command), *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = {"config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "best.pt"}
+    names |= {"previous.pt", "run.lock"}
     assert {path.name for path in folder.iterdir()} == names
 
     log = read_log(folder)
@@ -405,7 +406,10 @@ def test_ctrl_c_ends_in_one_sentence(data, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "interrupted; what was written before is whole\n"
+    assert err.splitlines() == [
+        "stopping after this step; once more quits at once",
+        "stopped by SIGINT; the run is saved: --resume goes on from here",
+    ]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 
 
