@@ -14,11 +14,14 @@ could not be written; 130, 143 or 138: stopped by one of those signals.
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from tqdm import tqdm
 
 from core.checkpoint import build_network, load_checkpoint, load_weights
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
+from core.distributed import ALONE, Group, join_group, leave_group, own_device
 from core.exits import (
     BY_SIGNAL,
     DONE,
@@ -58,9 +62,10 @@ from core.step import (
     compile_network,
     make_optimizer,
     to_channels_last,
+    training_step,
     validation_step,
 )
-from dataset import HU_PERCENTILES, CaseDataset, EpochOrder, augment, find_cases, find_data, split_cases
+from dataset import HU_PERCENTILES, CaseDataset, EpochBatches, augment, find_cases, find_data, split_cases
 
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
 
@@ -73,6 +78,7 @@ class Run:
         training: the network and all that trains it.
         folder: where the run leaves its results.
         signals: that ask it to stop.
+        group: the processes at work on it.
         facts: of its data, for every checkpoint.
         epoch: the one under way, from 1.
         losses: of the steps of that epoch which are done.
@@ -83,6 +89,7 @@ class Run:
     training: Training
     folder: RunFolder
     signals: StopSignals
+    group: Group
     facts: dict
     epoch: int = 1
     losses: list[float] = field(default_factory=list)
@@ -90,9 +97,14 @@ class Run:
     saved: float = field(default_factory=time.monotonic)
 
     def checkpoint_is_due(self) -> bool:
-        """Whether to save in the midst of an epoch: as the minutes are over, or to stop."""
+        """Whether to save in the midst of an epoch, all processes at the same step: as the time is over, or to stop."""
         minutes = (time.monotonic() - self.saved) / 60
-        return self.signals.received is not None or minutes >= self.folder.config.checkpoint_minutes
+        return self.group.any(minutes >= self.folder.config.checkpoint_minutes or self.signals.received is not None)
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped when any process has got a signal."""
+        if self.group.any(self.signals.received is not None):
+            raise Stopped(self.signals.received or signal.SIGTERM)
 
     def checkpoint(self, **facts: object) -> None:
         """Write last.pt, from which --resume goes on as if nothing had been.
@@ -107,8 +119,9 @@ class Run:
             )
         state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
         progress = {"epoch": self.epoch - 1, "losses": self.losses, "best_dice": self.best_dice}
-        with self.folder.writing():
-            self.folder.save_last(training.network, **self.facts, **facts, **progress, **state)
+        if self.group.first:
+            with self.folder.writing():
+                self.folder.save_last(training.network, **self.facts, **facts, **progress, **state)
         self.saved = time.monotonic()
 
 
@@ -122,20 +135,23 @@ def train_one_epoch(run: Run, loader: DataLoader, device: torch.device, bar: tqd
         NotFiniteError: naming the step and its cases; that step has changed no weight.
         Stopped: when a signal asked for it; last.pt is written.
     """
-    training, config = run.training, run.folder.config
+    training, config, batches = run.training, run.folder.config, loader.batch_sampler
+    # With several processes none may begin a step anew alone, as after running out of memory.
+    step = step_that_fits if run.group.size == 1 else training_step
     training.network.train()
-    loader.sampler.epoch, loader.sampler.start = run.epoch, len(run.losses) * config.batch_size
+    batches.epoch, batches.start = run.epoch, len(run.losses)
     running, waited, asked = None, 0.0, time.perf_counter()
     for number, batch in enumerate(loader, start=len(run.losses)):
         waited += time.perf_counter() - asked
         image, labels = to_device(batch, device)
         if config.augment:
-            positions = range(number * config.batch_size, number * config.batch_size + len(image))
+            positions = batches.positions(number) or range(len(image))
             image, labels = augment(image, labels, batch["extent_mm"], config, run.epoch, positions)
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(config, (run.epoch - 1) * len(loader) + number, config.epochs * len(loader))
+        training.combine = partial(run.group.add_up, weight=batches.weight(number))
         where = f"epoch {run.epoch}, step {number + 1}, case {', '.join(batch['case'])}"
-        before, running = running, RunningLoss(step_that_fits(training, image, labels), where)
+        before, running = running, RunningLoss(step(training, image, labels), where)
         if before is not None:
             run.losses.append(before.read())
             bar.set_description(f"epoch {run.epoch}/{config.epochs} loss {np.mean(run.losses):.4f}")
@@ -144,7 +160,7 @@ def train_one_epoch(run: Run, loader: DataLoader, device: torch.device, bar: tqd
             run.losses.append(running.read())
             running = None
             run.checkpoint()
-            run.signals.check()
+            run.stop_if_asked()
         asked = time.perf_counter()
     if running is not None:
         run.losses.append(running.read())
@@ -159,14 +175,18 @@ def validate(run: Run, loader: DataLoader, organs: Sequence[str], device: torch.
         Stopped: when a signal asked for it.
     """
     run.training.network.eval()
-    losses, dice = [], []
-    for batch in loader:
-        run.signals.check()
+    found = []  # of each case its place in the list, its loss, and its Dice by organ
+    for place, batch in zip(loader.sampler, loader, strict=False):
+        if run.signals.received is not None:
+            break
         image, labels = to_device(batch, device)
         loss, predicted = validation_step(run.training, image, labels)
-        losses.append(loss)
         matrix = confusion_matrix(labels.cpu().numpy(), predicted.cpu().numpy(), len(organs))
-        dice.append(organ_scores(matrix)["dice"][1:])
+        found.append((place, loss, organ_scores(matrix)["dice"][1:]))
+    shares = run.group.gather(found)
+    run.stop_if_asked()
+    found = sorted(chain(*shares), key=lambda row: row[0])
+    _, losses, dice = zip(*found, strict=True)
     if not np.isfinite(losses).all():
         raise NotFiniteError(f"epoch {run.epoch}: the validation loss is {np.mean(losses)}; it was not saved")
     scores = {organ: mean_defined(column)[0] for organ, column in zip(organs[1:], np.transpose(dice), strict=True)}
@@ -192,16 +212,20 @@ def case_ids(train_set: CaseDataset, val_set: CaseDataset) -> dict[str, list[str
     return {"train": [case.id for case in train_set.cases], "val": [case.id for case in val_set.cases]}
 
 
-def describe_cases(dataset: CaseDataset, workers: int) -> dict:
+def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> dict:
     """Read every training case once, which fills the cache, and note what infer.py compares new scans with.
+
+    Each process reads its share of them.
 
     Returns:
         of each axis' extent in mm, and of each HU percentile of the body, the smallest and the largest.
     """
     found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
-    for sample in tqdm(DataLoader(dataset, num_workers=workers), desc="preparing cases", disable=None):
+    loader = DataLoader(dataset, sampler=range(group.rank, len(dataset), group.size), num_workers=workers)
+    for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
         for name, values in found.items():
             values += sample[name].tolist()
+    found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
     ranges = {
         name: {"min": np.min(values, axis=0).tolist(), "max": np.max(values, axis=0).tolist()}
         for name, values in found.items()
@@ -210,13 +234,16 @@ def describe_cases(dataset: CaseDataset, workers: int) -> dict:
     return {"percentiles": list(HU_PERCENTILES), **ranges}
 
 
-def make_loader(dataset: CaseDataset, config: Config, device: torch.device, train: bool) -> DataLoader:
-    """Batches in the order that (seed, epoch) gives for training, single cases in their own order for validation."""
+def make_loader(dataset: CaseDataset, config: Config, device: torch.device, group: Group, train: bool) -> DataLoader:
+    """This process's share: batches in the order that (seed, epoch) gives for training, single cases for validation."""
     workers = workers_that_fit(config)
+    if train:
+        order = {"batch_sampler": EpochBatches(len(dataset), config.batch_size, config.seed, group.rank, group.size)}
+    else:
+        order = {"sampler": range(group.rank, len(dataset), group.size)}
     return DataLoader(
         dataset,
-        batch_size=config.batch_size if train else 1,
-        sampler=EpochOrder(len(dataset), config.seed) if train else None,
+        **order,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
@@ -240,14 +267,19 @@ def workers_that_fit(config: Config) -> int:
     return 0
 
 
-def start_training(config: Config, device: torch.device) -> Training:
+def start_training(config: Config, device: torch.device, group: Group) -> Training:
     """Network, optimiser and the rest as the settings say, before the first step.
 
     Raises:
         ValueError: when the settings ask for what the device cannot do, or for what does not go together.
     """
     precision = choose_precision(config.precision, device)
-    torch.manual_seed(config.seed)
+    if group.size > 1 and config.norm == "batch":
+        raise ValueError(
+            f"norm: got batch with {group.size} processes, each of which would have statistics of its own; expected "
+            "instance or group"
+        )
+    torch.manual_seed(config.seed)  # the same first weights in every process
     # Off on purpose: trying cuDNN's algorithms takes gigabytes of workspace and picks other ones in every run.
     torch.backends.cudnn.benchmark = False
     network = build_network(config).to(device)
@@ -277,6 +309,7 @@ def train(
     train_set: CaseDataset,
     val_set: CaseDataset,
     device: torch.device,
+    group: Group,
     resumed: dict,
 ) -> None:
     """All that is left of the epochs; each leaves a row in log.csv, the curves, last.pt, and best.pt if it is.
@@ -285,24 +318,30 @@ def train(
         NotFiniteError, Stopped: as `train_one_epoch`.
     """
     config = folder.config
-    training_data = describe_cases(train_set, config.workers)
-    describe_cases(val_set, config.workers)  # read now, so that a broken file shows before the first epoch
+    training_data = describe_cases(train_set, config.workers, group)
+    describe_cases(val_set, config.workers, group)  # read now, so that a broken file shows before the first epoch
     facts = {"training_data": training_data, "cases": case_ids(train_set, val_set)}
-    train_loader, val_loader = (make_loader(part, config, device, part is train_set) for part in (train_set, val_set))
-    training.plan = choose_plan(training, config, device)
+    train_loader, val_loader = (
+        make_loader(part, config, device, group, part is train_set) for part in (train_set, val_set)
+    )
+    plans = group.gather(choose_plan(training, config, device))
+    training.plan = max(plans, key=PLANS.index)  # what fits every card
     if config.compile and training.plan != "off":
         print(f"compile has no effect under the memory plan {training.plan}", flush=True)
     with StopSignals() as signals:
-        run = Run(training, folder, signals, facts)
+        run = Run(training, folder, signals, group, facts)
         if resumed:
             run.epoch, run.best_dice = resumed["epoch"] + 1, resumed["best_dice"]
             run.losses = list(resumed.get("losses", []))
         steps = (run.epoch - 1) * len(train_loader) + len(run.losses)
-        with tqdm(total=config.epochs * len(train_loader), initial=steps, disable=None, unit="step") as bar:
+        with tqdm(
+            total=config.epochs * len(train_loader), initial=steps, disable=None if group.first else True, unit="step"
+        ) as bar:
             while run.epoch <= config.epochs:
-                signals.check()
+                run.stop_if_asked()
                 row = one_epoch(run, train_loader, val_loader, device, bar)
-                bar.write(summary_line(row, config.epochs))
+                if group.first:
+                    bar.write(summary_line(row, config.epochs))
 
 
 def one_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader, device: torch.device, bar: tqdm) -> dict:
@@ -314,7 +353,7 @@ def one_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader, device
     row = dict.fromkeys(folder.log_columns) | {"epoch": run.epoch}
     row["data_seconds"] = train_one_epoch(run, train_loader, device, bar)
     row["train_loss"] = float(np.mean(run.losses))
-    if len(val_loader) and (run.epoch % config.val_interval == 0 or run.epoch == config.epochs):
+    if len(val_loader.dataset) and (run.epoch % config.val_interval == 0 or run.epoch == config.epochs):
         try:
             row |= validate(run, val_loader, config.organs, device)
         except Stopped:
@@ -324,14 +363,15 @@ def one_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader, device
     facts = {"val_dice": row["val_dice"]}
     if row["val_dice"] is not None:
         bar.set_postfix(dice=f"{row['val_dice']:.4f}")
-        if row["val_dice"] > run.best_dice:
+        if row["val_dice"] > run.best_dice and run.group.first:
             with folder.writing():
                 folder.save_best(run.training.network, epoch=run.epoch, **facts, **run.facts)
                 run.best_dice = row["val_dice"]
     # The log comes first: a row without its checkpoint is written again, a checkpoint without its row is not.
-    with folder.writing():
-        folder.append_log(row)
-        draw_curves(folder.log, folder.curves, config.organs)
+    if run.group.first:
+        with folder.writing():
+            folder.append_log(row)
+            draw_curves(folder.log, folder.curves, config.organs)
     run.epoch, run.losses = run.epoch + 1, []
     run.checkpoint(**facts)
     return row
@@ -359,11 +399,13 @@ def main() -> int:
         config = load_config(arguments.config, flags_given(arguments))
         if arguments.plan:
             return show_plans(config, arguments.card_gib)
-        device = choose_device(config.device)
+        device = choose_device(own_device(config.device))
+        group = join_group(device)
         folder = RunFolder(config)
-        folder.lock()
+        if group.first:
+            folder.lock()
         resumed = folder.find_run(arguments.resume, arguments.overwrite, arguments.extend)
-        training = start_training(config, device)
+        training = start_training(config, device, group)
         if resumed:
             resume_training(training, resumed, folder.last)
         elif config.init_from is not None:
@@ -375,19 +417,24 @@ def main() -> int:
         train_cases, val_cases, how = split_cases(cases, config.val_cases, config.val_fraction, config.seed)
         train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)
         ids = case_ids(train_set, val_set)
+        group.wait()  # all have looked at the folder
         if resumed:
             folder.check_same_cases(resumed["cases"], ids)
-        else:
+        elif group.first:
             fingerprint = [train_set.key(case) for case in train_cases]
             folder.start(device, ids, fingerprint, arguments.overwrite)
-    print(f"{len(train_cases)} cases to train on; {how}; on {device} in {training.precision}", flush=True)
+    if group.first:
+        processes = f" in {group.size} processes" if group.size > 1 else ""
+        print(
+            f"{len(train_cases)} cases to train on; {how}; on {device} in {training.precision}{processes}", flush=True
+        )
     if resumed and resumed["epoch"] >= config.epochs:
         print(f"{folder.path}: all {config.epochs} epochs are done")
         return DONE
     with refusing(REFUSED), naming_dead_workers():
         try:
-            train(training, folder, train_set, val_set, device, resumed or {})
-        except NotFiniteError as error:
+            train(training, folder, train_set, val_set, device, group, resumed or {})
+        except (NotFiniteError, ConnectionError) as error:
             print_error(error)
             return STOPPED
         except Stopped as stopped:
@@ -399,7 +446,9 @@ def main() -> int:
     if folder.unwritten:
         print_error(folder.unwritten)
         return STOPPED
-    print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
+    leave_group(group)
+    if group.first:
+        print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
     return DONE
 
 

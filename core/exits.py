@@ -77,7 +77,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """A block in which STOP_SIGNALS are noted, for `check` to act on at a good moment; a second one quits at once."""
+    """A block in which STOP_SIGNALS are only noted, in `received`, for a good moment; a second one quits at once."""
 
     def __init__(self):
         self.received: int | None = None
@@ -99,11 +99,6 @@ class StopSignals:
         self.received = number
         # Not print, which may be at work already on what the signal has interrupted.
         os.write(sys.__stderr__.fileno(), b"stopping after this step; once more quits at once\n")
-
-    def check(self) -> None:
-        """Raise Stopped when a signal has come."""
-        if self.received is not None:
-            raise Stopped(self.received)
 
 
 def leave_signals_to_the_command(_worker: int = 0) -> None:

@@ -78,6 +78,16 @@ def test_dice_loss_is_the_mean_over_organs_that_occur():
     assert dice_part(half, labels) == pytest.approx(0.5, abs=1e-5)
 
 
+def test_dice_loss_of_a_batch_is_the_mean_of_its_samples():
+    # Two organs in the first sample and one in the second: it is samples that count the same, not organs, so that
+    # several processes can each work out their own.
+    labels = torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0]]).reshape(2, 4, 1, 1)
+    logits = torch.randn(2, 4, 4, 1, 1)
+    alone = [dice_part(logits[i : i + 1], labels[i : i + 1]) for i in range(2)]
+    assert alone[0] != pytest.approx(alone[1], abs=1e-3)
+    assert dice_part(logits, labels) == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
 def test_dice_loss_without_organs_is_zero_and_has_a_gradient():
     logits = torch.zeros(1, 3, 2, 2, 2, requires_grad=True)
     labels = torch.zeros(1, 2, 2, 2, dtype=torch.long)

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "core/checkpoint.py": {"core.config", "vnet"},
     "core/recompute.py": {"vnet"},
     "core/step.py": {"core.recompute", "vnet"},
+    "core/distributed.py": set(),
     "core/memory.py": {"core.checkpoint", "core.config", "core.step", "vnet"},
     "core/run_folder.py": {"core.checkpoint", "core.config", "vnet"},
     "dataset.py": {"core.preprocess", "core.resample", "core.config"},

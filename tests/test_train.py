@@ -20,6 +20,7 @@ import torch
 import train
 from core.checkpoint import load_checkpoint, load_network
 from core.config import load_config
+from core.distributed import ALONE
 from data.make_phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,7 +210,7 @@ def test_settings_of_the_machine_reach_the_network(monkeypatch, asked):
     config = load_config(flags=small | {"channels_last": str(asked).lower(), "compile": str(asked).lower()})
     compiled = []
     monkeypatch.setattr(train, "compile_network", lambda network, device: compiled.append(network))
-    network = train.start_training(config, torch.device("cpu")).network
+    network = train.start_training(config, torch.device("cpu"), ALONE).network
     assert network.downs[0].conv.weight.is_contiguous(memory_format=torch.channels_last_3d) == asked
     assert compiled == [network] * asked
 
