@@ -347,19 +347,44 @@ def hu_percentiles(voxels: np.ndarray) -> list[float]:
     return np.percentile(body if body.size else sample, HU_PERCENTILES).tolist()
 
 
-class EpochOrder(Sampler):
-    """The order of the cases in an epoch: a permutation that depends on (seed, epoch) alone."""
+class EpochBatches(Sampler):
+    """The batches of an epoch, as lists of indices: a permutation that depends on (seed, epoch) alone, cut up.
 
-    def __init__(self, length: int, seed: int):
+    A step's batch is shared out over `processes`, `batch_size` cases for each; where the epoch's last one has nothing
+    left for a process, it gets a case of weight 0, since all must take part in every step.
+
+    Attributes:
+        epoch: to be set before each epoch.
+        start: number of the first step, for an epoch that was begun before.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
         self.length = length
+        self.batch_size = batch_size
         self.seed = seed
+        self.rank = rank
+        self.together = batch_size * processes  # cases of a step
         self.epoch = 0
+        self.start = 0
 
     def __len__(self) -> int:
-        return self.length
+        """Steps of a whole epoch."""
+        return math.ceil(self.length / self.together)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist())
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
+        for step in range(self.start, len(self)):
+            yield [order[position] for position in self.positions(step)] or order[:1]
+
+    def positions(self, step: int) -> range:
+        """Which places in the epoch's order are this process's in that step; none where nothing is left for it."""
+        first = min(step * self.together + self.rank * self.batch_size, self.length)
+        last = min(first + self.batch_size, (step + 1) * self.together, self.length)
+        return range(first, last)
+
+    def weight(self, step: int) -> float:
+        """The share of a step's cases that are this process's."""
+        return len(self.positions(step)) / min(self.together, self.length - step * self.together)
 
 
 # ---- Augmentation ----------------------------------------------------------------------------------------------------

@@ -337,9 +337,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: that of --config)")
     parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")
     parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest label map, as float32")
-    parser.add_argument(
-        "--assume-ras", action="store_true", help="take files that do not say where they lie to be RAS+"
-    )
+    parser.add_argument("--assume-ras", action="store_true", help="files that do not say where they lie are RAS+")
     parser.add_argument("--table", choices=("text", "md"), default="text", help="md: print tables in Markdown")
     arguments = parser.parse_args()
     if arguments.ceiling and (arguments.predictions or arguments.against or arguments.distances):

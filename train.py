@@ -6,14 +6,23 @@
     python train.py --help                  # every setting; config.yaml explains them
 
 Writes into the run folder: last.pt and best.pt (by mean validation Dice), log.csv, curves.png, config.yaml, run.json
-and val_cases.txt. Exit code 0: done, 1: data refused, 2: settings refused, 3: no memory plan fits,
-or the loss was not finite.
+and val_cases.txt. Ctrl-C, SIGTERM and SIGUSR1 stop a run after the step that it is at, --resume goes on from there.
+Exit code 0: done, 1: data refused, 2: settings refused, 3: no memory plan fits, the loss was not finite, the results
+could not be written; 130, 143 or 138: stopped by one of those signals.
 """
 
 import argparse
 import math
+import os
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,9 +30,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from core.checkpoint import build_network, load_checkpoint, load_weights, save_checkpoint
+from core.checkpoint import build_network, load_checkpoint, load_weights
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
-from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
+from core.distributed import ALONE, Group, join_group, leave_group, own_device
+from core.exits import (
+    BY_SIGNAL,
+    DONE,
+    REFUSED,
+    STOPPED,
+    USAGE,
+    Stopped,
+    StopSignals,
+    leave_signals_to_the_command,
+    print_error,
+    print_warning,
+    refusing,
+    run_command,
+)
 from core.memory import choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
 from core.metrics import confusion_matrix, mean_defined, organ_scores
 from core.run_folder import RunFolder
@@ -39,54 +62,142 @@ from core.step import (
     compile_network,
     make_optimizer,
     to_channels_last,
+    training_step,
     validation_step,
 )
-from dataset import HU_PERCENTILES, CaseDataset, EpochOrder, augment, find_cases, find_data, reading_of, split_cases
+from dataset import (
+    HU_PERCENTILES,
+    CaseDataset,
+    EpochBatches,
+    augment,
+    find_cases,
+    find_data,
+    reading_of,
+    split_cases,
+)
+
+SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
 
 
-def train_one_epoch(
-    training: Training, loader: DataLoader, config: Config, epoch: int, device: torch.device, bar: tqdm
-) -> dict[str, float]:
-    """One pass over the training cases: the mean loss, and the seconds of waiting for data.
+@dataclass
+class Run:
+    """A run on its way. What it has come to is in `training` and in what stands below it here; last.pt holds it all.
+
+    Attributes:
+        training: the network and all that trains it.
+        folder: where the run leaves its results.
+        signals: that ask it to stop.
+        group: the processes at work on it.
+        facts: of its data, for every checkpoint.
+        epoch: the one under way, from 1.
+        losses: of the steps of that epoch which are done.
+        best_dice: the highest mean validation Dice so far.
+        saved: when last.pt was written, by time.monotonic.
+    """
+
+    training: Training
+    folder: RunFolder
+    signals: StopSignals
+    group: Group
+    facts: dict
+    epoch: int = 1
+    losses: list[float] = field(default_factory=list)
+    best_dice: float = -1.0
+    saved: float = field(default_factory=time.monotonic)
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether to save in the midst of an epoch, all processes at the same step: as the time is over, or to stop."""
+        minutes = (time.monotonic() - self.saved) / 60
+        return self.group.any(minutes >= self.folder.config.checkpoint_minutes or self.signals.received is not None)
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped when any process has got a signal."""
+        if self.group.any(self.signals.received is not None):
+            raise Stopped(self.signals.received or signal.SIGTERM)
+
+    def checkpoint(self, **facts: object) -> None:
+        """Write last.pt, from which --resume goes on as if nothing had been.
+
+        Raises:
+            NotFiniteError: when a weight is not finite; last.pt is then the one before.
+        """
+        training = self.training
+        if not all(parameter.isfinite().all() for parameter in training.network.parameters()):
+            raise NotFiniteError(
+                f"epoch {self.epoch}, step {len(self.losses)}: weights are not finite; none were saved"
+            )
+        state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
+        progress = {"epoch": self.epoch - 1, "losses": self.losses, "best_dice": self.best_dice}
+        if self.group.first:
+            with self.folder.writing():
+                self.folder.save_last(training.network, **self.facts, **facts, **progress, **state)
+        self.saved = time.monotonic()
+
+
+def train_one_epoch(run: Run, loader: DataLoader, device: torch.device, bar: tqdm) -> float:
+    """What is left of the epoch's steps, their losses put into the run: the seconds of waiting for data.
 
     A loss is read when the next step is on its way, so that a GPU, still busy with a step, finds the next one waiting.
     On a GPU the seconds are an upper bound: it may be at work on a step meanwhile.
 
     Raises:
         NotFiniteError: naming the step and its cases; that step has changed no weight.
+        Stopped: when a signal asked for it; last.pt is written.
     """
+    training, config, batches = run.training, run.folder.config, loader.batch_sampler
+    # With several processes none may begin a step anew alone, as after running out of memory.
+    step = step_that_fits if run.group.size == 1 else training_step
     training.network.train()
-    loader.sampler.epoch = epoch
-    losses, running, waited, asked = [], None, 0.0, time.perf_counter()
-    for number, batch in enumerate(loader):
+    batches.epoch, batches.start = run.epoch, len(run.losses)
+    running, waited, asked = None, 0.0, time.perf_counter()
+    for number, batch in enumerate(loader, start=len(run.losses)):
         waited += time.perf_counter() - asked
         image, labels = to_device(batch, device)
         if config.augment:
-            positions = range(number * config.batch_size, number * config.batch_size + len(image))
-            image, labels = augment(image, labels, batch["extent_mm"], config, epoch, positions)
+            positions = batches.positions(number) or range(len(image))
+            image, labels = augment(image, labels, batch["extent_mm"], config, run.epoch, positions)
         for group in training.optimizer.param_groups:
-            group["lr"] = learning_rate(config, (epoch - 1) * len(loader) + number, config.epochs * len(loader))
-        where = f"epoch {epoch}, step {number + 1}, case {', '.join(batch['case'])}"
-        before, running = running, RunningLoss(step_that_fits(training, image, labels), where)
+            group["lr"] = learning_rate(config, (run.epoch - 1) * len(loader) + number, config.epochs * len(loader))
+        training.combine = partial(run.group.add_up, weight=batches.weight(number))
+        where = f"epoch {run.epoch}, step {number + 1}, case {', '.join(batch['case'])}"
+        before, running = running, RunningLoss(step(training, image, labels), where)
         if before is not None:
-            losses.append(before.read())
-            bar.set_description(f"epoch {epoch}/{config.epochs} loss {np.mean(losses):.4f}")
+            run.losses.append(before.read())
+            bar.set_description(f"epoch {run.epoch}/{config.epochs} loss {np.mean(run.losses):.4f}")
         bar.update()
+        if run.checkpoint_is_due():
+            run.losses.append(running.read())
+            running = None
+            run.checkpoint()
+            run.stop_if_asked()
         asked = time.perf_counter()
-    losses.append(running.read())
-    return {"train_loss": float(np.mean(losses)), "data_seconds": waited}
+    if running is not None:
+        run.losses.append(running.read())
+    return waited
 
 
-def validate(training: Training, loader: DataLoader, organs: Sequence[str], device: torch.device) -> dict[str, float]:
-    """Loss and Dice over the held-out cases, on the network's grid (evaluate.py scores on the scans' own grids)."""
-    training.network.eval()
-    losses, dice = [], []
-    for batch in loader:
+def validate(run: Run, loader: DataLoader, organs: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Loss and Dice over the held-out cases, on the network's grid (evaluate.py scores on the scans' own grids).
+
+    Raises:
+        NotFiniteError: when the loss is NaN or infinite.
+        Stopped: when a signal asked for it.
+    """
+    run.training.network.eval()
+    found = []  # of each case its place in the list, its loss, and its Dice by organ
+    for place, batch in zip(loader.sampler, loader, strict=False):
+        if run.signals.received is not None:
+            break
         image, labels = to_device(batch, device)
-        loss, predicted = validation_step(training, image, labels)
-        losses.append(loss)
+        loss, predicted = validation_step(run.training, image, labels)
         matrix = confusion_matrix(labels.cpu().numpy(), predicted.cpu().numpy(), len(organs))
-        dice.append(organ_scores(matrix)["dice"][1:])
+        found.append((place, loss, organ_scores(matrix)["dice"][1:]))
+    shares = run.group.gather(found)
+    run.stop_if_asked()
+    found = sorted(chain(*shares), key=lambda row: row[0])
+    _, losses, dice = zip(*found, strict=True)
+    if not np.isfinite(losses).all():
+        raise NotFiniteError(f"epoch {run.epoch}: the validation loss is {np.mean(losses)}; it was not saved")
     scores = {organ: mean_defined(column)[0] for organ, column in zip(organs[1:], np.transpose(dice), strict=True)}
     columns = {f"dice_{organ.replace(' ', '_')}": score for organ, score in scores.items()}
     return {"val_loss": float(np.mean(losses)), "val_dice": mean_defined(scores.values())[0], **columns}
@@ -110,16 +221,20 @@ def case_ids(train_set: CaseDataset, val_set: CaseDataset) -> dict[str, list[str
     return {"train": [case.id for case in train_set.cases], "val": [case.id for case in val_set.cases]}
 
 
-def describe_cases(dataset: CaseDataset, workers: int) -> dict:
+def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> dict:
     """Read every training case once, which fills the cache, and note what infer.py compares new scans with.
+
+    Each process reads its share of them.
 
     Returns:
         of each axis' extent in mm, and of each HU percentile of the body, the smallest and the largest.
     """
     found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
-    for sample in tqdm(DataLoader(dataset, num_workers=workers), desc="preparing cases", disable=None):
+    loader = DataLoader(dataset, sampler=range(group.rank, len(dataset), group.size), num_workers=workers)
+    for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
         for name, values in found.items():
             values += sample[name].tolist()
+    found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
     ranges = {
         name: {"min": np.min(values, axis=0).tolist(), "max": np.max(values, axis=0).tolist()}
         for name, values in found.items()
@@ -128,26 +243,52 @@ def describe_cases(dataset: CaseDataset, workers: int) -> dict:
     return {"percentiles": list(HU_PERCENTILES), **ranges}
 
 
-def make_loader(dataset: CaseDataset, config: Config, device: torch.device, train: bool) -> DataLoader:
-    """Batches in the order that (seed, epoch) gives for training, single cases in their own order for validation."""
+def make_loader(dataset: CaseDataset, config: Config, device: torch.device, group: Group, train: bool) -> DataLoader:
+    """This process's share: batches in the order that (seed, epoch) gives for training, single cases for validation."""
+    workers = workers_that_fit(config)
+    if train:
+        order = {"batch_sampler": EpochBatches(len(dataset), config.batch_size, config.seed, group.rank, group.size)}
+    else:
+        order = {"sampler": range(group.rank, len(dataset), group.size)}
     return DataLoader(
         dataset,
-        batch_size=config.batch_size if train else 1,
-        sampler=EpochOrder(len(dataset), config.seed) if train else None,
-        num_workers=config.workers,
+        **order,
+        num_workers=workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=config.workers > 0,
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_the_command,
     )
 
 
-def start_training(config: Config, device: torch.device) -> Training:
+def workers_that_fit(config: Config) -> int:
+    """The number of processes that load cases: as the settings say, or none where shared memory is too small."""
+    if not (config.workers and SHARED_MEMORY.is_dir()):
+        return config.workers
+    # Each may have two batches ready beside the one that is in use; a sample is image and labels.
+    needed = (2 * config.workers + 1) * config.batch_size * 2 * math.prod(config.size)
+    status = os.statvfs(SHARED_MEMORY)
+    if status.f_bavail * status.f_frsize >= needed:
+        return config.workers
+    print_warning(
+        f"{SHARED_MEMORY}: too small for --workers {config.workers}, which need {needed / 2**20:.0f} MiB there (docker "
+        "run takes --shm-size); cases are loaded between the steps"
+    )
+    return 0
+
+
+def start_training(config: Config, device: torch.device, group: Group) -> Training:
     """Network, optimiser and the rest as the settings say, before the first step.
 
     Raises:
         ValueError: when the settings ask for what the device cannot do, or for what does not go together.
     """
     precision = choose_precision(config.precision, device)
-    torch.manual_seed(config.seed)
+    if group.size > 1 and config.norm == "batch":
+        raise ValueError(
+            f"norm: got batch with {group.size} processes, each of which would have statistics of its own; expected "
+            "instance or group"
+        )
+    torch.manual_seed(config.seed)  # the same first weights in every process
     # Off on purpose: trying cuDNN's algorithms takes gigabytes of workspace and picks other ones in every run.
     torch.backends.cudnn.benchmark = False
     network = build_network(config).to(device)
@@ -159,7 +300,7 @@ def start_training(config: Config, device: torch.device) -> Training:
         compile_network(network, device)
     optimizer = make_optimizer(network, config.learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    return Training(network, Loss(config.loss), optimizer, scaler, precision)
+    return Training(network, Loss(config.loss), optimizer, scaler, precision, clip_norm=config.clip_norm)
 
 
 def resume_training(training: Training, checkpoint: dict, path: str) -> None:
@@ -168,7 +309,8 @@ def resume_training(training: Training, checkpoint: dict, path: str) -> None:
     for group in checkpoint["optimizer"]["param_groups"]:
         group["fused"] = True  # a checkpoint from a CPU could have it otherwise once
     training.optimizer.load_state_dict(checkpoint["optimizer"])
-    training.scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:  # empty when the run so far was not in fp16
+        training.scaler.load_state_dict(checkpoint["scaler"])
 
 
 def train(
@@ -177,42 +319,72 @@ def train(
     train_set: CaseDataset,
     val_set: CaseDataset,
     device: torch.device,
+    group: Group,
     resumed: dict,
 ) -> None:
-    """All epochs after the resumed one; each leaves a row in log.csv, the curves, last.pt, and best.pt if it is."""
-    from visualization.curves import draw_curves
+    """All that is left of the epochs; each leaves a row in log.csv, the curves, last.pt, and best.pt if it is.
 
-    config, network = folder.config, training.network
-    ids, training_data = case_ids(train_set, val_set), describe_cases(train_set, config.workers)
-    describe_cases(val_set, config.workers)  # read now, so that a broken file shows before the first epoch
-    train_loader, val_loader = (make_loader(part, config, device, part is train_set) for part in (train_set, val_set))
-    training.plan = choose_plan(training, config, device)
+    Raises:
+        NotFiniteError, Stopped: as `train_one_epoch`.
+    """
+    config = folder.config
+    training_data = describe_cases(train_set, config.workers, group)
+    describe_cases(val_set, config.workers, group)  # read now, so that a broken file shows before the first epoch
+    facts = {"training_data": training_data, "cases": case_ids(train_set, val_set)}
+    train_loader, val_loader = (
+        make_loader(part, config, device, group, part is train_set) for part in (train_set, val_set)
+    )
+    plans = group.gather(choose_plan(training, config, device))
+    training.plan = max(plans, key=PLANS.index)  # what fits every card
     if config.compile and training.plan != "off":
         print(f"compile has no effect under the memory plan {training.plan}", flush=True)
-    done, best_dice = resumed.get("epoch", 0), resumed.get("best_dice", -1.0)
-    bar = tqdm(total=config.epochs * len(train_loader), initial=done * len(train_loader), disable=None, unit="step")
-    for epoch in range(done + 1, config.epochs + 1):
-        started = time.perf_counter()
-        row = dict.fromkeys(folder.log_columns) | {"epoch": epoch}
-        row |= train_one_epoch(training, train_loader, config, epoch, device, bar)
-        if len(val_set) and (epoch % config.val_interval == 0 or epoch == config.epochs):
-            row |= validate(training, val_loader, config.organs, device)
-            if not math.isfinite(row["val_loss"]):
-                raise NotFiniteError(f"epoch {epoch}: the validation loss is {row['val_loss']}; it was not saved")
-        row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(device)}
-        folder.append_log(row)
-        draw_curves(folder.log, folder.curves, config.organs)
+    with StopSignals() as signals:
+        run = Run(training, folder, signals, group, facts)
+        if resumed:
+            run.epoch, run.best_dice = resumed["epoch"] + 1, resumed["best_dice"]
+            run.losses = list(resumed.get("losses", []))
+        steps = (run.epoch - 1) * len(train_loader) + len(run.losses)
+        with tqdm(
+            total=config.epochs * len(train_loader), initial=steps, disable=None if group.first else True, unit="step"
+        ) as bar:
+            while run.epoch <= config.epochs:
+                run.stop_if_asked()
+                row = one_epoch(run, train_loader, val_loader, device, bar)
+                if group.first:
+                    bar.write(summary_line(row, config.epochs))
 
-        facts = {"epoch": epoch, "val_dice": row["val_dice"], "training_data": training_data, "cases": ids}
-        if row["val_dice"] is not None and row["val_dice"] > best_dice:
-            best_dice = row["val_dice"]
-            save_checkpoint(folder.best, network, config, **facts)
-        state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
-        save_checkpoint(folder.last, network, config, best_dice=best_dice, **facts, **state)
-        bar.write(summary_line(row, config.epochs))
-        if row["val_dice"] is not None:
-            bar.set_postfix(dice=f"{row['val_dice']:.4f}")
-    bar.close()
+
+def one_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader, device: torch.device, bar: tqdm) -> dict:
+    """Train, validate where it is time to, and leave the results: the epoch's row of log.csv."""
+    from visualization.curves import draw_curves
+
+    folder, config = run.folder, run.folder.config
+    started = time.perf_counter()
+    row = dict.fromkeys(folder.log_columns) | {"epoch": run.epoch}
+    row["data_seconds"] = train_one_epoch(run, train_loader, device, bar)
+    row["train_loss"] = float(np.mean(run.losses))
+    if len(val_loader.dataset) and (run.epoch % config.val_interval == 0 or run.epoch == config.epochs):
+        try:
+            row |= validate(run, val_loader, config.organs, device)
+        except Stopped:
+            run.checkpoint()  # --resume goes on with the validation
+            raise
+    row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(device)}
+    facts = {"val_dice": row["val_dice"]}
+    if row["val_dice"] is not None:
+        bar.set_postfix(dice=f"{row['val_dice']:.4f}")
+        if row["val_dice"] > run.best_dice and run.group.first:
+            with folder.writing():
+                folder.save_best(run.training.network, epoch=run.epoch, **facts, **run.facts)
+                run.best_dice = row["val_dice"]
+    # The log comes first: a row without its checkpoint is written again, a checkpoint without its row is not.
+    if run.group.first:
+        with folder.writing():
+            folder.append_log(row)
+            draw_curves(folder.log, folder.curves, config.organs)
+    run.epoch, run.losses = run.epoch + 1, []
+    run.checkpoint(**facts)
+    return row
 
 
 def peak_gib(device: torch.device) -> float | None:
@@ -237,10 +409,13 @@ def main() -> int:
         config = load_config(arguments.config, flags_given(arguments))
         if arguments.plan:
             return show_plans(config, arguments.card_gib)
-        device = choose_device(config.device)
+        device = choose_device(own_device(config.device))
+        group = join_group(device)
         folder = RunFolder(config)
-        resumed = folder.find_run(arguments.resume, arguments.overwrite)
-        training = start_training(config, device)
+        if group.first:
+            folder.lock()
+        resumed = folder.find_run(arguments.resume, arguments.overwrite, arguments.extend)
+        training = start_training(config, device, group)
         if resumed:
             resume_training(training, resumed, folder.last)
         elif config.init_from is not None:
@@ -252,23 +427,57 @@ def main() -> int:
         train_cases, val_cases, how = split_cases(cases, config.val_cases, config.val_fraction, config.seed)
         train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)
         ids = case_ids(train_set, val_set)
+        group.wait()  # all have looked at the folder
         if resumed:
             folder.check_same_cases(resumed["cases"], ids)
-        else:
+        elif group.first:
             fingerprint = [train_set.key(case) for case in train_cases]
             folder.start(device, ids, fingerprint, arguments.overwrite)
-    print(f"{len(train_cases)} cases to train on; {how}; on {device} in {training.precision}", flush=True)
+    if group.first:
+        processes = f" in {group.size} processes" if group.size > 1 else ""
+        print(
+            f"{len(train_cases)} cases to train on; {how}; on {device} in {training.precision}{processes}", flush=True
+        )
     if resumed and resumed["epoch"] >= config.epochs:
         print(f"{folder.path}: all {config.epochs} epochs are done")
         return DONE
-    with refusing(REFUSED):
+    with refusing(REFUSED), naming_dead_workers():
         try:
-            train(training, folder, train_set, val_set, device, resumed or {})
-        except NotFiniteError as error:
+            train(training, folder, train_set, val_set, device, group, resumed or {})
+        except (NotFiniteError, ConnectionError) as error:
             print_error(error)
             return STOPPED
-    print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
+        except Stopped as stopped:
+            kept = (
+                f"cannot be saved ({folder.unwritten})" if folder.unwritten else "is saved: --resume goes on from here"
+            )
+            print(f"stopped by {stopped}; the run {kept}", file=sys.stderr)
+            return BY_SIGNAL + stopped.number
+    if folder.unwritten:
+        print_error(folder.unwritten)
+        return STOPPED
+    leave_group(group)
+    if group.first:
+        print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
     return DONE
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Say in a sentence what torch says in many when a process that loads cases has died.
+
+    Raises:
+        MemoryError: then; the most likely reason, and the run has to stop in any case.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+            raise
+        raise MemoryError(
+            "a process that loads cases was killed, most likely because memory ran out; go on with --resume and fewer "
+            "--workers"
+        ) from error
 
 
 def show_plans(config: Config, card_gib: float | None) -> int:
@@ -294,6 +503,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings (default: config.yaml)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir; start it if none")
+    parser.add_argument("--extend", action="store_true", help="with --resume: go on for more --epochs than the run had")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")
     parser.add_argument("--plan", action="store_true", help="print what a step needs under each memory plan, and end")
     parser.add_argument("--card-gib", type=float, metavar="G", help="with --plan: which plan a card of G GiB would get")

@@ -5,6 +5,7 @@ network that its settings describe, which takes no memory; only then is it loade
 """
 
 import math
+import os
 import pickle
 import struct
 import zipfile
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.config import Config, config_from_dict, config_to_dict, load_config
-from core.files import whole_file
+from core.files import check_room, whole_file
 from core.torch_file import TensorForm, describe
 from vnet import VNet, check_size
 
@@ -44,14 +45,52 @@ def build_network(config: Config) -> VNet:
     return network
 
 
-def save_checkpoint(path: str | Path, network: VNet, config: Config, **state: Any) -> None:
-    """Write the network, its settings and whatever `state` there is (plain values and tensors), whole."""
+def save_checkpoint(
+    path: str | Path, network: VNet, config: Config, previous: str | Path | None = None, **state: Any
+) -> None:
+    """Write the network, its settings and whatever `state` there is (plain values and tensors), whole.
+
+    The new file is read back before it takes the old one's place; the old one becomes `previous` where that is given.
+
+    Raises:
+        OSError: when it cannot be written, or reads otherwise than it was written; then the old one is as it was.
+    """
     content = {"kind": KIND, "version": VERSION, "config": config_to_dict(config), "network": network.state_dict()}
+    content |= state
+    # Not less than what is needed: without room nothing is begun.
+    check_room(Path(path).parent, sum(x.numel() * x.element_size() for x in all_tensors(content)), "a checkpoint")
     try:
         with whole_file(path) as temporary:
-            torch.save(content | state, temporary)
+            torch.save(content, temporary)
+            check_readable(temporary)
+            if previous is not None and Path(path).exists():
+                os.replace(path, previous)
     except RuntimeError as error:  # torch's word for a full disk
         raise OSError(f"{path}: cannot be written, is the disk full? ({str(error).splitlines()[0]})") from error
+
+
+def all_tensors(content: Any) -> Iterator[Tensor]:
+    """All tensors of nested dicts and lists."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from all_tensors(value)
+
+
+def check_readable(path: Path) -> None:
+    """Read a checkpoint to its end and compare every part with its checksum.
+
+    Raises:
+        OSError: when one differs.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise OSError(f"{path}: reads otherwise than it was written ({error}); is the disk failing?") from error
+    if damaged:
+        raise OSError(f"{path}: {damaged} in it reads otherwise than it was written; is the disk failing?")
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -139,6 +178,7 @@ def check_form(form: Any, path: Path) -> Config:
         "training_data": is_training_data,
         "cases": is_case_lists,
         "epoch": lambda value: type(value) is int and 0 <= value <= MOST_EPOCHS,
+        "losses": is_row,
         "best_dice": lambda value: is_number(value) and -1 <= value <= 1,
     }
     for key, is_right in checks.items():

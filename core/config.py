@@ -52,6 +52,8 @@ class Config:
     compile: bool
     channels_last: bool
     val_interval: int
+    checkpoint_minutes: float
+    clip_norm: float
     augment: bool
     augment_rotation_degrees: float
     augment_scale: float
@@ -133,6 +135,8 @@ RULES = {
     "compile": Rule(bool, "true or false"),
     "channels_last": Rule(bool, "true or false"),
     "val_interval": whole_number(1),
+    "checkpoint_minutes": Rule(float, "a number of minutes, 0 or more", lambda value: value >= 0),
+    "clip_norm": Rule(float, "a number, 0 or more", lambda value: value >= 0),
     "augment": Rule(bool, "true or false"),
     "augment_rotation_degrees": number(0, 180),
     "augment_scale": number(0, 0.9),

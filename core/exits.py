@@ -1,5 +1,7 @@
-"""How a command ends: exit codes, and one clear sentence in place of a traceback."""
+"""How a command ends: exit codes, one clear sentence in place of a traceback, and signals that ask it to stop."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,9 @@ REFUSED = 1  # some input was refused or some case failed; the others are done a
 USAGE = 2  # wrong usage or settings
 STOPPED = 3  # a run that had to stop
 INTERRUPTED = 130  # Ctrl-C
+BY_SIGNAL = 128  # plus the signal's number, as shells have it: 143 for SIGTERM
+# What asks a run to stop: Ctrl-C, kill and schedulers, and SLURM's --signal=USR1, which comes some time before the end.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 # An error from a DataLoader's worker has the worker's whole traceback as its message, the error itself at the end.
 WORKER_TRACEBACK = "Traceback (most recent call last):"
@@ -61,3 +66,43 @@ def print_error(error: Exception) -> None:
     if WORKER_TRACEBACK in message:
         message = message.rpartition(f"\n{name}: ")[2]
     print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+
+
+class Stopped(Exception):
+    """A signal has asked the command to stop; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopSignals:
+    """A block in which STOP_SIGNALS are only noted, in `received`, for a good moment; a second one quits at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame: object) -> None:
+        """The handler of all of them."""
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+        # Not print, which may be at work already on what the signal has interrupted.
+        os.write(sys.__stderr__.fileno(), b"stopping after this step; once more quits at once\n")
+
+
+def leave_signals_to_the_command(_worker: int = 0) -> None:
+    """In a process that loads cases: a terminal and a scheduler send their signals to all, but one decides."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

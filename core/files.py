@@ -36,6 +36,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno is None or str(error.filename or temporary) != str(temporary):
             raise
@@ -62,6 +63,16 @@ def locked(path: Path) -> Iterator[None]:
                 raise
             print_warning(f"{path}: this file system has no locks; let one process at a time write into the folder")
         yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, as fsync has a file's content, where the system can."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:

@@ -348,7 +348,7 @@ def qform_of(header: nib.Nifti1Header) -> np.ndarray:
 
 def in_mm(affine: np.ndarray, mm: float) -> np.ndarray:
     """An affine to a unit of so many mm as one to mm."""
-    return np.diag([mm, mm, mm, 1.0]) @ affine
+    return affine * [[mm], [mm], [mm], [1.0]]
 
 
 def check_affine(affine: np.ndarray) -> None:

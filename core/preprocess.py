@@ -12,6 +12,7 @@ No affine is ever computed: a `Geometry` carries the scan's own.
 
 import contextlib
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,9 @@ def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> 
     The K full-size volumes lie in a temporary file beside `path`, not in memory.
     """
     with tempfile.TemporaryFile(dir=Path(path).parent) as file:
+        # A full disk is an error here, where it can be one; in the memory map it would be the process's end.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, 2 * len(logits) * math.prod(geometry.shape))
         steps = np.memmap(file, np.uint16, mode="w+", shape=(*geometry.shape, len(logits)), order="F")
         for slab in slabs(logits, geometry.shape):
             probabilities = resize_slab(logits, geometry.shape, slab).softmax(dim=0)

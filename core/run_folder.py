@@ -1,33 +1,54 @@
 """What a run leaves behind: its settings, checkpoints, log and where it all came from.
 
-config.yaml   the merged settings             last.pt   everything to go on from after the last epoch
-log.csv       a row per epoch                 best.pt   the network with the best validation Dice
-run.json      versions, device, cases, data   val_cases.txt   the cases held out
+config.yaml   the merged settings             last.pt       everything to go on from
+log.csv       a row per epoch                 previous.pt   the last.pt before, should that be damaged
+run.json      versions, device, cases, data   best.pt       the network with the best validation Dice
+run.lock      of the process at work on it    val_cases.txt   the cases held out
 """
 
 import csv
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs there are not kept apart
+    fcntl = None
 
 import nibabel
 import numpy as np
 import torch
 
-from core.checkpoint import check_resumable, load_checkpoint
+from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
+from core.exits import print_warning
 from core.files import whole_file
+from vnet import VNet
 
 # Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
-MAY_CHANGE = ("run_dir", "data_dir", "cache_dir", "init_from", "workers", "device", "memory", "compile")
-RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "best.pt")
+MAY_CHANGE = (
+    "run_dir",
+    "data_dir",
+    "cache_dir",
+    "init_from",
+    "workers",
+    "device",
+    "memory",
+    "compile",
+    "checkpoint_minutes",
+)
+RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "previous.pt", "best.pt")
 
 
 class RunFolder:
@@ -41,10 +62,15 @@ class RunFolder:
         self.config = config
         self.path = Path(config.run_dir)
         self.last = self.path / "last.pt"
+        self.previous = self.path / "previous.pt"
         self.best = self.path / "best.pt"
         self.log = self.path / "log.csv"
         self.curves = self.path / "curves.png"
         self.val_cases = self.path / "val_cases.txt"
+        self.rows: list[dict[str, str]] | None = None  # of log.csv, once it has been read
+        self.lock_file: IO | None = None
+        self.last_is_damaged = False
+        self.unwritten: OSError | None = None  # why the latest results are not in the folder
 
     @property
     def log_columns(self) -> list[str]:
@@ -52,8 +78,33 @@ class RunFolder:
         dice = [f"dice_{organ.replace(' ', '_')}" for organ in self.config.organs[1:]]
         return ["epoch", "train_loss", "val_loss", "val_dice", *dice, "seconds", "data_seconds", "peak_gib"]
 
-    def find_run(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    def lock(self) -> None:
+        """Keep other runs off the folder until this process ends, however it ends; nothing where there is no folder.
+
+        Raises:
+            FileExistsError: when another process is at work on it.
+        """
+        if fcntl is None or self.lock_file or not self.path.is_dir():
+            return
+        # The system gives a lock up with its process: one that was killed leaves none behind.
+        file = open(self.path / "run.lock", "a+")  # noqa: SIM115, open as long as the process lives
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise FileExistsError(
+                f"{self.path}: another run is at work on it ({file.read().strip()}); "
+                "wait for its end, or choose another --run-dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        self.lock_file = file
+
+    def find_run(self, resume: bool, overwrite: bool, extend: bool = False) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a run from the start; changes nothing.
+
+        Where last.pt is damaged it is the one before. With `extend` the run may go on for more epochs.
 
         Raises:
             FileExistsError: when the folder holds a run and neither `resume` nor `overwrite` is asked for.
@@ -62,20 +113,51 @@ class RunFolder:
         if resume and overwrite:
             raise ValueError("--resume and --overwrite: got both, expected one: go on with the run or replace it")
         # The other files are written before the first epoch, and tell of no work that could be lost.
-        holds_run = any(path.exists() for path in (self.log, self.last, self.best))
+        holds_run = any(path.exists() for path in (self.log, self.last, self.previous, self.best))
         if holds_run and not (resume or overwrite):
             raise FileExistsError(f"{self.path}: holds a run already; go on with --resume or replace it by --overwrite")
-        if not (resume and self.last.is_file()):
-            return None
-        checkpoint = load_checkpoint(self.last)
-        check_resumable(checkpoint, self.last)
-        self.check_same_settings(checkpoint["config"])
+        checkpoint = self.newest_checkpoint() if resume else None
+        if checkpoint:
+            self.check_same_settings(checkpoint["config"], extend)
         return checkpoint
 
-    def check_same_settings(self, before: Config) -> None:
-        """Check that the run so far had these settings."""
+    def newest_checkpoint(self) -> dict[str, Any] | None:
+        """What last.pt holds, or previous.pt where that cannot be read, which is said; None when there is neither.
+
+        Raises:
+            ValueError: when none of those that are there can be read.
+        """
+        damaged = None
+        for path in filter(Path.is_file, (self.last, self.previous)):
+            try:
+                checkpoint = load_checkpoint(path)
+                check_resumable(checkpoint, path)
+            except ValueError as error:
+                damaged = damaged or error
+                continue
+            if damaged:
+                print_warning(f"{damaged}; going on from {path.name}, the one before")
+                self.last_is_damaged = True
+            return checkpoint
+        if damaged:
+            raise damaged
+        return None
+
+    def check_same_settings(self, before: Config, extend: bool) -> None:
+        """Check that the run so far had these settings, but for MAY_CHANGE and, with `extend`, fewer epochs."""
         now, then = config_to_dict(self.config), config_to_dict(before)
-        changed = [key for key in now if now[key] != then[key] and key not in MAY_CHANGE]
+        may_change = [*MAY_CHANGE]
+        if extend:
+            if before.schedule != "constant" or now["epochs"] < then["epochs"]:
+                raise ValueError(
+                    f"--extend: the run had schedule {before.schedule} and {before.epochs} epochs, this has "
+                    f"{self.config.epochs}; expected the schedule constant, whose rate does not depend on the epochs, "
+                    "and more epochs"
+                )
+            may_change.append("epochs")
+        if now["memory"] != then["memory"]:
+            print_warning(f"memory was {then['memory']}, is {now['memory']}: from here on the last bits may differ")
+        changed = [key for key in now if now[key] != then[key] and key not in may_change]
         if changed:
             listed = "; ".join(f"{key} was {then[key]}, is {now[key]}" for key in changed)
             raise ValueError(
@@ -98,6 +180,7 @@ class RunFolder:
         `data` is plain values that change when the training data do; its hash is the data's fingerprint.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
         if overwrite:
             for name in RUN_FILES:
                 (self.path / name).unlink(missing_ok=True)
@@ -118,20 +201,41 @@ class RunFolder:
         with whole_file(self.path / "run.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n")
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A block that writes results: on a full disk it warns, and the run goes on; `unwritten` keeps the reason."""
+        try:
+            yield
+        except OSError as error:
+            print_warning(f"{error}; what was there before is whole, and the run goes on")
+            self.unwritten = error
+        else:
+            self.unwritten = None
+
+    def save_last(self, network: VNet, **state: Any) -> None:
+        """Write last.pt; the one before becomes previous.pt, unless it is damaged."""
+        save_checkpoint(self.last, network, self.config, None if self.last_is_damaged else self.previous, **state)
+        self.last_is_damaged = False
+
+    def save_best(self, network: VNet, **state: Any) -> None:
+        """Write best.pt."""
+        save_checkpoint(self.best, network, self.config, **state)
+
     def append_log(self, row: dict[str, Any]) -> None:
         """Add an epoch's row to log.csv; a row of the same or a later epoch, of a run that broke off, goes.
 
         A value that is None or NaN becomes an empty cell.
         """
-        rows = []
-        if self.log.is_file():
-            with open(self.log, newline="") as file:
-                rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
-        rows.append({key: format_cell(value) for key, value in row.items()})
+        if self.rows is None:
+            self.rows = []
+            with suppress(FileNotFoundError), open(self.log, newline="") as file:
+                self.rows = list(csv.DictReader(file))
+        self.rows = [old for old in self.rows if int(old["epoch"]) < row["epoch"]]
+        self.rows.append({key: format_cell(value) for key, value in row.items()})
         with whole_file(self.log) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
 
 def format_cell(value: float | int | None) -> str:

@@ -110,7 +110,7 @@ def dice_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def dice_loss(shared: Tensor, squares: Tensor, in_labels: Tensor) -> Tensor:
-    """1 - soft Dice as the V-Net paper has it (section 3), the mean over the organs that occur in each sample.
+    """1 - soft Dice as the V-Net paper has it (section 3), the mean over a sample's organs, and over samples.
 
     D = 2 sum(p g) / (sum p^2 + sum g^2) over the voxels, for each organ; the background is left out. The squares
     matter: with plain sums below the line, small organs start to be found later (RESULTS.md).
@@ -126,7 +126,8 @@ def dice_loss(shared: Tensor, squares: Tensor, in_labels: Tensor) -> Tensor:
     # An organ that is there has at least one voxel; for one that is not, 0 / 0 must not come out.
     dice = 2 * shared / (squares + in_labels).clamp(min=1)
     present = in_labels[:, 1:] > 0
-    return ((1 - dice[:, 1:]) * present).sum() / present.sum().clamp(min=1)
+    of_samples = ((1 - dice[:, 1:]) * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
+    return of_samples.mean()
 
 
 # ---- One step --------------------------------------------------------------------------------------------------------
@@ -143,6 +144,9 @@ class Training:
         scaler: enabled for fp16 alone, whose small gradients would vanish otherwise.
         precision: the type that convolutions are computed in.
         plan: one of PLANS.
+        clip_norm: the largest norm of a step's gradient, all weights together; 0 for any.
+        combine: is given the network with its gradients and the loss when a backward pass is over, and returns the
+            loss; where several processes share a batch, it makes both those of the whole batch.
     """
 
     network: VNet
@@ -151,6 +155,8 @@ class Training:
     scaler: torch.amp.GradScaler
     precision: torch.dtype
     plan: str = "off"
+    clip_norm: float = 0.0
+    combine: Callable[[nn.Module, Tensor], Tensor] = lambda network, loss: loss
 
 
 def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
@@ -201,9 +207,12 @@ def training_step(
         the loss before the change, a scalar on the device; where it is NaN or infinite, no weight has changed.
     """
     training.optimizer.zero_grad(set_to_none=True)
-    loss = gradients(training, image, labels, check)
+    loss = training.combine(training.network, gradients(training, image, labels, check))
     # Adam reads on the device whether to leave this step out. An enabled scaler puts its own answer here, in which all
     # gradients have a say.
+    if training.clip_norm:
+        training.scaler.unscale_(training.optimizer)
+        nn.utils.clip_grad_norm_(training.network.parameters(), training.clip_norm)
     training.optimizer.found_inf = loss.isfinite().logical_not().float()
     training.scaler.step(training.optimizer)
     training.scaler.update()

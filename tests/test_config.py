@@ -53,6 +53,8 @@ CHANGES = {
     "compile": ("true", True),
     "channels_last": ("true", True),
     "val_interval": ("5", 5),
+    "checkpoint_minutes": ("0.5", 0.5),
+    "clip_norm": ("12", 12.0),
     "augment": ("true", True),
     "augment_rotation_degrees": ("15", 15.0),
     "augment_scale": ("0", 0.0),

@@ -7,6 +7,7 @@ import shutil
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import nibabel as nib
@@ -23,7 +24,7 @@ from core.resample import resize_labels
 from dataset import (
     Case,
     CaseDataset,
-    EpochOrder,
+    EpochBatches,
     augment,
     draw_affine,
     find_cases,
@@ -502,22 +503,43 @@ def test_a_sample_that_does_not_fit_together_is_refused(tmp_path, spoil, message
 
 def test_the_order_depends_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = EpochOrder(20, seed)
-        sampler.epoch = epoch
-        return list(sampler)
+        batches = EpochBatches(20, 1, seed)
+        batches.epoch = epoch
+        return [case for batch in batches for case in batch]
 
     orders = {tuple(order(seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
     assert all(sorted(row) == list(range(20)) for row in orders)
     np.random.seed(3)  # noqa: NPY002 - the global generator must not matter
     torch.manual_seed(3)
-    sampler = EpochOrder(20, 2)
-    first = list(sampler)
-    sampler.epoch = 4
-    assert list(sampler) == order(2, 4)
-    sampler.epoch = 0
-    assert list(sampler) == first == order(2, 0)
-    assert len(sampler) == 20
+    batches = EpochBatches(20, 3, 2)
+    first = list(batches)
+    assert [len(batch) for batch in first] == [3] * 6 + [2]
+    batches.epoch = 4
+    assert list(chain(*batches)) == order(2, 4)
+    batches.epoch = 0
+    assert list(batches) == first
+    assert list(chain(*first)) == order(2, 0)
+    batches.start = 5
+    assert list(batches) == first[5:]
+    assert len(batches) == 7
+
+
+@pytest.mark.parametrize(("length", "batch_size", "processes"), [(5, 1, 2), (5, 2, 2), (9, 2, 3), (4, 1, 2), (1, 1, 3)])
+def test_processes_share_out_the_batches_of_one(length, batch_size, processes):
+    whole = list(EpochBatches(length, batch_size * processes, seed=1))
+    shares = [EpochBatches(length, batch_size, 1, rank, processes) for rank in range(processes)]
+    assert {len(share) for share in shares} == {len(whole)}
+    rows = [list(share) for share in shares]
+    for step, expected in enumerate(whole):
+        weights = [share.weight(step) for share in shares]
+        assert sum(weights) == pytest.approx(1)
+        # What has weight is the batch of one process, in order; the rest only keeps everybody company.
+        assert list(chain(*(row[step] for row, weight in zip(rows, weights, strict=True) if weight))) == expected
+        assert all(row[step] for row in rows)
+        for row, share, weight in zip(rows, shares, weights, strict=True):
+            assert weight == pytest.approx(len(share.positions(step)) / len(expected))
+            assert not weight or len(row[step]) == len(share.positions(step))
 
 
 def test_workers_change_nothing(tmp_path):
@@ -525,17 +547,16 @@ def test_workers_change_nothing(tmp_path):
     config = settings(cache_dir=str(tmp_path / "cache"))
 
     def epochs(workers: int, batch_size: int = 1) -> list[dict]:
-        sampler = EpochOrder(len(cases), seed=1)
+        batches_of = EpochBatches(len(cases), batch_size, seed=1)
         loader = DataLoader(
             CaseDataset(cases, config),
-            batch_size=batch_size,
-            sampler=sampler,
+            batch_sampler=batches_of,
             num_workers=workers,
             persistent_workers=workers > 0,
         )
         batches = []
         for epoch in (1, 2):
-            sampler.epoch = epoch
+            batches_of.epoch = epoch
             batches += list(loader)
         return batches
 

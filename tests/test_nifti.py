@@ -33,7 +33,7 @@ def test_a_scan_without_a_place_needs_leave(tmp_path):
         tmp_path / "scan.nii", nifti(HU, AFFINE, sform_code=0, qform_code=0, pixdim=(1, 2, 1.5, 3, 0, 0, 0, 0))
     )
     for refused in (load_scan, load_labels, read_geometry):
-        with pytest.raises(ValueError, match="does not say where its voxels lie .*assume-ras"):
+        with pytest.raises(ValueError, match=r"does not say where its voxels lie .*assume-ras"):
             refused(path)
     voxels, geometry, warnings = read(path, assume_ras=True)
     np.testing.assert_array_equal(voxels, HU)
@@ -84,9 +84,8 @@ def test_shear_is_said_and_kept(tmp_path):
         path = write(tmp_path / "scan.nii", nifti(HU, affine))
         _, geometry, warnings = read(path)
         np.testing.assert_allclose(geometry.affine, affine, rtol=1e-6)
-        assert warnings == [
-            f"{path}: its slices are sheared by {degrees} degrees (tilted gantry); the affine keeps that"
-        ]
+        sheared = f"its slices are sheared by {degrees} degrees (tilted gantry); the affine keeps that"
+        assert warnings == [f"{path}: {sheared}"]
     turned = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, 0.2, 0.1) @ np.diag([2, 1.5, 3]), (1, 2, 3))
     assert not read(write(tmp_path / "oblique.nii", nifti(HU, turned)))[2]
 

@@ -78,6 +78,16 @@ def test_dice_loss_is_the_mean_over_organs_that_occur():
     assert dice_part(half, labels) == pytest.approx(0.5, abs=1e-5)
 
 
+def test_dice_loss_of_a_batch_is_the_mean_of_its_samples():
+    # Two organs in the first sample and one in the second: it is samples that count the same, not organs, so that
+    # several processes can each work out their own.
+    labels = torch.tensor([[1, 2, 0, 0], [3, 0, 0, 0]]).reshape(2, 4, 1, 1)
+    logits = torch.randn(2, 4, 4, 1, 1)
+    alone = [dice_part(logits[i : i + 1], labels[i : i + 1]) for i in range(2)]
+    assert alone[0] != pytest.approx(alone[1], abs=1e-3)
+    assert dice_part(logits, labels) == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
 def test_dice_loss_without_organs_is_zero_and_has_a_gradient():
     logits = torch.zeros(1, 3, 2, 2, 2, requires_grad=True)
     labels = torch.zeros(1, 2, 2, 2, dtype=torch.long)
@@ -336,3 +346,21 @@ def test_precision_and_device():
             choose_precision(precision, CPU)
     with pytest.raises(ValueError, match=r"device: got cuda:99, but torch sees \d+ GPUs"):
         choose_device("cuda:99")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_clipping_shortens_the_gradient_and_keeps_its_direction(plan, scaled):
+    torch.manual_seed(0)
+    network = VNet(classes=3, channels=2, down_convs=(1, 1), up_convs=(1,))
+    image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8))
+    found = []
+    for clip_norm in (1e9, 1e-3):  # the first shortens nothing, but takes the scaler's factor out
+        training = start(copy.deepcopy(network), plan=plan, scaled=scaled)
+        training.clip_norm = clip_norm
+        training_step(training, image, labels)
+        found.append(torch.cat([p.grad.flatten() for p in training.network.parameters()]))
+    whole, clipped = found
+    assert whole.norm() > 1e-2
+    assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.allclose(clipped, whole * (1e-3 / whole.norm()), rtol=1e-3, atol=1e-9)

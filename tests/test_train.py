@@ -20,6 +20,7 @@ import torch
 import train
 from core.checkpoint import load_checkpoint, load_network
 from core.config import load_config
+from core.distributed import ALONE
 from data.make_phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,10 +55,10 @@ def power_cut(before_epoch: int) -> Iterator[None]:
     """A block in which training breaks off before that epoch."""
     one_epoch = train.train_one_epoch
 
-    def cut(training, loader, config, epoch, *others):
-        if epoch == before_epoch:
+    def cut(run, *others):
+        if run.epoch == before_epoch:
             raise KeyboardInterrupt
-        return one_epoch(training, loader, config, epoch, *others)
+        return one_epoch(run, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_one_epoch", cut)
@@ -85,6 +86,7 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
     done = subprocess.run([*map(str, command), *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = {"config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "best.pt"}
+    names |= {"previous.pt", "run.lock"}
     assert {path.name for path in folder.iterdir()} == names
 
     log = read_log(folder)
@@ -208,7 +210,7 @@ def test_settings_of_the_machine_reach_the_network(monkeypatch, asked):
     config = load_config(flags=small | {"channels_last": str(asked).lower(), "compile": str(asked).lower()})
     compiled = []
     monkeypatch.setattr(train, "compile_network", lambda network, device: compiled.append(network))
-    network = train.start_training(config, torch.device("cpu")).network
+    network = train.start_training(config, torch.device("cpu"), ALONE).network
     assert network.downs[0].conv.weight.is_contiguous(memory_format=torch.channels_last_3d) == asked
     assert compiled == [network] * asked
 
@@ -405,7 +407,10 @@ def test_ctrl_c_ends_in_one_sentence(data, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "interrupted; what was written before is whole\n"
+    assert err.splitlines() == [
+        "stopping after this step; once more quits at once",
+        "stopped by SIGINT; the run is saved: --resume goes on from here",
+    ]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
 
 

@@ -1,0 +1,132 @@
+"""Several processes at one run, one for each GPU, started by torchrun; in one process everything here does nothing.
+
+Each process works out the gradient of its share of a batch, and all together add them up. That happens when a backward
+pass is over and not during it, as DistributedDataParallel does it: then every memory plan is free to work out gradients
+in its own order.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+WAIT = timedelta(minutes=30)  # for the slowest process; preparing scans for the first time takes minutes
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run.
+
+    Attributes:
+        rank: which of them this one is, from 0; the first writes all files.
+        size: how many there are.
+        talk: the group for plain values, which go from processor to processor and wait for no GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    talk: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list:
+        """The values that all processes give, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        with naming_lost_processes():
+            distributed.all_gather_object(values, value, group=self.talk)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """Whether the value is true in any process."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor(int(value))
+        with naming_lost_processes():
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.talk)
+        return bool(flag)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            with naming_lost_processes():
+                distributed.barrier(group=self.talk)
+
+    def add_up(self, network: nn.Module, loss: Tensor, weight: float) -> Tensor:
+        """Turn gradients of this process's share of a batch into those of the whole; returns the whole batch's loss.
+
+        Args:
+            network: whose gradients are to be replaced.
+            loss: the mean over this process's share, a scalar.
+            weight: the share, 0 to 1; over all processes 1.
+        """
+        if self.size == 1:
+            return loss
+        loss = loss * weight if weight else torch.zeros_like(loss)
+        tensors = [parameter.grad for parameter in network.parameters()]
+        for gradient in tensors:
+            # What is of no weight may hold anything, and NaN times 0 is NaN.
+            gradient.mul_(weight) if weight else gradient.zero_()
+        with naming_lost_processes():
+            for work in [distributed.all_reduce(tensor, async_op=True) for tensor in [*tensors, loss]]:
+                work.wait()
+        return loss
+
+
+ALONE = Group()
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Say in a sentence when another process cannot be reached.
+
+    Raises:
+        ConnectionError: then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            "another process of this run has ended; --resume goes on from the last checkpoint"
+        ) from error
+
+
+def join_group(device: torch.device) -> Group:
+    """Join the processes that torchrun has started; alone where it has not.
+
+    Talks over NCCL between GPUs and over Gloo between processors.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return ALONE
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, size = next(distributed.rendezvous("env://", timeout=WAIT))
+    # torchrun keeps its store over a restart, with the addresses of the processes that are gone.
+    store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
+    talk = distributed.new_group(backend="gloo", timeout=WAIT)
+    return Group(rank, size, talk)
+
+
+def own_device(name: str) -> str:
+    """The device of this process: under torchrun "auto" and "cuda" mean the GPU of its number on the machine."""
+    number = os.environ.get("LOCAL_RANK")
+    if number is None or name == "cpu" or not torch.cuda.is_available():
+        return name
+    return f"cuda:{number}"
+
+
+def leave_group(group: Group) -> None:
+    """Say good-bye, so that the others do not wait."""
+    if group.size > 1:
+        distributed.destroy_process_group()

@@ -1,0 +1,141 @@
+"""Several processes, as torchrun starts them, over Gloo on a CPU: the run of one process at the whole batch."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from core.checkpoint import load_checkpoint
+from core.distributed import ALONE
+from data.make_phantom import write_phantom
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are ended by signals of POSIX")
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
+    *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--device", "cpu", "--augment", "--workers", "0"),
+    *("--epochs", "3", "--schedule", "poly", "--checkpoint-minutes", "0", "--val-fraction", "0.375"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Eight cases: five to train on and three held out, neither of which two processes can share evenly."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantom(folder, cases=8, shape=(40, 36, 28), seed=0)
+    return folder
+
+
+def flags(data: Path, folder: Path, *more: object) -> list[str]:
+    where = ["--data-dir", data, "--run-dir", folder / "run", "--cache-dir", folder / "cache"]
+    return ["train.py", *map(str, [*where, *TINY, *more])]
+
+
+def torchrun(data: Path, folder: Path, *more: object, restarts: int = 0) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"--max-restarts={restarts}"]
+    return subprocess.Popen(
+        [sys.executable, *launch, *flags(data, folder, "--batch-size", "1", *more)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory) -> Path:
+    """The folder of a run of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    process = torchrun(data, folder)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert out.count("epoch   1/3") == 1  # one of them speaks
+    assert "in 2 processes" in out
+    return folder / "run"
+
+
+def log(folder: Path) -> list[dict]:
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_processes_are_one_at_the_whole_batch(data, two, tmp_path):
+    alone = subprocess.run(
+        [sys.executable, *flags(data, tmp_path, "--batch-size", "2")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert alone.returncode == 0, alone.stderr
+    first, second = log(two), log(tmp_path / "run")
+    assert [row["epoch"] for row in first] == ["1", "2", "3"]
+    for one, other in zip(first, second, strict=True):
+        for column in ("train_loss", "val_loss", "val_dice"):
+            assert float(one[column]) == pytest.approx(float(other[column]), rel=1e-3), column
+    a, b = (load_checkpoint(folder / "last.pt") for folder in (two, tmp_path / "run"))
+    assert a["training_data"] == b["training_data"]
+    assert a["cases"] == b["cases"]
+    for name, weight in a["network"].items():
+        assert (weight - b["network"][name]).abs().max() < 2e-3, name
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_checkpoint(folder / "last.pt")["network"] for folder in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def wait_for(process: subprocess.Popen, last: Path) -> None:
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.005)
+
+
+def test_a_killed_process_is_restarted_and_the_run_ends_the_same(data, two, tmp_path):
+    process = torchrun(data, tmp_path, "--resume", restarts=2)
+    wait_for(process, tmp_path / "run" / "last.pt")
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert "Traceback" not in out
+    assert "another process of this run has ended" in out
+    assert same_weights(tmp_path / "run", two)
+    assert [row["train_loss"] for row in log(tmp_path / "run")] == [row["train_loss"] for row in log(two)]
+
+
+def test_a_signal_to_torchrun_stops_all_at_the_same_step(data, two, tmp_path):
+    process = torchrun(data, tmp_path, "--resume")
+    wait_for(process, tmp_path / "run" / "last.pt")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "stopped by SIGTERM; the run is saved" in out
+    process = torchrun(data, tmp_path, "--resume")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert same_weights(tmp_path / "run", two)
+
+
+def test_batch_norm_is_refused(data, tmp_path):
+    process = torchrun(data, tmp_path, "--norm", "batch")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "norm: got batch with 2 processes" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_does_nothing():
+    network = nn.Linear(2, 1)
+    network(torch.ones(1, 2)).sum().backward()
+    gradient = network.weight.grad.clone()
+    loss = torch.tensor(3.0)
+    assert ALONE.add_up(network, loss, 1.0) is loss
+    assert torch.equal(network.weight.grad, gradient)
+    assert ALONE.gather("x") == ["x"]
+    assert (ALONE.any(False), ALONE.any(True), ALONE.first) == (False, True, True)

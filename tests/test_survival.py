@@ -1,0 +1,374 @@
+"""Runs that are killed, stopped, short of disk or damaged, and always come back; with real processes and signals."""
+
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from core import files
+from core.checkpoint import load_checkpoint
+from data.make_phantom import write_phantom
+from dataset import CaseDataset
+
+fcntl = pytest.importorskip("fcntl")
+ROOT = Path(__file__).resolve().parents[1]
+# A network and a grid on which a step takes some hundredths of a second; last.pt is written after each.
+TINY = [
+    *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
+    *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--device", "cpu", "--augment"),
+    *("--epochs", "4", "--schedule", "cosine", "--checkpoint-minutes", "0"),
+]
+STEPS = 16  # of a whole run: four epochs of four cases
+NOT_COMPARED = ("seconds", "data_seconds", "peak_gib")  # of log.csv
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantom(folder, cases=5, shape=(40, 36, 28), seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = subprocess.run(command(data, folder), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(data, tmp_path, run_main):
+    """Run train.py's main in this process: exit code, stdout and stderr; the run folder is tmp_path/run."""
+    return lambda *flags: run_main(train, *command(data, tmp_path, *flags)[2:])
+
+
+def command(data: Path, folder: Path, *flags: object) -> list[str]:
+    where = ["--data-dir", data, "--run-dir", folder / "run", "--cache-dir", folder / "cache"]
+    return [sys.executable, "train.py", *map(str, [*where, *TINY, "--workers", "0", *flags])]
+
+
+def start(data: Path, folder: Path, *flags: object) -> subprocess.Popen:
+    """The script with --resume, as a scheduler would start it again and again, leader of a process group."""
+    arguments = command(data, folder, "--resume", *flags)
+    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, last: Path, saves: int) -> None:
+    """Until last.pt has been replaced so many times, or the run has ended."""
+    seen = None
+    while saves and process.poll() is None:
+        now = last.stat().st_mtime_ns if last.exists() else None
+        saves -= now != seen
+        seen = now
+        time.sleep(0.001)
+
+
+def content(folder: Path) -> dict:
+    """All that a run's last.pt holds, but for the settings, which name its folders."""
+    return {key: value for key, value in load_checkpoint(folder / "last.pt").items() if key != "config"}
+
+
+def assert_same(first: object, second: object) -> None:
+    """Equal to the last bit, however deep."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+    if isinstance(first, dict | list | tuple):
+        pairs = (
+            [(first[key], second[key]) for key in first] if isinstance(first, dict) else zip(first, second, strict=True)
+        )
+        for one, other in pairs:
+            assert_same(one, other)
+    else:
+        assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """The same weights, optimiser, scores and log as the run that nothing happened to."""
+    assert_same(content(folder), content(whole))
+    assert_same(load_checkpoint(folder / "best.pt")["network"], load_checkpoint(whole / "best.pt")["network"])
+    rows = []
+    for log in (folder / "log.csv", whole / "log.csv"):
+        with open(log, newline="") as file:
+            rows.append([{k: v for k, v in row.items() if k not in NOT_COMPARED} for row in csv.DictReader(file)])
+    assert [row["epoch"] for row in rows[0]] == ["1", "2", "3", "4"]
+    assert rows[0] == rows[1]
+
+
+def kill_until_done(data: Path, folder: Path, whole: Path, kills: int, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = start(data, folder)
+        wait_for_checkpoint(process, folder / "run" / "last.pt", rng.randrange(0, 4))
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        assert "Traceback" not in process.communicate()[1]
+    process = start(data, folder)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert_same_run(folder / "run", whole)
+    assert not [path.name for path in (folder / "run").iterdir() if path.suffix == ".tmp"]
+
+
+def test_a_run_killed_again_and_again_is_the_run_that_was_not(data, whole, tmp_path):
+    kill_until_done(data, tmp_path, whole, kills=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_fifty_kills(data, whole, tmp_path, seed):
+    kill_until_done(data, tmp_path, whole, kills=5, seed=seed)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 15])
+def test_a_power_cut_after_any_step_changes_nothing(run, whole, tmp_path, monkeypatch, step):
+    done = []
+    one_step = train.step_that_fits
+
+    def cut(*arguments):
+        if len(done) == step:
+            raise KeyboardInterrupt
+        done.append(None)
+        return one_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step_that_fits", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert content(tmp_path / "run")["epoch"] == step // 4
+    assert run("--resume")[0] == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_to_all_processes_stops_after_a_step_and_resumes(data, whole, tmp_path, number, code):
+    process = start(data, tmp_path, "--workers", "2")
+    wait_for_checkpoint(process, tmp_path / "run" / "last.pt", 3)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert f"stopped by {number.name}; the run is saved: --resume goes on from here" in err
+    with pytest.raises(ProcessLookupError):  # no worker is left
+        os.killpg(process.pid, 0)
+    assert subprocess.run(command(data, tmp_path, "--resume"), cwd=ROOT, capture_output=True).returncode == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_signal_during_validation_is_acted_on_and_the_validation_done_later(run, whole, tmp_path, monkeypatch):
+    one_step = train.validation_step
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return one_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validation_step", signalled)
+        code, _, err = run()
+    assert code == 143
+    assert "stopped by SIGTERM" in err
+    before = content(tmp_path / "run")
+    assert (before["epoch"], len(before["losses"])) == (0, 4)  # all steps of the first epoch, but not its validation
+    assert run("--resume")[0] == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_second_signal_quits_at_once(data, tmp_path):
+    slow = ["--size", "128", "128", "64", "--channels", "12", "--workers", "0"]
+    process = start(data, tmp_path, *slow)
+    wait_for_checkpoint(process, tmp_path / "run" / "last.pt", 2)
+    process.send_signal(signal.SIGTERM)
+    assert "stopping after this step" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_damaged_last_falls_back_to_the_one_before(run, whole, tmp_path):
+    assert run()[0] == 0
+    last = tmp_path / "run" / "last.pt"
+    for damage in (last.read_bytes()[:-1000], b""):
+        last.write_bytes(damage)
+        code, _, err = run("--resume")
+        assert code == 0
+        assert f"{last}: cannot be read" in err
+        assert "going on from previous.pt" in err
+        assert_same_run(tmp_path / "run", whole)
+    last.write_bytes(b"")
+    (tmp_path / "run" / "previous.pt").write_bytes(b"")
+    code, _, err = run("--resume")
+    assert code == 2
+    assert f"{last}: cannot be read" in err
+
+
+@contextmanager
+def no_file_larger_than(size: int):
+    """A block in which writing beyond `size` bytes of a file fails, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(run, whole, tmp_path, monkeypatch):
+    one_epoch = train.one_epoch
+    written = {}
+
+    def disk_fills(run, *others):
+        if run.epoch == 2:
+            written["last"] = (tmp_path / "run" / "last.pt").read_bytes()
+            with no_file_larger_than(4096):
+                row = one_epoch(run, *others)
+            assert (tmp_path / "run" / "last.pt").read_bytes() == written["last"]
+            assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+            return row
+        return one_epoch(run, *others)
+
+    monkeypatch.setattr(train, "one_epoch", disk_fills)
+    code, _, err = run()
+    assert code == 0, err
+    assert f"warning: {tmp_path / 'run' / 'last.pt'}: cannot be written" in err
+    assert "the run goes on" in err
+    assert_same(content(tmp_path / "run")["network"], content(whole)["network"])
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    # The best of the epochs that could be saved, not a mark that no file has.
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["epoch"] == int(
+        max((row for row in rows if row["epoch"] != "2"), key=lambda row: float(row["val_dice"]))["epoch"]
+    )
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_failure(run, tmp_path, monkeypatch):
+    one_epoch = train.one_epoch
+
+    def disk_fills(run, *others):
+        with no_file_larger_than(4096):
+            return one_epoch(run, *others)
+
+    monkeypatch.setattr(train, "one_epoch", disk_fills)
+    code, _, err = run("--epochs", "1")
+    assert code == 3
+    assert "error:" in err.splitlines()[-1]
+    assert "cannot be written" in err.splitlines()[-1]
+
+
+def test_a_disk_without_room_is_seen_before_writing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: Room)
+    code, _, err = run("--epochs", "1")
+    assert code == 3
+    assert "a checkpoint needs" in err
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+class Room:
+    free = 1000
+
+
+def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
+    one_step = train.step_that_fits
+    done = []
+
+    def spoiled(training, *others):
+        loss = one_step(training, *others)
+        done.append(None)
+        if len(done) == 3:
+            with torch.no_grad():
+                next(training.network.parameters()).view(-1)[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(train, "step_that_fits", spoiled)
+    code, _, err = run()
+    assert code == 3
+    assert "epoch 1, step 3: weights are not finite" in err
+    saved = content(tmp_path / "run")
+    assert len(saved["losses"]) == 2
+    assert all(weight.isfinite().all() for weight in saved["network"].values())
+
+
+def test_two_runs_on_one_folder(run, tmp_path):
+    assert run("--epochs", "1")[0] == 0
+    with open(tmp_path / "run" / "run.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("process 7 on elsewhere\n")
+        other.flush()
+        code, _, err = run("--resume")
+        assert code == 2
+        assert f"{tmp_path / 'run'}: another run is at work on it (process 7 on elsewhere)" in err
+    assert run("--epochs", "1", "--resume")[0] == 0  # the other has ended, though its file is there
+
+
+def test_a_worker_that_dies_ends_the_run_in_one_sentence(run, tmp_path, monkeypatch):
+    load = CaseDataset.__getitem__
+
+    def deadly(self, index):
+        if torch.utils.data.get_worker_info() and (tmp_path / "run" / "last.pt").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, index)
+
+    monkeypatch.setattr(CaseDataset, "__getitem__", deadly)
+    code, _, err = run("--workers", "1")
+    assert code == 3
+    assert "a process that loads cases was killed" in err.splitlines()[-1]
+    monkeypatch.undo()
+
+
+def test_too_little_shared_memory_means_no_workers(run, monkeypatch):
+    real = os.statvfs
+    none_free = os.statvfs_result((1, 1, 1, 1, 1, 1, 1, 1, 1, 1))
+    monkeypatch.setattr(train.os, "statvfs", lambda path: none_free if path == train.SHARED_MEMORY else real(path))
+    code, _, err = run("--epochs", "1", "--workers", "2")
+    assert code == 0
+    assert "/dev/shm: too small for --workers 2" in err
+
+
+def test_a_scan_that_vanishes_is_named(run, data, tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    write_phantom(mine, cases=2, shape=(40, 36, 28), seed=0)
+    one_epoch = train.one_epoch
+
+    def vanishing(run, *others):
+        for scan in (mine / "images").iterdir():
+            scan.unlink()
+        return one_epoch(run, *others)
+
+    monkeypatch.setattr(train, "one_epoch", vanishing)
+    code, _, err = run("--data-dir", mine, "--cache-dir", "null")
+    assert code == 1
+    assert f"{mine / 'images'}" in err
+    assert "no such file" in err
+
+
+def test_extending_a_run_is_the_longer_run(run, tmp_path):
+    constant = ["--schedule", "constant"]
+    assert run(*constant, "--run-dir", tmp_path / "long")[0] == 0
+    assert run(*constant, "--epochs", "2")[0] == 0
+    code, _, err = run(*constant, "--resume")
+    assert code == 2
+    assert "epochs was 2, is 4" in err
+    assert run(*constant, "--resume", "--extend")[0] == 0
+    assert_same_run(tmp_path / "run", tmp_path / "long")
+    code, _, err = run(*constant, "--resume", "--extend", "--epochs", "1")
+    assert code == 2
+    assert "--extend: the run had schedule constant and 4 epochs, this has 1" in err
+
+
+def test_another_memory_plan_is_said_to_change_the_last_bits(run):
+    assert run("--epochs", "1")[0] == 0
+    code, _, err = run("--epochs", "1", "--resume", "--memory", "lowest")
+    assert code == 0
+    assert "memory was auto, is lowest: from here on the last bits may differ" in err
