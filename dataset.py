@@ -8,6 +8,7 @@ Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -107,14 +108,14 @@ def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
     for path in map(Path, inputs):
         if path.is_dir():
             files = find_files(path / "images" if (path / "images").is_dir() else path)
-        elif path.exists():
+        elif path.exists() or path.is_symlink():  # reading says what is wrong about the link
             files = {case_id(path): path}
         else:
             raise FileNotFoundError(f"{path}: no such file or folder")
         if not files:
             raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
         for case, file in files.items():
-            if found.setdefault(case, file).resolve() != file.resolve():
+            if os.path.realpath(found.setdefault(case, file)) != os.path.realpath(file):
                 raise ValueError(f"case {case}: {found[case]} and {file} both mean it; rename one or leave it out")
     return dict(sorted(found.items()))
 

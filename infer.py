@@ -28,6 +28,7 @@ from core.checkpoint import load_network
 from core.config import Config, check
 from core.exits import DONE, REFUSED, USAGE, is_out_of_memory, print_error, print_warning, refusing, run_command
 from core.files import check_room, whole_file
+from core.nifti import MAX_GIB, Reading
 from core.predictions import (
     check_inputs_are_elsewhere,
     is_finished,
@@ -40,13 +41,12 @@ from core.predictions import (
 )
 from core.preprocess import (
     DEFAULT_READING,
-    MAX_GIB,
     Geometry,
-    Reading,
     load_scan,
     prepare_image,
     save_label_map,
     save_probabilities,
+    warn_of_values,
 )
 from core.resample import logits_to_labels
 from core.step import autocast, choose_device, choose_precision
@@ -126,6 +126,7 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
         from data.dicom import load_series
 
         voxels, scan.geometry = load_series(scan.file, inference.series_uid, reading.warn, reading.max_gib)
+        warn_of_values(voxels, reading.warn)
     else:
         voxels, scan.geometry = load_scan(scan.file, reading)
     unlike = differences(voxels, scan.geometry, inference.training_data)
@@ -278,7 +279,7 @@ def find_inputs(inputs: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
             refused.append(path)
             continue
         for case, scan in scans.items():
-            if found.setdefault(case, scan).resolve() != scan.resolve():
+            if os.path.realpath(found.setdefault(case, scan)) != os.path.realpath(scan):
                 raise ValueError(f"case {case}: {found[case]} and {scan} both mean it; rename one or leave it out")
     return dict(sorted(found.items())), refused
 

@@ -271,7 +271,7 @@ def check_size(
     if gib > reading.max_gib:
         raise ValueError(
             f"has {'x'.join(map(str, shape))} voxels, {gib:.3g} GiB as float32, expected at most {reading.max_gib:g} "
-            "(max-gib)"
+            "(--max-gib)"
         )
     needed = offset + voxels * dtype.itemsize
     if size * (MAX_DEFLATE_RATIO if packed else 1) < needed:
@@ -316,7 +316,7 @@ def affine_of(
         if not reading.assume_ras:
             raise ValueError(
                 "does not say where its voxels lie (sform_code and qform_code are 0); where you know that they are in "
-                "RAS+ order, give assume-ras"
+                "RAS+ order, give --assume-ras"
             )
         warn("does not say where its voxels lie; taken to be in RAS+ order")
         ways["assumed"] = np.diag([*header["pixdim"][1:4].astype(float), 1.0])
@@ -335,6 +335,8 @@ def qform_of(header: nib.Nifti1Header) -> np.ndarray:
     Raises:
         ValueError: when they make none.
     """
+    header = header.copy()
+    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 means 1 (the standard)
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")

@@ -48,9 +48,10 @@ def check_inputs_are_elsewhere(output: Path, inputs: Iterable[Path]) -> None:
         ValueError: when the folder holds one of the inputs, their label maps, or lies in a series' folder.
     """
     for path in inputs:
-        if path.is_dir() and path.resolve() in (output.resolve(), *output.resolve().parents):
+        if path.is_dir() and Path(os.path.realpath(path)) in (output.resolve(), *output.resolve().parents):
             raise ValueError(f"--output: {output} lies in the input folder {path}; choose another folder")
-        for folder in (path.parent.resolve(), path.resolve().parent):  # where a link stands, and where it leads
+        stands, leads = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path)).parent  # of a link
+        for folder in (stands, leads):
             if output.resolve() == folder and not path.is_dir():
                 raise ValueError(f"--output: {output} holds the scan {path}; choose another folder")
             if folder.name == "images" and output.resolve() == folder.parent / "labels":

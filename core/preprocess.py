@@ -35,7 +35,7 @@ GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and 
 READ_BYTES = 4 * 2**20  # read and put into order at a time; more leaves the CPU's cache
 GZIP_LEVEL = 2  # of ISA-L's 0 to 3: label maps come out smaller than with level 3, or with gzip's level 1
 AIR_HU = -1024.0  # what voxels without a value become
-HIGHEST_AIR_HU = -200.0  # a scan whose lowest value is above it shows no air, and is no CT in HU
+LEAST_FAT_HU = -100.0  # a scan whose lowest value is above it shows neither fat nor air, and is no CT in HU
 SOFT_TISSUE_HU = (-200.0, 300.0)
 LEAST_SOFT_TISSUE = 0.02  # share of a scan's voxels; below it is no abdomen, or values are not HU
 NIFTI_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL of nifti1.h
@@ -135,7 +135,7 @@ def load_scan(path: str | Path, reading: Reading = DEFAULT_READING) -> tuple[np.
     if not_finite:
         found = f"{not_finite} of {voxels.size} voxels are NaN or infinite"
         if not reading.replace_nonfinite:
-            raise ValueError(f"{path}: {found}, expected finite HU; replace-nonfinite makes them air")
+            raise ValueError(f"{path}: {found}, expected finite HU; --replace-nonfinite makes them air")
         reading.warn(f"{path}: {found}; they become air ({AIR_HU:g} HU)")
         np.nan_to_num(voxels, copy=False, nan=AIR_HU, posinf=AIR_HU, neginf=AIR_HU)
     warn_of_values(voxels, lambda message: reading.warn(f"{path}: {message}"))
@@ -150,8 +150,8 @@ def warn_of_values(voxels: np.ndarray, warn: Callable[[str], None]) -> None:
     soft = np.count_nonzero((sample > softest) & (sample < hardest)) / sample.size
     if low == high and voxels.min() == voxels.max():
         warn(f"all its voxels are {low:g}, so that there is nothing to see")
-    elif low > HIGHEST_AIR_HU:
-        warn(f"its values go from {low:g} to {high:g}, without the air that every CT shows; is it MR, or not in HU?")
+    elif low > LEAST_FAT_HU:
+        warn(f"its values go from {low:g} to {high:g}, without the fat and air of every CT; is it MR, or not in HU?")
     elif soft < LEAST_SOFT_TISSUE:
         warn(
             f"{soft:.1%} of its voxels are soft tissue ({softest:g} to {hardest:g} HU); is it CT of the abdomen, in HU?"

@@ -27,7 +27,7 @@ import numpy as np
 
 from core.exits import print_warning
 from core.nifti import MAX_GIB, SPACING_MM
-from core.preprocess import GRID_TOLERANCE, Geometry
+from core.preprocess import GRID_TOLERANCE, NIFTI_SUFFIXES, Geometry
 from data import dicom_pixels
 from data.dicom_pixels import FAILURE, FRAME, FRAME_SECONDS, decode_errors
 
@@ -150,9 +150,15 @@ def is_series_folder(path: str | Path) -> bool:
 
 
 def files_of(folder: str | Path) -> list[Path]:
-    """The regular files of a folder by name, without hidden ones and the index DICOMDIR."""
+    """The regular files of a folder by name, without hidden ones, the index DICOMDIR, and those named as NIfTI."""
     files = (path for path in sorted(Path(folder).iterdir()) if path.is_file())
-    return [path for path in files if not path.name.startswith(".") and path.name.upper() != "DICOMDIR"]
+    return [
+        path
+        for path in files
+        if not path.name.startswith(".")
+        and path.name.upper() != "DICOMDIR"
+        and not path.name.lower().endswith(NIFTI_SUFFIXES)
+    ]
 
 
 def is_dicom(path: Path) -> bool:

@@ -148,7 +148,7 @@ def two_in_a_folder(folder: Path) -> None:
         (shift_labels, "case b: the scan has 12x10x6 .* expected the same voxels"),
         (cut_labels, "case b: the scan has 12x10x6 .* the label map 12x10x5"),
         (two_in_a_folder, "b.nii: is a folder with 2 NIfTI files"),
-        (lambda folder: (folder / "labels" / "b.nii.gz").write_bytes(b"x" * 500), "b.nii.gz: cannot be read as NIfTI"),
+        (lambda folder: (folder / "labels" / "b.nii.gz").write_bytes(b"x" * 500), "b.nii.gz: is no NIfTI file"),
     ],
 )
 def test_data_that_do_not_fit_together_are_refused_by_case(tmp_path, spoil, message):

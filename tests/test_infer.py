@@ -330,8 +330,8 @@ def test_broken_scans_are_named_and_the_others_are_done(run, scans, tmp_path):
     for line, (name, complaint) in zip(
         errors,
         [
-            ("broken.nii.gz", "cannot be read as NIfTI"),
-            ("cut.nii", "cannot be read to its end"),
+            ("broken.nii.gz", "is no NIfTI file"),
+            ("cut.nii", "has 16560 bytes, too few for the 33120"),
             ("holes.nii.gz", "1 of 16384 voxels are NaN or infinite, expected finite HU"),
             ("moving.nii.gz", "has the shape 8x8x8x2, expected one 3-D volume"),
         ],
@@ -791,7 +791,8 @@ def test_a_dicom_series_is_a_case_named_as_its_folder(run, scans, series, tmp_pa
     code, done, err = run(f"{series}/", scans / "one_0000.nii.gz")
     assert code == 0
     assert "2 of 2 scans segmented" in done
-    assert err.startswith("warning: case p1: unlike the training cases")
+    assert "warning: case p1: unlike the training cases" in err
+    assert "warning: case p1: its values go from -13 to 23, without the fat and air of every CT" in err
     assert set(files_in(out)) == {"one.nii.gz", "p1.nii.gz", "volumes.csv"}
     labels = nib.load(out / "p1.nii.gz")
     assert labels.shape == (8, 6, 4)
@@ -1095,7 +1096,7 @@ def test_failures_are_named_in_order_whatever_the_stage(run, many, monkeypatch):
     assert "3 of 6 scans segmented" in out
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert errors[0] == "error: case 1: no space left"
-    assert errors[1].startswith(f"error: {many / '2.nii.gz'}: cannot be read as NIfTI")
+    assert errors[1].startswith(f"error: {many / '2.nii.gz'}: is no NIfTI file")
     assert errors[2:] == ["error: case 3: MemoryError", "error: failed: 1, 2, 3"]
 
 

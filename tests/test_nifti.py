@@ -95,7 +95,7 @@ def test_values_unlike_a_ct_are_warned_about(tmp_path):
     shape = (24, 24, 24)
     cases = {
         "all its voxels are -1000": np.full(shape, -1000),
-        "its values go from .* without the air": rng.integers(0, 800, shape),
+        "its values go from .* without the fat and air": rng.integers(0, 800, shape),
         "0.0% of its voxels are soft tissue": np.where(rng.random(shape) < 0.5, -1000, 1500),
     }
     for words, array in cases.items():

@@ -28,7 +28,7 @@ from isal import isal_zlib
 from nifti_bytes import deflate, gzip_member, gzip_of, nifti, set_field
 
 from core.checkpoint import build_network, save_checkpoint
-from core.config import DEFAULT_CONFIG, Config, load_config
+from core.config import Config, load_config, save_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 180  # seconds for a script; a FIFO or a bomb would take longer
@@ -516,9 +516,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     for name, (content, _) in MAPS.items():
         (folder / "labels" / f"{name}.nii").write_bytes(label_map())
         (folder / "predictions" / f"{name}.nii.gz").write_bytes(gzip_member(content))
-    settings = DEFAULT_CONFIG.read_text().partition("organs:")
-    rest = settings[2][settings[2].index("\n# ---- Network") :]
-    (folder / "config.yaml").write_text(f"{settings[0]}organs: [{', '.join(ORGANS)}]\n{rest}")
+    save_config(dataclasses.replace(load_config(), organs=ORGANS), folder / "config.yaml")
     arguments = ("--predictions", "predictions", "--labels", "labels", "--config", "config.yaml", "--output", "out")
     return folder, run_measured(folder, ROOT / "evaluate.py", *arguments, "--workers", 1)
 
