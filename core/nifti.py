@@ -38,6 +38,7 @@ MAX_DEFLATE_RATIO = 1032  # no deflated byte gives more
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metre, millimetre, micron; of xyzt_units & UNIT_BITS
 UNIT_BITS = 7
+SMALLEST_SLOPE = float(np.finfo(np.float32).tiny)  # smaller numbers lose digits, and scale no scan
 SAME_PLACE = 0.1  # voxels by which sform and qform may differ at a corner
 SHEAR_DEGREES = 0.5  # by which axes may be off right angles
 # What else comes under the name of a scan, by its first bytes.
@@ -287,8 +288,10 @@ def scaling_of(header: nib.Nifti1Header) -> tuple[float, float]:
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0:
         return 1.0, 0.0
-    if not (math.isfinite(slope) and math.isfinite(intercept)):
-        raise ValueError(f"has scl_slope {slope:g} and scl_inter {intercept:g}, expected finite numbers")
+    if not (math.isfinite(slope) and math.isfinite(intercept) and abs(slope) >= SMALLEST_SLOPE):
+        raise ValueError(
+            f"has scl_slope {slope:g} and scl_inter {intercept:g}, expected finite numbers that float32 holds in full"
+        )
     return slope, intercept
 
 
@@ -350,7 +353,8 @@ def qform_of(header: nib.Nifti1Header) -> np.ndarray:
 
 def in_mm(affine: np.ndarray, mm: float) -> np.ndarray:
     """An affine to a unit of so many mm as one to mm."""
-    return affine * [[mm], [mm], [mm], [1.0]]
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        return affine * [[mm], [mm], [mm], [1.0]]
 
 
 def check_affine(affine: np.ndarray) -> None:
