@@ -34,10 +34,10 @@ class Config:
     val_fraction: float
     size: tuple[int, int, int]
     window_hu: tuple[float, float]
-    organs: tuple[str, ...]
     max_gib: float
     assume_ras: bool
     replace_nonfinite: bool
+    organs: tuple[str, ...]
     channels: int
     down_convs: tuple[int, ...]
     up_convs: tuple[int, ...]
@@ -108,6 +108,9 @@ RULES = {
     "window_hu": Rule(
         float, "two numbers, the lower first", lambda values: len(values) == 2 and values[0] < values[1], row=True
     ),
+    "max_gib": Rule(float, "a number of GiB above 0", lambda value: value > 0),
+    "assume_ras": Rule(bool, "true or false"),
+    "replace_nonfinite": Rule(bool, "true or false"),
     "organs": Rule(
         str,
         "two names or more, no name twice, all printable, at most 256, the first for background",
@@ -118,9 +121,6 @@ RULES = {
         ),
         row=True,
     ),
-    "max_gib": Rule(float, "a number of GiB above 0", lambda value: value > 0),
-    "assume_ras": Rule(bool, "true or false"),
-    "replace_nonfinite": Rule(bool, "true or false"),
     "channels": whole_number(1),
     "down_convs": row_of_counts("whole numbers of 1 or more, one for each stage"),
     "up_convs": row_of_counts("whole numbers of 1 or more, one for each stage, one stage fewer than down_convs"),

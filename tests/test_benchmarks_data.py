@@ -27,7 +27,7 @@ KINDS = ("network-like", "random")
 def small(monkeypatch):
     """Both benchmarks in seconds: small volumes, few cases, no MONAI."""
     monkeypatch.setattr(data_loading, "GROWTH_CASES", (2, 4))
-    monkeypatch.setattr(data_loading, "GROWTH_SIZE", (16, 16, 16))
+    monkeypatch.setattr(data_loading, "GROWTH_SIZE", (24, 24, 24))
     monkeypatch.setattr(data_loading, "DEMO", data_loading.DEMO | {"size": ["32", "32", "32"], "channels": "2"})
     monkeypatch.setattr(restore, "SHAPE", (20, 24, 10))
     monkeypatch.setattr(restore, "LONG_SHAPE", (20, 24, 40))

