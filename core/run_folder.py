@@ -88,16 +88,19 @@ class RunFolder:
             return
         # The system gives a lock up with its process: one that was killed leaves none behind.
         file = open(self.path / "run.lock", "a+")  # noqa: SIM115, open as long as the process lives
+        holder = f"process {os.getpid()} on {platform.node()}\n"
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise FileExistsError(
-                f"{self.path}: another run is at work on it ({file.read().strip()}); "
-                "wait for its end, or choose another --run-dir"
-            ) from error
+            other = file.read()
+            if other != holder:  # this process may have it from an earlier run
+                raise FileExistsError(
+                    f"{self.path}: another run is at work on it ({other.strip()}); "
+                    "wait for its end, or choose another --run-dir"
+                ) from error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.write(holder)
         file.flush()
         self.lock_file = file
 

@@ -1,415 +1,311 @@
-"""Is this data set fit to train on? Every file is read to its end, and what is wrong is said with its repair.
+"""Is this data set fit to train on? Every file is read to its end, and every case compared with anatomy and the others.
 
     python -m data.doctor DATA_DIR [--output DIR]
-    python -m data.doctor FOLDER_OF_A_DICOM_SERIES
 
-prints a table and the findings, and writes doctor.json and doctor.png (a slice of each case with its organs) into
-DATA_DIR itself: beside the data that they are about, but never into images or labels, where scans are looked for. Of a
-DICOM series nothing is written without --output.
-Exit code 0: no error (warnings may be), 1: errors, 2: wrong usage, 3: had to stop. data/README.md lists the codes.
+Prints a table and, for each finding, what to do; writes doctor.json and doctor.png (a slice of every case, with the
+contours of its organs) into the output folder, by default DATA_DIR/doctor. Exit code 0: no error, 1: an error, 2: wrong
+usage.
 """
 
 import argparse
+import hashlib
 import json
-import sys
-import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from core.anatomy import PLAUSIBLE_ML, odd_volumes, organs_in, swapped_sides
 from core.config import DEFAULT_CONFIG, check, load_organs
-from core.exits import DONE, REFUSED, STOPPED, USAGE, refusing, run_command
+from core.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.files import whole_file
 from core.nifti import MAX_GIB, Reading
 from core.parallel import MOST_WORKERS, cores, in_processes
-from core.preprocess import DEFAULT_READING, NIFTI_SUFFIXES
-from data.dicom import is_series_folder
-from data.examine import ERROR, WARNING, Examination, Examined, Finding, Pair
-from dataset import case_id, find_data, listed
+from core.preprocess import Geometry, check_same_grid, load_labels, load_scan
+from dataset import find_data, find_files, hu_percentiles
 
-RESULTS = ("doctor.json", "doctor.png")
-PIXELS = 480  # of a slice on the sheet, at most twice as many
-# Correlation of two coarse scans from which on they may be one patient. 0.997 and more for a scan that was resampled,
-# made noisy or lost a slice, 0.86 at most between different patients (RESULTS.md).
-NEAR_DUPLICATE = 0.97
-FEWEST_TO_COMPARE = 5  # cases; of fewer, none can be far off the rest
-FAR_OFF = 4.0  # spreads from the median
-# The least that counts as a spread: of sizes a quarter, of HU so many. A case is far off from 1.25^4 = 2.4 times on.
-LEAST_RATIO, LEAST_HU = 1.25, 25.0
+LEAST_CASES = 5  # from which on one can be far off the rest
+FAR_OFF = 6.0  # robust standard deviations
+LEAST_SPREAD = {"spacing_mm": 0.1, "extent_mm": 0.1, "hu": 20.0}  # of a factor e, and in HU: less is no difference
 MAD_TO_SD = 1.4826  # of a normal distribution
-MOST_DRAWN = 1000  # cases; a sheet of more cannot be opened
+SHEET_VOXELS = 256  # of a slice on the sheet, along its longer side
+WHAT_TO_DO = {
+    "no_partner": "add the missing file, or take the other one out",
+    "unreadable": "copy or download the file again",
+    "bad_labels": "make it a map of the organ list's ids, or give the --config that lists its organs",
+    "grid_mismatch": "resample the label map to its scan's grid, or pair the right files",
+    "sides_swapped": "look at the scan: mirror the file's affine, or swap the ids of the pair",
+    "duplicate": "keep one, and never have copies in training and validation",
+    "no_organs": "segment the case, or take it out",
+    "organ_absent": "look whether the organ was removed or forgotten",
+    "odd_volume": "look at the organ in doctor.png or a viewer",
+    "odd_file": "look at the scan",
+    "outlier": "look whether the case belongs to the data",
+}
+ERRORS = ("no_partner", "unreadable", "bad_labels", "grid_mismatch", "sides_swapped", "duplicate")
 
 
-# ---- Pairs -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Finding:
+    """Something about a case: its `code` is one of WHAT_TO_DO's."""
+
+    case: str
+    code: str
+    message: str
+
+    @property
+    def severity(self) -> str:
+        """Of what must not be trained on: error; of what somebody should look at: warning."""
+        return "error" if self.code in ERRORS else "warning"
 
 
-def list_files(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The files of a folder by the case that they mean, and the names of those that are no scans; hidden ones apart.
+@dataclass
+class Examined:
+    """What one case's files are like.
 
-    The rules are those of dataset.find_files, but nothing is refused; the folder of a DICOM series counts as a file.
+    Attributes:
+        case: its id.
+        findings: what was found.
+        shape: voxels.
+        spacing_mm: of neighbouring voxels.
+        extent_mm: of the whole.
+        hu: dataset.HU_PERCENTILES of the body.
+        volumes_ml: of the organs that occur, by name.
+        content: a hash of the scan's voxels in RAS+ order; a copy in another storage order has the same.
+        slice_hu: (A, B), an axial slice, SHEET_VOXELS at most.
+        slice_labels: (A, B) ids in it.
+        slice_mm: its size.
     """
-    found: dict[str, list[Path]] = {}
-    others = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if not path.name.lower().endswith(NIFTI_SUFFIXES):
-            if is_series_folder(path):
-                found.setdefault(case_id(path.with_name(f"{path.name}.nii")), []).append(path)
-            else:
-                others.append(path.name)
-            continue
-        if path.is_dir():
-            inside = [p for p in path.iterdir() if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
-            path = inside[0] if len(inside) == 1 else path
-        found.setdefault(case_id(path), []).append(path)
-    return found, others
+
+    case: str
+    findings: list[Finding] = field(default_factory=list)
+    shape: tuple = ()
+    spacing_mm: tuple = ()
+    extent_mm: tuple = ()
+    hu: list = field(default_factory=list)
+    volumes_ml: dict = field(default_factory=dict)
+    content: str = ""
+    slice_hu: np.ndarray | None = None
+    slice_labels: np.ndarray | None = None
+    slice_mm: tuple = ()
+
+    def find(self, code: str, message: str) -> None:
+        """Add a finding."""
+        self.findings.append(Finding(self.case, code, message))
 
 
-def pair_up(folder: Path) -> tuple[list[Pair], list[Finding]]:
-    """The cases of a data set, also those without a partner, and what is wrong with their files' names.
-
-    Raises:
-        FileNotFoundError: when there is no scan and no label map.
-    """
-    findings = []
-    sides = {}
-    for side in ("images", "labels"):
-        sides[side], others = list_files(folder / side)
-        for case, paths in sides[side].items():
-            if len(paths) > 1:
-                names = ", ".join(path.name for path in paths)
-                findings.append(
-                    Finding(case, ERROR, "same_case", f"{side}: {names} all mean this case; keep one of them")
-                )
-        if others:
-            message = (
-                f"{folder / side}: not looked at, being no .nii.gz or .nii: {listed(others)}; convert scans to NIfTI"
-            )
-            findings.append(Finding("", WARNING, "left_out", message))
-    scans, labels = ({case: paths[0] for case, paths in sides[side].items()} for side in ("images", "labels"))
-    pairs = [Pair(case, scans.get(case), labels.get(case)) for case in sorted(scans.keys() | labels.keys())]
-    if not pairs:
-        raise FileNotFoundError(f"{folder}: no scans in images, no label maps in labels (.nii.gz or .nii)")
-    return pairs, findings + [finding for pair in pairs for finding in check_partner(pair)]
+# ---- One case --------------------------------------------------------------------------------------------------------
 
 
-def check_partner(pair: Pair) -> Iterator[Finding]:
-    """What train.py would refuse of a case by its files' names and kinds."""
-    case = pair.case
-    if pair.labels is None:
-        message = f"{pair.scan}: has no label map; add labels/{case}.nii.gz, or move the scan elsewhere"
-        yield Finding(case, ERROR, "missing_labels", message)
-    if pair.scan is None:
-        message = f"{pair.labels}: has no scan; add images/{case}_0000.nii.gz, or move the label map elsewhere"
-        yield Finding(case, ERROR, "missing_scan", message)
-    for path in (pair.scan, pair.labels):
-        if path is not None and path.is_dir() and not path.name.lower().endswith(NIFTI_SUFFIXES):
-            message = f"{path}: is a DICOM series, which train.py does not read; convert it to NIfTI (dcm2niix does)"
-            yield Finding(case, ERROR, "dicom", message)
+def examine(files: tuple[str, Path | None, Path | None], organs: tuple[str, ...], reading: Reading) -> Examined:
+    """Read a case's files to their end and look at them; no error leaves it."""
+    case, scan, labels = files
+    seen = Examined(case)
+    warnings: list[str] = []
+    reading = replace(reading, warn=warnings.append)
+    voxels = ids = None
+    try:
+        if scan:
+            voxels, geometry = load_scan(scan, reading)
+            describe_scan(seen, voxels, geometry)
+    except (ValueError, OSError, MemoryError) as error:
+        seen.find("unreadable", str(error))
+    try:
+        if labels:
+            ids, labels_geometry = load_labels(labels, len(organs), reading)
+            describe_labels(seen, ids, labels_geometry, organs)
+    except (ValueError, OSError, MemoryError) as error:
+        about_ids = "organ ids" in str(error) or "ids outside" in str(error)
+        seen.find("bad_labels" if about_ids else "unreadable", str(error))
+    for message in dict.fromkeys(warnings):
+        seen.find("odd_file", message)
+    if voxels is not None and ids is not None:
+        try:
+            check_same_grid(geometry, labels_geometry, f"case {case}")
+            keep_slice(seen, voxels, ids, geometry)
+        except ValueError as error:
+            seen.find("grid_mismatch", str(error))
+    return seen
 
 
-# ---- All cases together ----------------------------------------------------------------------------------------------
+def describe_scan(seen: Examined, voxels: np.ndarray, geometry: Geometry) -> None:
+    """Note what a scan is like."""
+    seen.shape, seen.spacing_mm, seen.extent_mm = geometry.shape, geometry.spacing_mm, geometry.extent_mm
+    seen.hu = hu_percentiles(voxels)
+    content = hashlib.sha256(str(voxels.shape).encode())
+    for plane in voxels:
+        content.update(np.ascontiguousarray(plane))
+    seen.content = content.hexdigest()
 
 
-def examine_all(pairs: Sequence[Pair], examination: Examination, workers: int) -> dict[str, Examined]:
-    """Look at the cases in parallel; by id, in their order.
-
-    Raises:
-        MemoryError: when a worker was killed.
-    """
-    done = {}
-    with (
-        tqdm(total=len(pairs), desc="reading", unit="case", disable=None) as bar,
-        closing(in_processes(examination, pairs, workers)) as finished,
-    ):
-        for pair, found in finished:
-            done[pair.case] = found
-            bar.update()
-    return {pair.case: done[pair.case] for pair in pairs}
-
-
-def find_duplicates(cases: dict[str, Examined]) -> Iterator[Finding]:
-    """Patients who are there twice: the same voxels in whatever order, or nearly the same picture."""
-    firsts: dict[str, str] = {}
-    seen: dict[str, np.ndarray] = {}
-    for case, found in cases.items():
-        if found.fingerprint is None:
-            continue
-        first = firsts.setdefault(found.fingerprint, case)
-        if first != case:
-            message = f"its scan has the voxels of case {first}, stored otherwise or mirrored; remove one of them"
-            yield Finding(case, ERROR, "duplicate", message)
-        elif found.coarse is not None:
-            if seen:
-                alike = np.stack(list(seen.values())) @ found.coarse
-                most = int(alike.argmax())
-                if alike[most] > NEAR_DUPLICATE:
-                    message = (
-                        f"its scan looks like that of case {list(seen)[most]} (correlation {alike[most]:.3f}); where "
-                        "they are of one patient, train on one of them, or hold both out"
-                    )
-                    yield Finding(case, WARNING, "near_duplicate", message)
-            seen[case] = found.coarse
+def describe_labels(seen: Examined, ids: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> None:
+    """Note which organs are there, how large, and on which side."""
+    found = organs_in(ids, geometry, organs)
+    seen.volumes_ml = {name: organ.ml for name, organ in found.items()}
+    absent = [name for name in organs[1:] if name not in found]
+    if not found:
+        seen.find("no_organs", "its label map is empty")
+    elif absent:
+        seen.find("organ_absent", f"without {', '.join(absent)}")
+    for right, left in swapped_sides(found):
+        apart = found[left].right_mm - found[right].right_mm
+        seen.find("sides_swapped", f"the {right} lies {apart:.0f} mm to the patient's left of the {left}")
+    for name, ml in odd_volumes(found):
+        low, high = PLAUSIBLE_ML[name]
+        seen.find("odd_volume", f"{name} of {ml:.4g} mL, expected {low:g} to {high:g} in an adult")
 
 
-def find_outliers(cases: dict[str, Examined]) -> Iterator[Finding]:
-    """Cases that are far off the rest in spacing, extent, brightness or an organ's volume, where 5 or more have it.
-
-    Far off is 4 spreads from the median. The spread is that of the median absolute deviation, of logarithms for sizes,
-    and at least LEAST_RATIO or LEAST_HU, so that cases which are all but the same have no outlier.
-    """
-    measures: dict[str, dict[str, float]] = {}
-    for case, found in cases.items():
-        for name, value in numbers_of(found):
-            measures.setdefault(name, {})[case] = value
-    off: dict[str, list[str]] = {}
-    for name, by_case in measures.items():
-        if len(by_case) < FEWEST_TO_COMPARE:
-            continue
-        values = np.array(list(by_case.values()))
-        is_hu = name.endswith("HU")
-        scaled, least = (values, LEAST_HU) if is_hu else (np.log(values), np.log(LEAST_RATIO))
-        apart = np.abs(scaled - np.median(scaled))
-        spread = max(MAD_TO_SD * np.median(apart), least)
-        for case, value, far in zip(by_case, values, apart / spread > FAR_OFF, strict=True):
-            if far:
-                off.setdefault(case, []).append(
-                    f"{name} {value:.3g} (median of {len(values)} cases: {np.median(values):.3g})"
-                )
-    for case, what in off.items():
-        message = f"far off the rest: {', '.join(what)}; look at it, and leave it out where it is of another kind"
-        yield Finding(case, WARNING, "outlier", message)
+def keep_slice(seen: Examined, voxels: np.ndarray, ids: np.ndarray, geometry: Geometry) -> None:
+    """Keep the axial slice in which most organs show, the largest area among equals."""
+    per_slice = [np.bincount(ids[:, :, z].ravel(), minlength=2)[1:] for z in range(ids.shape[2])]
+    z = max(range(len(per_slice)), key=lambda i: (np.count_nonzero(per_slice[i]), per_slice[i].sum()))
+    step = max(1, max(ids.shape[:2]) // SHEET_VOXELS)
+    seen.slice_hu, seen.slice_labels = voxels[::step, ::step, z].copy(), ids[::step, ::step, z].copy()
+    seen.slice_mm = geometry.extent_mm[:2]
 
 
-def numbers_of(found: Examined) -> Iterator[tuple[str, float]]:
-    """What cases are compared by: a name that ends with the unit, and the number. Organs that are cut off have none."""
-    if found.geometry is not None:
-        for axis, mm, extent_mm in zip("XYZ", found.geometry.spacing_mm, found.geometry.extent_mm, strict=True):
-            yield f"spacing {axis} in mm", mm
-            yield f"extent {axis} in mm", extent_mm
-    if found.body_hu is not None:
-        yield "body's median HU", found.body_hu
-    for name, organ in (found.organs or {}).items():
-        if not organ.cut:
-            yield f"{name} in mL", organ.ml
+# ---- All cases -------------------------------------------------------------------------------------------------------
 
 
-def find_unlearnable(cases: dict[str, Examined], organs: Sequence[str]) -> Iterator[Finding]:
-    """Organs of the list that no case has, where there is a label map to learn from at all."""
-    labelled = [found.organs for found in cases.values() if found.organs]
-    absent = [organ for organ in organs[1:] if not any(organ in of_case for of_case in labelled)]
-    if labelled and absent:
-        message = (
-            f"{', '.join(absent)}: in none of the {len(labelled)} label maps with organs, so that nothing of it can be "
-            "learnt; is the organ list (--config) that of this data?"
-        )
-        yield Finding("", WARNING, "organ_in_no_case", message)
+def pair_files(data_dir: Path) -> tuple[list[tuple[str, Path | None, Path | None]], list[Finding]]:
+    """The files of every case, and those that have no partner."""
+    folder = find_data(data_dir)
+    scans, labels = find_files(folder / "images"), find_files(folder / "labels")
+    if not scans and not labels:
+        raise ValueError(f"{folder}: neither images nor labels has a file (.nii.gz or .nii)")
+    pairs = [(case, scans.get(case), labels.get(case)) for case in sorted(scans.keys() | labels.keys())]
+    orphans = [
+        Finding(case, "no_partner", f"has no {'scan' if scan is None else 'label map'}")
+        for case, scan, label_map in pairs
+        if scan is None or label_map is None
+    ]
+    return pairs, orphans
 
 
-# ---- What is said ----------------------------------------------------------------------------------------------------
+def find_duplicates(cases: Sequence[Examined]) -> Iterator[Finding]:
+    """Cases whose scans are the same voxel by voxel, under whatever name and storage order."""
+    same = defaultdict(list)
+    for seen in cases:
+        if seen.content:
+            same[seen.content].append(seen.case)
+    for first, *others in same.values():
+        for other in others:
+            yield Finding(other, "duplicate", f"its scan is that of {first}")
 
 
-def table_of(cases: dict[str, Examined], findings: Sequence[Finding], organs: Sequence[str]) -> str:
-    """A line per case: voxels, spacing, HU range, organs, and the codes of its findings."""
-    lines = [["case", "voxels", "spacing mm", "HU 1-99 %", "organs", "findings"]]
-    for case, found in cases.items():
-        geometry, hu = found.geometry, found.hu
-        lines.append(
-            [
-                case,
-                "x".join(map(str, geometry.shape)) if geometry else "-",
-                "x".join(f"{mm:.3g}" for mm in geometry.spacing_mm) if geometry else "-",
-                f"{hu[0]:.0f} to {hu[1]:.0f}" if hu else "-",
-                f"{len(found.organs)}/{len(organs) - 1}" if found.organs is not None else "-",
-                codes_of(case, findings) or "-",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+def find_outliers(cases: Sequence[Examined]) -> Iterator[Finding]:
+    """Cases whose spacing, extent or HU are far off the other cases' median, in robust standard deviations."""
+    read = [seen for seen in cases if seen.shape]
+    if len(read) < LEAST_CASES:
+        return
+    for what, least in LEAST_SPREAD.items():
+        values = np.array([getattr(seen, what) for seen in read], dtype=float)
+        compared = values if what == "hu" else np.log(values)
+        median = np.median(compared, axis=0)
+        spread = np.maximum(MAD_TO_SD * np.median(np.abs(compared - median), axis=0), least)
+        usual = listed(median if what == "hu" else np.exp(median))
+        for seen, value, far in zip(read, values, np.abs(compared - median) / spread, strict=True):
+            if far.max() > FAR_OFF:
+                message = f"{what} {listed(value)}, the {len(read)} cases' median {usual}"
+                yield Finding(seen.case, "outlier", message)
 
 
-def codes_of(case: str, findings: Sequence[Finding]) -> str:
-    """A case's findings in short, errors first."""
-    by_severity = {ERROR: [], WARNING: []}
+def listed(values: Sequence[float]) -> str:
+    """Numbers for a message."""
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
+def format_table(cases: Sequence[Examined], findings: Sequence[Finding], organs: Sequence[str]) -> list[str]:
+    """A row for every case."""
+    codes = defaultdict(list)
     for finding in findings:
-        if finding.case == case and finding.code not in by_severity[finding.severity]:
-            by_severity[finding.severity].append(finding.code)
-    return "; ".join(f"{severity}: {', '.join(codes)}" for severity, codes in by_severity.items() if codes)
-
-
-def distribution_of(cases: dict[str, Examined]) -> list[str]:
-    """Smallest, median and largest spacing and extent along each axis, in lines."""
-    geometries = [found.geometry for found in cases.values() if found.geometry]
-    if not geometries:
-        return []
-    lines = []
-    for what, values in (
-        ("spacing", [geometry.spacing_mm for geometry in geometries]),
-        ("extent", [geometry.extent_mm for geometry in geometries]),
-    ):
-        low, middle, high = np.min(values, axis=0), np.median(values, axis=0), np.max(values, axis=0)
-        axes = [f"{axis} {low[i]:.3g} to {high[i]:.3g} (median {middle[i]:.3g})" for i, axis in enumerate("XYZ")]
-        lines.append(f"{what} in mm: {', '.join(axes)}")
+        codes[finding.case].append(finding.code)
+    width = max([len(seen.case) for seen in cases] + [4])
+    lines = [f"{'case':<{width}}  {'voxels':>13}  {'mm':>18}  {'HU 5-50-95 %':>15}  organs  findings"]
+    for seen in cases:
+        voxels, mm = "x".join(map(str, seen.shape)), " ".join(f"{x:.3g}" for x in seen.spacing_mm)
+        hu = " ".join(f"{x:.0f}" for x in seen.hu)
+        count = f"{len(seen.volumes_ml)}/{len(organs) - 1}"
+        named = ", ".join(dict.fromkeys(codes[seen.case])) or "-"
+        lines.append(f"{seen.case:<{width}}  {voxels:>13}  {mm:>18}  {hu:>15}  {count:>6}  {named}")
     return lines
 
 
-def facts_of(found: Examined) -> dict:
-    """What doctor.json says of a case beside its findings."""
-    geometry = found.geometry
-    return {
-        "shape": list(geometry.shape) if geometry else None,
-        "spacing_mm": list(geometry.spacing_mm) if geometry else None,
-        "extent_mm": list(geometry.extent_mm) if geometry else None,
-        "hu_1_99_percent": list(found.hu) if found.hu else None,
-        "volumes_ml": None if found.organs is None else {name: organ.ml for name, organ in found.organs.items()},
-    }
+def write_findings(findings: Sequence[Finding], cases: Sequence[Examined], path: Path) -> None:
+    """doctor.json: every finding with what to do, and what each case is like."""
+    content = {
+        "findings": [asdict(f) | {"severity": f.severity, "what_to_do": WHAT_TO_DO[f.code]} for f in findings],
+        "cases": {
+            seen.case: {
+                "shape": seen.shape, "spacing_mm": seen.spacing_mm, "extent_mm": seen.extent_mm,
+                "hu_percentiles": seen.hu, "volumes_ml": seen.volumes_ml,
+            }
+            for seen in cases
+        },
+    }  # fmt: skip
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_results(
-    output: Path, title: str, cases: dict[str, Examined], findings: Sequence[Finding], organs: Sequence[str]
-) -> list[str]:
-    """Write doctor.json and, where matplotlib is installed, doctor.png; the names of what was written.
+def diagnose(data_dir: Path, output: Path, organs: tuple[str, ...], reading: Reading, workers: int) -> bool:
+    """Examine a data set, print and write what was found; whether there is an error among it.
 
     Raises:
-        OSError: when it cannot be.
+        OSError, ValueError: when it is no data set, or the results cannot be written.
     """
-    content = {
-        "findings": [asdict(finding) for finding in findings],
-        "cases": {case: facts_of(found) for case, found in cases.items()},
-    }
-    with whole_file(output / "doctor.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    try:
-        from visualization.overlay import as_seen
-        from visualization.sheet import Panel, draw_sheet
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        print("warning: no doctor.png, since matplotlib is not installed", file=sys.stderr)
-        return ["doctor.json"]
-    panels = []
-    for case, found in list(cases.items())[:MOST_DRAWN]:
-        severities = [finding.severity for finding in findings if finding.case == case]
-        worst = ERROR if ERROR in severities else WARNING if severities else ""
-        one, codes = found.slice, codes_of(case, findings)
-        where = f"slice {one.number} of {one.depth}" if one else ""
-        seen = (as_seen(one.voxels), as_seen(one.labels), one.size_mm) if one else (None, None, (1.0, 1.0))
-        panels.append(Panel(case, codes or where, worst, *seen))
-    draw_sheet(panels, organs, title, output / "doctor.png")
-    return ["doctor.json", "doctor.png"]
+    from visualization.sheet import draw_sheet
+    from visualization.style import save_figure
 
-
-# ---- The command -----------------------------------------------------------------------------------------------------
+    pairs, findings = pair_files(data_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    look = partial(examine, organs=organs, reading=reading)
+    with closing(in_processes(look, pairs, min(workers, len(pairs)))) as done:
+        cases = [seen for _, seen in tqdm(done, total=len(pairs), desc="reading", disable=None)]
+    cases.sort(key=lambda seen: seen.case)
+    findings += [finding for seen in cases for finding in seen.findings]
+    findings += [*find_duplicates(cases), *find_outliers(cases)]
+    findings.sort(key=lambda finding: (finding.severity, finding.case))
+    print("\n".join(format_table(cases, findings, organs)), end="\n\n")
+    for finding in findings:
+        print(f"{finding.severity}: {finding.case}: {finding.message}; {WHAT_TO_DO[finding.code]}")
+    write_findings(findings, cases, output / "doctor.json")
+    drawn = [seen for seen in cases if seen.slice_hu is not None]
+    if drawn:
+        sheet = draw_sheet([(seen.case, seen.slice_hu, seen.slice_labels, seen.slice_mm) for seen in drawn])
+        save_figure(sheet, output / "doctor.png")
+    errors = sum(finding.severity == "error" for finding in findings)
+    print(f"{len(cases)} cases, {errors} errors, {len(findings) - errors} warnings; more in {output}")
+    return errors > 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Look at the data set that the command line, or `arguments`, name."""
+    """Run the command."""
     args = parse_arguments(arguments)
     with refusing(USAGE):
         organs = load_organs(args.config)
+        if args.workers < 1:
+            raise ValueError(f"--workers: got {args.workers}, expected 1 or more")
         reading = Reading(check("max_gib", args.max_gib, "--max-gib"), args.assume_ras, args.replace_nonfinite)
-    return diagnose(args.data_dir, args.output, organs, reading, args.workers, args.series)
+        sick = diagnose(args.data_dir, args.output or args.data_dir / "doctor", organs, reading, args.workers)
+    return REFUSED if sick else DONE
 
 
-def diagnose(
-    data_dir: Path,
-    output: Path | None = None,
-    organs: tuple[str, ...] | None = None,
-    reading: Reading = DEFAULT_READING,
-    workers: int | None = None,
-    series: str | None = None,
-) -> int:
-    """Look at a data set, or at one DICOM series; print, write, and return the exit code.
-
-    Args:
-        data_dir: the folder.
-        output: where the results go; None: `data_dir`, and nowhere for a series.
-        organs: names by id, background first; None: those of config.yaml.
-        reading: what is accepted of files.
-        workers: processes; None: one per core, at most MOST_WORKERS.
-        series: SeriesInstanceUID to take where a DICOM folder holds several.
-    """
-    organs = organs or load_organs()
-    with refusing(USAGE):
-        if is_series_folder(data_dir):
-            path = data_dir.resolve()
-            pairs, findings = [Pair(path.name, path, None)], []
-        else:
-            folder = find_data(data_dir)
-            pairs, findings = pair_up(folder)
-            output = output or data_dir
-            prepare_output(output, folder)
-        if output:
-            prepare_output(output, data_dir)
-    workers = min(workers or min(cores(), MOST_WORKERS), len(pairs))
-    with refusing(STOPPED):
-        cases = examine_all(pairs, Examination(organs, reading, PIXELS, series), workers)
-        findings += [finding for found in cases.values() for finding in found.findings]
-        findings += [*find_duplicates(cases), *find_outliers(cases), *find_unlearnable(cases, organs)]
-        order = {case: place for place, case in enumerate(cases)}
-        findings.sort(key=lambda finding: (finding.severity != ERROR, order.get(finding.case, -1)))
-        title = f"{data_dir.resolve().name}: {len(cases)} case(s)"
-        print_results(cases, findings, organs)
-        written = write_results(output, title, cases, findings, organs) if output else []
-    counts = Counter(finding.severity for finding in findings)
-    where = f"; in {output}: {', '.join(written)}" if written else ""
-    print(f"{data_dir}: {len(cases)} case(s), {counts[ERROR]} error(s), {counts[WARNING]} warning(s){where}")
-    return REFUSED if counts[ERROR] else DONE
-
-
-def print_results(cases: dict[str, Examined], findings: Sequence[Finding], organs: Sequence[str]) -> None:
-    """Print the table, the distribution of sizes, and the findings with their repair."""
-    print(table_of(cases, findings, organs))
-    print("\n".join(["", *distribution_of(cases)]))
-    for finding in findings:
-        print(f"{finding.severity}: {finding.case or 'the data set'}: {finding.code}: {finding.message}")
-
-
-def prepare_output(output: Path, data: Path) -> None:
-    """Make the folder for the results, without those of an earlier run, which would pass for this one's.
-
-    Raises:
-        ValueError: when it lies where scans are looked for.
-        OSError: when it cannot be written to.
-    """
-    inside = {output.resolve(), *output.resolve().parents}
-    taken = [data / "images", data / "labels"] if (data / "images").is_dir() else [data] * is_series_folder(data)
-    for folder in taken:
-        if folder.resolve() in inside:
-            raise ValueError(f"--output: got {output}, which is in {folder}, where scans are; choose another")
-    output.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=output).close()
-    for name in RESULTS:
-        (output / name).unlink(missing_ok=True)
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m data.doctor", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "data_dir", type=Path, metavar="DATA_DIR", help="folder with images and labels, or a DICOM series"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for doctor.json and doctor.png (default: DATA_DIR)"
-    )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings that list the organs")
-    parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")
-    parser.add_argument("--series", metavar="UID", help="of a DICOM folder with several series, the one to look at")
-    parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest scan, in GiB as float32")
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m data.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("data_dir", type=Path, metavar="DATA_DIR", help="folder with images and labels")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the results (default: DATA_DIR/doctor)")
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
+    parser.add_argument("--workers", type=int, default=min(cores(), MOST_WORKERS), metavar="N", help="processes")
+    parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest scan, as float32")
     parser.add_argument("--assume-ras", action="store_true", help="files that do not say where they lie are RAS+")
-    parser.add_argument("--replace-nonfinite", action="store_true", help="NaN and infinite voxels are air, no error")
-    args = parser.parse_args(arguments)
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers: got {args.workers}, expected 1 or more")
-    return args
+    parser.add_argument("--replace-nonfinite", action="store_true", help="NaN and infinite voxels become air")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

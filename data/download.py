@@ -27,7 +27,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from core.exits import REFUSED, STOPPED, USAGE, print_error, refusing, run_command
+from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
 from core.files import check_room, gib, naming
 from data.unzip import extract
 from dataset import find_data, find_files
@@ -384,9 +384,8 @@ def main() -> int:
                 return STOPPED
     cases = count_cases(find_data(target))
     print(f"{target}: {cases} cases{', there already; nothing was downloaded' * there}")
-    from data.doctor import main as doctor
-
-    return doctor([str(target)])
+    print(f"To check them: python -m data.doctor {target}")
+    return DONE
 
 
 def install(source: str | Path, sha256: str, target: Path, part: Path) -> None:

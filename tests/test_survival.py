@@ -189,7 +189,8 @@ def test_a_signal_during_validation_is_acted_on_and_the_validation_done_later(ru
     assert "stopped by SIGTERM" in err
     before = content(tmp_path / "run")
     assert (before["epoch"], len(before["losses"])) == (0, 4)  # all steps of the first epoch, but not its validation
-    assert run("--resume")[0] == 0
+    code, _, err = run("--resume")
+    assert code == 0, err
     assert_same_run(tmp_path / "run", whole)
 
 
