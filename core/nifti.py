@@ -53,8 +53,8 @@ OTHER_KINDS = {
     b"<": "is a web page or XML, expected NIfTI; was the download refused?",
 }
 DICOM_MAGIC_AT, DICOM_MAGIC = 128, b"DICM"
-# What reading raises on damaged files.
-READ_ERRORS = (EOFError, OSError, zlib.error, isal_zlib.error, ValueError, MemoryError)
+# What reading raises on damaged files; OverflowError where gzip's own header is larger than ISA-L's buffer.
+READ_ERRORS = (EOFError, OSError, zlib.error, isal_zlib.error, ValueError, MemoryError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,8 @@ def affine_of(
                 "RAS+ order, give --assume-ras"
             )
         warn("does not say where its voxels lie; taken to be in RAS+ order")
-        ways["assumed"] = np.diag([*header["pixdim"][1:4].astype(float), 1.0])
+        # Of the sizes only: a minus sign, which some writers leave, would turn an axis round.
+        ways["assumed"] = np.diag([*np.abs(header["pixdim"][1:4].astype(float)), 1.0])
     unit = int(header["xyzt_units"]) & UNIT_BITS
     affine, *other = (in_mm(affine, MM_PER_UNIT.get(unit, 1.0)) for affine in ways.values())
     check_affine(affine)

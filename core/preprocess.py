@@ -321,8 +321,9 @@ def check_same_grid(
         ValueError: naming the case and both grids.
     """
     if first.shape == second.shape:
-        apart_mm = np.abs(first.corners_mm - second.corners_mm).max()
-        if apart_mm <= GRID_TOLERANCE * min(first.spacing_mm):
+        apart_mm = first.corners_mm - second.corners_mm
+        apart_voxels = np.linalg.solve(first.affine[:3, :3], apart_mm.T)  # along each axis by its own spacing
+        if np.abs(apart_voxels).max() <= GRID_TOLERANCE:
             return
     raise ValueError(
         f"{name}: {first_is} has {describe_grid(first)}, {second_is} {describe_grid(second)}; expected the same voxels"

@@ -41,6 +41,13 @@ def test_a_scan_without_a_place_needs_leave(tmp_path):
     assert warnings == [f"{path}: does not say where its voxels lie; taken to be in RAS+ order"]
 
 
+def test_without_a_place_a_minus_in_pixdim_flips_nothing(tmp_path):
+    none = {"sform_code": 0, "qform_code": 0, "pixdim": (1, -2, -1.5, 3, 0, 0, 0, 0)}
+    voxels, geometry, _ = read(write(tmp_path / "scan.nii", nifti(HU, AFFINE, **none)), assume_ras=True)
+    np.testing.assert_array_equal(voxels, HU)
+    np.testing.assert_array_equal(geometry.affine, np.diag([2, 1.5, 3, 1]))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_become_air_on_request(tmp_path, value):
     array = HU.astype(np.float32)
@@ -138,6 +145,14 @@ def test_content_decides_what_is_packed_and_not_the_name(tmp_path):
     plain = nifti(HU, AFFINE)
     for name, content in (("plain.nii.gz", plain), ("packed.nii", gzip_member(plain)), ("no_suffix", plain)):
         np.testing.assert_array_equal(load_scan(write(tmp_path / name, content))[0], HU)
+
+
+def test_a_gzip_header_without_end_is_refused(tmp_path):
+    with_name = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff"  # RFC 1952: FNAME is set, and its zero byte never comes
+    path = write(tmp_path / "scan.nii.gz", with_name + b"a" * 2**20)
+    for refused in (load_scan, load_labels, read_geometry):
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read"):
+            refused(path)
 
 
 def test_a_little_may_follow_the_voxels_but_not_without_end(tmp_path):

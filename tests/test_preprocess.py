@@ -358,14 +358,17 @@ def test_ids_out_of_range_and_no_integers(tmp_path, array, classes, message):
 
 
 def test_another_grid_is_refused_by_case():
-    def geometry(shape=SHAPE, shift_mm=0.0, turn=0.0) -> Geometry:
+    def geometry(shape=SHAPE, shift_mm=(0, 0, 0), turn=0.0) -> Geometry:
         affine = affine_of()
         affine[0, 1] += turn
-        affine[2, 3] += shift_mm
+        affine[:3, 3] += shift_mm
         return Geometry(shape, affine, nib.Nifti1Header())
 
-    check_same_grid(geometry(), geometry(shift_mm=0.06), "case a")  # a tenth of 0.7 mm is allowed
-    for other in (geometry(shift_mm=0.08), geometry(shift_mm=12), geometry(shape=(5, 7, 5)), geometry(turn=0.1)):
+    # A tenth of a voxel is allowed, along each axis of its own spacing: 0.07, 0.15 and 0.3 mm.
+    for near in ((0.06, 0, 0), (0, 0.14, 0), (0, 0, 0.28)):
+        check_same_grid(geometry(), geometry(shift_mm=near), "case a")
+    far = [geometry(shift_mm=mm) for mm in ((0.08, 0, 0), (0, 0.16, 0), (0, 0, 0.32), (0, 0, 12))]
+    for other in (*far, geometry(shape=(5, 7, 5)), geometry(turn=0.1)):
         with pytest.raises(ValueError, match=r"case a: the scan has 5x7x4 voxels of 0\.7x1\.5x3 mm") as caught:
             check_same_grid(geometry(), other, "case a")
         scan, label_map = str(caught.value).split(", the label map ")

@@ -11,6 +11,9 @@ import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.spatial.transform import Rotation
 
+from core.nifti import Reading
+from core.preprocess import load_labels, load_scan
+
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real scans, which are not part of the repository")
@@ -34,6 +37,34 @@ def checkpoint(tmp_path_factory) -> Path:
     done = run("train.py", *where, *TINY)
     assert done.returncode == 0, done.stderr
     return folder / "run" / "last.pt"
+
+
+NOT_CT = "without the fat and air of every CT; is it MR, or not in HU?"
+# What is said of the odd files, by their names; of every other file, nothing.
+SAID = {
+    "nibabel_anatomical.nii": [NOT_CT],  # MR
+    "niivue_AIL.nii.gz": [NOT_CT],
+    "niivue_CT_pitch.nii.gz": [NOT_CT],  # a CT, whose HU were scaled to 0..255
+    "niivue_shear.nii.gz": ["34.5 mm apart; the sform is used", "sheared by 16.7 degrees"],
+    "ts_example_mr_sm.nii.gz": [NOT_CT],
+}
+REFUSED = {"nibabel_example4d.nii.gz": "has the shape 128x96x24x2, expected one 3-D volume"}
+
+
+@pytest.mark.parametrize("path", sorted(REAL.rglob("*.nii*")), ids=lambda path: path.name)
+def test_every_real_file_has_its_verdict(path):
+    warnings = []
+    load = load_labels if path.parent.name == "labels" else load_scan
+    if path.name in REFUSED:
+        with pytest.raises(ValueError, match=f"{path.name}: {REFUSED[path.name]}"):
+            load(path)
+        return
+    load(path, reading=Reading(warn=warnings.append))
+    expected = SAID.get(path.name, [])
+    assert len(warnings) == len(expected), warnings
+    for sentence, words in zip(warnings, expected, strict=True):
+        assert sentence.startswith(f"{path}: ")
+        assert words in sentence
 
 
 def test_copies_in_other_axis_orders_give_the_same_voxels_back(checkpoint, tmp_path):
