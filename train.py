@@ -13,16 +13,13 @@ could not be written; 130, 143 or 138: stopped by one of those signals.
 
 import argparse
 import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from core.augment import augment
 from core.checkpoint import build_network, load_checkpoint, load_weights
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
 from core.distributed import ALONE, Group, join_group, leave_group, own_device
@@ -43,10 +41,10 @@ from core.exits import (
     StopSignals,
     leave_signals_to_the_command,
     print_error,
-    print_warning,
     refusing,
     run_command,
 )
+from core.loading import make_loader, naming_dead_workers
 from core.memory import choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
 from core.metrics import confusion_matrix, mean_defined, organ_scores
 from core.run_folder import RunFolder
@@ -65,18 +63,7 @@ from core.step import (
     training_step,
     validation_step,
 )
-from dataset import (
-    HU_PERCENTILES,
-    CaseDataset,
-    EpochBatches,
-    augment,
-    find_cases,
-    find_data,
-    reading_of,
-    split_cases,
-)
-
-SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
+from dataset import HU_PERCENTILES, CaseDataset, find_cases, find_data, reading_of, split_cases
 
 
 @dataclass
@@ -230,7 +217,8 @@ def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> 
         of each axis' extent in mm, and of each HU percentile of the body, the smallest and the largest.
     """
     found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
-    loader = DataLoader(dataset, sampler=range(group.rank, len(dataset), group.size), num_workers=workers)
+    share = range(group.rank, len(dataset), group.size)
+    loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
     for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
         for name, values in found.items():
             values += sample[name].tolist()
@@ -241,39 +229,6 @@ def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> 
         if values
     }
     return {"percentiles": list(HU_PERCENTILES), **ranges}
-
-
-def make_loader(dataset: CaseDataset, config: Config, device: torch.device, group: Group, train: bool) -> DataLoader:
-    """This process's share: batches in the order that (seed, epoch) gives for training, single cases for validation."""
-    workers = workers_that_fit(config)
-    if train:
-        order = {"batch_sampler": EpochBatches(len(dataset), config.batch_size, config.seed, group.rank, group.size)}
-    else:
-        order = {"sampler": range(group.rank, len(dataset), group.size)}
-    return DataLoader(
-        dataset,
-        **order,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_the_command,
-    )
-
-
-def workers_that_fit(config: Config) -> int:
-    """The number of processes that load cases: as the settings say, or none where shared memory is too small."""
-    if not (config.workers and SHARED_MEMORY.is_dir()):
-        return config.workers
-    # Each may have two batches ready beside the one that is in use; a sample is image and labels.
-    needed = (2 * config.workers + 1) * config.batch_size * 2 * math.prod(config.size)
-    status = os.statvfs(SHARED_MEMORY)
-    if status.f_bavail * status.f_frsize >= needed:
-        return config.workers
-    print_warning(
-        f"{SHARED_MEMORY}: too small for --workers {config.workers}, which need {needed / 2**20:.0f} MiB there (docker "
-        "run takes --shm-size); cases are loaded between the steps"
-    )
-    return 0
 
 
 def start_training(config: Config, device: torch.device, group: Group) -> Training:
@@ -330,6 +285,8 @@ def train(
     config = folder.config
     training_data = describe_cases(train_set, config.workers, group)
     describe_cases(val_set, config.workers, group)  # read now, so that a broken file shows before the first epoch
+    for part in (train_set, val_set):
+        part.warn_no_more()
     facts = {"training_data": training_data, "cases": case_ids(train_set, val_set)}
     train_loader, val_loader = (
         make_loader(part, config, device, group, part is train_set) for part in (train_set, val_set)
@@ -341,7 +298,7 @@ def train(
     with StopSignals() as signals:
         run = Run(training, folder, signals, group, facts)
         if resumed:
-            run.epoch, run.best_dice = resumed["epoch"] + 1, resumed["best_dice"]
+            run.epoch, run.best_dice = resumed["epoch"] + 1, resumed.get("best_dice", run.best_dice)
             run.losses = list(resumed.get("losses", []))
         steps = (run.epoch - 1) * len(train_loader) + len(run.losses)
         with tqdm(
@@ -439,7 +396,9 @@ def main() -> int:
             f"{len(train_cases)} cases to train on; {how}; on {device} in {training.precision}{processes}", flush=True
         )
     if resumed and resumed["epoch"] >= config.epochs:
-        print(f"{folder.path}: all {config.epochs} epochs are done")
+        if group.first:
+            print(f"{folder.path}: all {config.epochs} epochs are done")
+        leave_group(group)
         return DONE
     with refusing(REFUSED), naming_dead_workers():
         try:
@@ -460,24 +419,6 @@ def main() -> int:
     if group.first:
         print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
     return DONE
-
-
-@contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """Say in a sentence what torch says in many when a process that loads cases has died.
-
-    Raises:
-        MemoryError: then; the most likely reason, and the run has to stop in any case.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
-            raise
-        raise MemoryError(
-            "a process that loads cases was killed, most likely because memory ran out; go on with --resume and fewer "
-            "--workers"
-        ) from error
 
 
 def show_plans(config: Config, card_gib: float | None) -> int:

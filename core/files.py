@@ -5,8 +5,9 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from core.exits import print_warning
 
@@ -15,6 +16,7 @@ try:
 except ImportError:  # Windows has none: there, no two processes may share an output folder
     fcntl = None
 
+TOKEN_BYTES = 6  # of the hexadecimal number that makes a temporary name another one each time
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks answer
 
 
@@ -30,7 +32,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     When the block raises, `path` is as it was and the temporary file is gone.
     """
     path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(6)}.{path.name}")
+    temporary = path.with_name(f".{secrets.token_hex(TOKEN_BYTES)}.{path.name}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -55,14 +57,32 @@ def locked(path: Path) -> Iterator[None]:
         OSError: when the file cannot be opened.
     """
     with naming(path), open(path, "ab") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print_warning(f"{path}: this file system has no locks; let one process at a time write into the folder")
+        lock_file(file, path)
         yield
+
+
+def lock_file(file: IO, path: Path, wait: bool = True) -> None:
+    """Lock an open file until it is closed, also by the end of a killed process.
+
+    Where the file system has no locks, a warning says so.
+
+    Raises:
+        BlockingIOError: without `wait`, when another process has it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print_warning(f"{path}: this file system has no locks; let one process at a time write into the folder")
+
+
+def remove_left_over(path: Path) -> None:
+    """Delete what killed processes left of `path` half written, when no other process writes it now."""
+    for temporary in path.parent.glob(f".{'[0-9a-f]' * 2 * TOKEN_BYTES}.{path.name}"):
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -70,7 +90,8 @@ def sync_folder(folder: Path) -> None:
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(opened)
+            with suppress(OSError):  # some network file systems cannot, and the file is in its place already
+                os.fsync(opened)
         finally:
             os.close(opened)
 

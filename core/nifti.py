@@ -380,10 +380,20 @@ def warn_of_two_places(
     used: np.ndarray, other: np.ndarray, shape: tuple[int, int, int], warn: Callable[[str], None]
 ) -> None:
     """Warn when sform and qform put the corners of a volume in different places."""
+    apart_mm = corners_mm(used, shape) - corners_mm(other, shape)
+    if not voxels_apart(apart_mm, used) <= SAME_PLACE:
+        warn(f"its sform and qform put it in places {np.abs(apart_mm).max():.3g} mm apart; the sform is used")
+
+
+def corners_mm(affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Where the centres of a volume's eight corner voxels lie, (8, 3)."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1).T
-    apart_mm = np.abs(apply_affine(used, corners) - apply_affine(other, corners)).max()
-    if not apart_mm <= SAME_PLACE * voxel_sizes(used).min():
-        warn(f"its sform and qform put it in places {apart_mm:.3g} mm apart; the sform is used")
+    return apply_affine(affine, corners)
+
+
+def voxels_apart(apart_mm: np.ndarray, affine: np.ndarray) -> float:
+    """The largest of (N, 3) differences between places, in voxels: along each axis by that axis' own spacing."""
+    return float(np.abs(np.linalg.solve(affine[:3, :3], apart_mm.T)).max())
 
 
 def warn_of_shear(affine: np.ndarray, warn: Callable[[str], None]) -> None:

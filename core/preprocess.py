@@ -26,7 +26,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from torch import Tensor
 
 from core.files import whole_file
-from core.nifti import MAX_BEHIND, READ_ERRORS, NiftiFile, Reading, one_line, open_nifti
+from core.nifti import MAX_BEHIND, READ_ERRORS, NiftiFile, Reading, one_line, open_nifti, voxels_apart
 from core.resample import resize_image, resize_slab, slabs
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -249,7 +249,7 @@ def read_to_the_end(stream: IO[bytes]) -> None:
     while part := stream.read(READ_BYTES):
         behind += len(part)
         if behind > MAX_BEHIND:
-            raise ValueError(f"more than {MAX_BEHIND // 2**20} MiB follow its voxels")
+            raise ValueError(f"more than {MAX_BEHIND // 2**20} MiB follow its voxels, expected the end of the file")
 
 
 def copy_by_planes(source: np.ndarray, target: np.ndarray) -> None:
@@ -322,8 +322,7 @@ def check_same_grid(
     """
     if first.shape == second.shape:
         apart_mm = first.corners_mm - second.corners_mm
-        apart_voxels = np.linalg.solve(first.affine[:3, :3], apart_mm.T)  # along each axis by its own spacing
-        if np.abs(apart_voxels).max() <= GRID_TOLERANCE:
+        if voxels_apart(apart_mm, first.affine) <= GRID_TOLERANCE:
             return
     raise ValueError(
         f"{name}: {first_is} has {describe_grid(first)}, {second_is} {describe_grid(second)}; expected the same voxels"

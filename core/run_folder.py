@@ -21,11 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows: runs there are not kept apart
-    fcntl = None
-
 import nibabel
 import numpy as np
 import torch
@@ -33,7 +28,7 @@ import torch
 from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.exits import print_warning
-from core.files import whole_file
+from core.files import lock_file, remove_left_over, whole_file
 from vnet import VNet
 
 # Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
@@ -42,6 +37,7 @@ MAY_CHANGE = (
     "data_dir",
     "cache_dir",
     "init_from",
+    "max_gib",
     "workers",
     "device",
     "memory",
@@ -81,16 +77,19 @@ class RunFolder:
     def lock(self) -> None:
         """Keep other runs off the folder until this process ends, however it ends; nothing where there is no folder.
 
+        What a killed run was writing goes.
+
         Raises:
             FileExistsError: when another process is at work on it.
         """
-        if fcntl is None or self.lock_file or not self.path.is_dir():
+        if self.lock_file or not self.path.is_dir():
             return
         # The system gives a lock up with its process: one that was killed leaves none behind.
-        file = open(self.path / "run.lock", "a+")  # noqa: SIM115, open as long as the process lives
+        path = self.path / "run.lock"
+        file = open(path, "a+")  # noqa: SIM115, open as long as the process lives
         holder = f"process {os.getpid()} on {platform.node()}\n"
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, path, wait=False)
         except BlockingIOError as error:
             file.seek(0)
             other = file.read()
@@ -103,6 +102,8 @@ class RunFolder:
         file.write(holder)
         file.flush()
         self.lock_file = file
+        for name in RUN_FILES:
+            remove_left_over(self.path / name)
 
     def find_run(self, resume: bool, overwrite: bool, extend: bool = False) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a run from the start; changes nothing.

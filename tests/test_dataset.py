@@ -18,24 +18,20 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from core.augment import augment, draw_affine, flip_left_right, mirrored_ids, resample
 from core.config import Config, load_config
+from core.loading import EpochBatches
 from core.preprocess import load_labels, load_scan, prepare_image
 from core.resample import resize_labels
 from dataset import (
     Case,
     CaseDataset,
-    EpochBatches,
-    augment,
-    draw_affine,
     find_cases,
     find_data,
     find_label_maps,
     find_scans,
-    flip_left_right,
     hu_percentiles,
-    mirrored_ids,
     read_case_ids,
-    resample,
     select_cases,
     split_cases,
 )

@@ -80,6 +80,9 @@ def test_of_two_places_the_sform_is_used_and_that_said(tmp_path):
     _, geometry, warnings = read(path)
     np.testing.assert_array_equal(geometry.affine, AFFINE)
     assert warnings == [f"{path}: its sform and qform put it in places 7 mm apart; the sform is used"]
+    # 0.29 mm along slices 3 mm apart are less than a tenth of a voxel, though more than that in the slice.
+    near = write(tmp_path / "near.nii", nifti(HU, AFFINE, **place, qoffset=(-30, 12, 500.29)))
+    assert not read(near)[2]
     near = write(tmp_path / "near.nii", nifti(HU, AFFINE, **place, qoffset=(-30, 12, 500.1)))  # 0.1 mm of 1.5
     assert not read(near)[2]
 

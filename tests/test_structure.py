@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "core/distributed.py": set(),
     "core/memory.py": {"core.checkpoint", "core.config", "core.step", "vnet"},
     "core/run_folder.py": {"core.checkpoint", "core.config", "vnet"},
+    "core/augment.py": {"core.config"},
+    "core/loading.py": {"core.config", "core.distributed"},
     "dataset.py": {"core.nifti", "core.preprocess", "core.resample", "core.config"},
     "train.py": {"dataset", "vnet", "core"},
     "infer.py": {"dataset", "vnet", "core"},

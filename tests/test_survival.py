@@ -1,21 +1,25 @@
 """Runs that are killed, stopped, short of disk or damaged, and always come back; with real processes and signals."""
 
 import csv
+import errno
 import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
 import train
-from core import files
+from core import files, loading
 from core.checkpoint import load_checkpoint
 from data.make_phantom import write_phantom
 from dataset import CaseDataset
@@ -124,7 +128,7 @@ def kill_until_done(data: Path, folder: Path, whole: Path, kills: int, seed: int
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert_same_run(folder / "run", whole)
-    assert not [path.name for path in (folder / "run").iterdir() if path.suffix == ".tmp"]
+    assert not [path.name for path in (folder / "run").iterdir() if path.name.startswith(".")]
 
 
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(data, whole, tmp_path):
@@ -322,6 +326,63 @@ def test_two_runs_on_one_folder(run, tmp_path):
     assert run("--epochs", "1", "--resume")[0] == 0  # the other has ended, though its file is there
 
 
+def test_without_locks_a_run_is_warned_and_goes_on(run, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    run("--epochs", "1")
+    monkeypatch.setattr("core.files.fcntl.flock", no_locks)
+    code, _, err = run("--epochs", "1", "--resume")
+    assert code == 0
+    assert "run.lock: this file system has no locks" in err
+
+
+def test_what_a_killed_run_was_writing_goes(run, tmp_path):
+    assert run("--epochs", "1")[0] == 0
+    half, own = tmp_path / "run" / ".0123456789ab.last.pt", tmp_path / "run" / ".0123456789ab.notes.txt"
+    half.write_bytes(b"half")
+    own.write_text("the user's")
+    assert run("--epochs", "1", "--resume")[0] == 0
+    assert not half.exists()
+    assert own.exists()
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def files_only(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(number)
+
+    monkeypatch.setattr(files.os, "fsync", files_only)
+    with files.whole_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_a_warning_of_a_case_comes_once_and_not_every_epoch(run, tmp_path):
+    mine = tmp_path / "mine"
+    write_phantom(mine, cases=3, shape=(40, 36, 28), seed=0)
+    scan = next((mine / "images").iterdir())
+    image = nib.load(scan)
+    moved = image.affine.copy()
+    moved[0, 3] += 50
+    data = np.asarray(image.dataobj)
+    odd = nib.Nifti1Image(data, image.affine)
+    odd.header.set_data_dtype(data.dtype)
+    odd.set_qform(moved, 1)
+    odd.set_sform(image.affine, 1)
+    nib.save(odd, scan)
+    warnings = {}
+    for epochs in ("1", "3"):
+        flags = ("--data-dir", mine, "--cache-dir", "null", "--overwrite", "--workers", "0", "--epochs", epochs)
+        code, _, err = run(*flags)
+        assert code == 0
+        warnings[epochs] = err.count(f"{scan}: its sform and qform")
+    assert warnings["3"] == warnings["1"] > 0
+
+
 def test_a_worker_that_dies_ends_the_run_in_one_sentence(run, tmp_path, monkeypatch):
     load = CaseDataset.__getitem__
 
@@ -340,7 +401,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_sentence(run, tmp_path, monkeypa
 def test_too_little_shared_memory_means_no_workers(run, monkeypatch):
     real = os.statvfs
     none_free = os.statvfs_result((1, 1, 1, 1, 1, 1, 1, 1, 1, 1))
-    monkeypatch.setattr(train.os, "statvfs", lambda path: none_free if path == train.SHARED_MEMORY else real(path))
+    monkeypatch.setattr(loading.os, "statvfs", lambda path: none_free if path == loading.SHARED_MEMORY else real(path))
     code, _, err = run("--epochs", "1", "--workers", "2")
     assert code == 0
     assert "/dev/shm: too small for --workers 2" in err

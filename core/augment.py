@@ -1,0 +1,93 @@
+"""Random changes of training samples: turned, scaled, shifted, mirrored, and other values."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from core.config import Config
+
+
+def augment(
+    image: Tensor, labels: Tensor, extent_mm: Tensor, config: Config, epoch: int, positions: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Change a batch at random, on the device it is on.
+
+    What happens to a sample depends on the seed, the epoch and the sample's position in it, and on nothing else.
+
+    Args:
+        image: (B, 1, X, Y, Z) float32 in 0..1.
+        labels: (B, X, Y, Z), integer ids.
+        extent_mm: (B, 3), the volumes' size in mm: rotations keep right angles in the patient, not in voxels.
+        config: the strengths (augment_*), the seed, and the organs (for left and right).
+        epoch: number of the epoch.
+        positions: (B,) the samples' positions in the epoch.
+
+    Returns:
+        image in 0..1 and labels, shaped and typed as they came.
+    """
+    draws = [np.random.default_rng([config.seed, epoch, 1 + position]) for position in positions]
+    if config.augment_flip:
+        image, labels = flip_left_right(image, labels, [rng.random() < 0.5 for rng in draws], config.organs)
+    matrices = torch.stack([draw_affine(rng, mm, config) for rng, mm in zip(draws, extent_mm.tolist(), strict=True)])
+    image, labels = resample(image, labels, matrices.to(image.device, non_blocking=True))
+    return torch.stack([change_values(x, rng, config) for x, rng in zip(image, draws, strict=True)]), labels
+
+
+def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Config) -> Tensor:
+    """(3, 4): from places in the new volume to places in the old; axes X, Y, Z, each -1..1 across the volume."""
+    radians = np.radians(rng.uniform(-1, 1, 3) * config.augment_rotation_degrees)
+    rotation = np.eye(3)
+    for axis, angle in enumerate(radians):
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        rotation = turn @ rotation
+    scale = 1 + rng.uniform(-1, 1) * config.augment_scale
+    shift = 2 * rng.uniform(-1, 1, 3) * config.augment_shift
+    to_mm = np.diag(extent_mm)
+    matrix = np.linalg.inv(to_mm) @ rotation @ to_mm / scale
+    return torch.from_numpy(np.column_stack([matrix, shift])).float()
+
+
+def resample(image: Tensor, labels: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Move (B, 1, X, Y, Z) images and (B, X, Y, Z) labels by (B, 3, 4) `matrices`; outside is 0 in both."""
+    # torch orders coordinates from the last axis to the first: Z, Y, X.
+    linear = matrices[:, :, :3].flip(1, 2)
+    grid = F.affine_grid(torch.cat([linear, matrices[:, :, 3:].flip(1)], dim=2), image.shape, align_corners=False)
+    moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
+    return F.grid_sample(image, grid, mode="bilinear", align_corners=False), moved[:, 0].to(labels.dtype)
+
+
+def flip_left_right(
+    image: Tensor, labels: Tensor, flips: Sequence[bool], organs: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Mirror the samples that `flips` marks along X and give paired organs each other's id: right is right again."""
+    swapped = torch.tensor(mirrored_ids(organs), device=labels.device, dtype=labels.dtype)
+    chosen = torch.tensor(flips, device=image.device)
+    image = torch.where(chosen[:, None, None, None, None], image.flip(2), image)
+    return image, torch.where(chosen[:, None, None, None], swapped[labels.long()].flip(1), labels)
+
+
+def mirrored_ids(organs: Sequence[str]) -> list[int]:
+    """For each id that of the organ on the other side: "right kidney" for "left kidney", itself where there is none."""
+    other = {"right": "left", "left": "right"}
+    names = [re.sub(r"\b(right|left)\b", lambda side: other[side[0]], organ) for organ in organs]
+    return [organs.index(name) if name in organs else i for i, name in enumerate(names)]
+
+
+def change_values(image: Tensor, rng: np.random.Generator, config: Config) -> Tensor:
+    """Change contrast, brightness and gamma of an image in 0..1 and add noise; back in 0..1."""
+    contrast = 1 + rng.uniform(-1, 1) * config.augment_contrast
+    brightness = rng.uniform(-1, 1) * config.augment_brightness
+    gamma = 1 + rng.uniform(-1, 1) * config.augment_gamma
+    noise = rng.uniform(0, 1) * config.augment_noise
+    mean = image.mean()
+    image = ((image - mean) * contrast + mean + brightness).clamp(0, 1) ** gamma
+    if noise > 0:
+        image = image + noise * torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32)).to(image.device)
+    return image.clamp(0, 1)

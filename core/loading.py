@@ -1,0 +1,108 @@
+"""Samples on their way to the network: an epoch's batches, shared out over processes, and who loads them."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from core.config import Config
+from core.distributed import Group
+from core.exits import leave_signals_to_the_command, print_warning
+
+SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
+
+
+class EpochBatches(Sampler):
+    """The batches of an epoch, as lists of indices: a permutation that depends on (seed, epoch) alone, cut up.
+
+    A step's batch is shared out over `processes`, `batch_size` cases for each; where the epoch's last one has nothing
+    left for a process, it gets a case of weight 0, since all must take part in every step.
+
+    Attributes:
+        epoch: to be set before each epoch.
+        start: number of the first step, for an epoch that was begun before.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.together = batch_size * processes  # cases of a step
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return math.ceil(self.length / self.together)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
+        for step in range(self.start, len(self)):
+            yield [order[position] for position in self.positions(step)] or order[:1]
+
+    def positions(self, step: int) -> range:
+        """Which places in the epoch's order are this process's in that step; none where nothing is left for it."""
+        first = min(step * self.together + self.rank * self.batch_size, self.length)
+        last = min(first + self.batch_size, (step + 1) * self.together, self.length)
+        return range(first, last)
+
+    def weight(self, step: int) -> float:
+        """The share of a step's cases that are this process's."""
+        return len(self.positions(step)) / min(self.together, self.length - step * self.together)
+
+
+def make_loader(dataset: Dataset, config: Config, device: torch.device, group: Group, train: bool) -> DataLoader:
+    """This process's share: batches in the order that (seed, epoch) gives for training, single cases for validation."""
+    workers = workers_that_fit(config)
+    if train:
+        order = {"batch_sampler": EpochBatches(len(dataset), config.batch_size, config.seed, group.rank, group.size)}
+    else:
+        order = {"sampler": range(group.rank, len(dataset), group.size)}
+    return DataLoader(
+        dataset,
+        **order,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_the_command,
+    )
+
+
+def workers_that_fit(config: Config) -> int:
+    """The number of processes that load cases: as the settings say, or none where shared memory is too small."""
+    if not (config.workers and SHARED_MEMORY.is_dir()):
+        return config.workers
+    # Each may have two batches ready beside the one that is in use; a sample is image and labels.
+    needed = (2 * config.workers + 1) * config.batch_size * 2 * math.prod(config.size)
+    status = os.statvfs(SHARED_MEMORY)
+    if status.f_bavail * status.f_frsize >= needed:
+        return config.workers
+    print_warning(
+        f"{SHARED_MEMORY}: too small for --workers {config.workers}, which need {needed / 2**20:.0f} MiB there (docker "
+        "run takes --shm-size); cases are loaded between the steps"
+    )
+    return 0
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Say in a sentence what torch says in many when a process that loads cases has died.
+
+    Raises:
+        MemoryError: then; the most likely reason, and the run has to stop in any case.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+            raise
+        raise MemoryError(
+            "a process that loads cases was killed, most likely because memory ran out; go on with --resume and fewer "
+            "--workers"
+        ) from error
