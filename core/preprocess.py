@@ -88,8 +88,12 @@ class Geometry:
         """(8, 3): the centres of the eight corner voxels in mm, in the order of the RAS+ array."""
         last = np.array(self.shape) - 1
         corners = np.array(np.meshgrid(*[(0, n) for n in last], indexing="ij")).reshape(3, -1).T
-        ras_to_stored = np.linalg.inv(inv_ornt_aff(ornt_transform(RAS, self.orientation), self.shape))
-        return nib.affines.apply_affine(self.affine @ ras_to_stored, corners)
+        return nib.affines.apply_affine(self.ras_affine, corners)
+
+    @property
+    def ras_affine(self) -> np.ndarray:
+        """(4, 4): from voxels of the RAS+ array to mm in the patient, as `affine` is from the file's own."""
+        return self.affine @ np.linalg.inv(inv_ornt_aff(ornt_transform(RAS, self.orientation), self.shape))
 
     def to_ras(self, stored: np.ndarray) -> np.ndarray:
         """A view of an array in the file's own three axes as (X, Y, Z) in RAS+ order; further axes stay."""

@@ -1,0 +1,246 @@
+"""Organ surfaces, their pictures, and the movie, decoded again."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import imageio_ffmpeg
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from core.preprocess import load_labels
+from visualization.meshes import Mesh, organ_mesh
+from visualization.movie import main
+from visualization.render import Scene, render, view_at
+
+ROOT = Path(__file__).parents[1]
+LABELLED = ROOT / ".." / "shared" / "data" / "labelled"
+SIZE = (160, 120)
+LIVER, SPLEEN = 1, 3
+
+
+def ball(shape: tuple[int, int, int], spacing_mm: tuple, centre_mm: tuple, radius_mm: float) -> np.ndarray:
+    places = np.stack(np.meshgrid(*[np.arange(n) * mm for n, mm in zip(shape, spacing_mm, strict=True)], indexing="ij"))
+    return ((places - np.reshape(centre_mm, (3, 1, 1, 1))) ** 2).sum(axis=0) <= radius_mm**2
+
+
+def is_watertight(mesh: Mesh) -> bool:
+    """Whether each edge belongs to two triangles, which run along it in opposite directions."""
+    edges = Counter()
+    for a, b, c in mesh.faces.tolist():
+        edges.update(((a, b), (b, c), (c, a)))
+    return all(count == 1 and edges[end, start] == 1 for (start, end), count in edges.items())
+
+
+def scene(*balls: tuple[int, tuple[float, float, float], float]) -> Scene:
+    """Balls by organ id, centre and radius in mm, on 2 mm voxels whose first is at 0."""
+    labels = np.zeros((60, 60, 60), np.uint8)
+    for organ, centre, radius in balls:
+        labels[ball(labels.shape, (2, 2, 2), centre, radius)] = organ
+    return Scene({organ: organ_mesh(labels, organ, np.diag([2.0, 2, 2, 1])) for organ, _, _ in balls})
+
+
+@pytest.fixture
+def case(tmp_path) -> tuple[Path, Path]:
+    """A scan and its label map: liver on the patient's right and in front, spleen on the left."""
+    labels = np.zeros((40, 30, 20), np.uint8)
+    labels[ball(labels.shape, (3, 3, 5), (90, 60, 50), 20)] = LIVER
+    labels[ball(labels.shape, (3, 3, 5), (30, 40, 50), 15)] = SPLEEN
+    affine = np.array([[3.0, 0, 0, -60], [0, 3, 0, -45], [0, 0, 5, 100], [0, 0, 0, 1]])
+    paths = tmp_path / "scan_0000.nii.gz", tmp_path / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(np.where(labels > 0, 50, -1000).astype(np.int16), affine), paths[0])
+    nib.save(nib.Nifti1Image(labels, affine), paths[1])
+    return paths
+
+
+def decoded(path: Path) -> tuple[dict, list[np.ndarray]]:
+    frames = imageio_ffmpeg.read_frames(str(path))
+    facts = next(frames)
+    width, height = facts["size"]
+    return facts, [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames]
+
+
+# ---- Meshes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing_mm", [(1, 1, 1), (0.8, 0.8, 5), (2, 2, 2), (5, 1, 1)])
+def test_a_ball_is_closed_and_has_its_volume_and_place(spacing_mm):
+    shape = tuple(int(70 / mm) for mm in spacing_mm)
+    mask = ball(shape, spacing_mm, (35, 30, 33), 20).astype(np.uint8)
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = 100, -50, 7
+    mesh = organ_mesh(mask, 1, affine)
+    assert is_watertight(mesh)
+    assert mesh.volume_ml == pytest.approx(mask.sum() * np.prod(spacing_mm) / 1000, rel=0.03)
+    np.testing.assert_allclose(mesh.vertices.mean(axis=0), [135, -20, 40], atol=0.7)
+    radii = np.linalg.norm(mesh.vertices - [135, -20, 40], axis=1)
+    assert np.percentile(np.abs(radii - 20), 95) < max(spacing_mm) / 2 + 0.5
+
+
+@pytest.mark.parametrize("cut", [(slice(0, 1),) * 3, (slice(0, 12), slice(3, 5), slice(2, 3)), (slice(0, 12),) * 3])
+def test_small_thin_and_cut_off_organs_are_closed_too(cut):
+    labels = np.zeros((12, 12, 12), np.uint8)
+    labels[cut] = 4
+    mesh = organ_mesh(labels, 4, np.diag([1.5, 1.5, 3, 1]))
+    assert is_watertight(mesh)
+    assert mesh.volume_ml == pytest.approx((labels > 0).sum() * 6.75 / 1000, rel=0.05)
+
+
+def test_mirrored_and_turned_axes_give_outward_faces_in_the_right_place():
+    labels = ball((30, 30, 30), (2, 2, 2), (20, 30, 40), 12).astype(np.uint8)
+    angle = np.radians(25)
+    turned = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turned @ np.diag([-2.0, 2, 2])
+    mesh = organ_mesh(labels, 1, affine)
+    assert mesh.volume_ml == pytest.approx(labels.sum() * 8 / 1000, rel=0.03)  # below 0 if inside out
+    np.testing.assert_allclose(mesh.vertices.mean(axis=0), turned @ [-20, 30, 40], atol=0.5)
+
+
+def test_no_organ_no_mesh():
+    assert organ_mesh(np.zeros((4, 4, 4), np.uint8), 1, np.eye(4)) is None
+
+
+@pytest.mark.skipif(not LABELLED.is_dir(), reason="the real labelled scans are not at hand")
+def test_real_organs_are_closed_and_within_five_per_cent_of_their_voxels():
+    labels, geometry = load_labels(LABELLED / "labels" / "ts_example.nii.gz", 14)
+    found = np.flatnonzero(np.bincount(labels.ravel(), minlength=14)[1:]) + 1
+    assert len(found) >= 10
+    for organ in found:
+        mesh = organ_mesh(labels, organ, geometry.ras_affine)
+        assert is_watertight(mesh), organ
+        assert mesh.volume_ml == pytest.approx((labels == organ).sum() * geometry.voxel_ml, rel=0.05), organ
+
+
+# ---- Pictures: which organ is seen where -----------------------------------------------------------------------------
+
+
+def test_the_patients_right_is_at_the_pictures_left_and_the_head_at_the_top():
+    frame = render(scene((LIVER, (90, 60, 30), 15), (SPLEEN, (30, 60, 90), 15)), view_at(0), SIZE)
+    liver_rows, liver_columns = np.nonzero(frame.organ == LIVER)
+    spleen_rows, spleen_columns = np.nonzero(frame.organ == SPLEEN)
+    assert liver_columns.max() < spleen_columns.min()
+    assert spleen_rows.max() < liver_rows.min()
+    back = render(scene((LIVER, (90, 60, 30), 15), (SPLEEN, (30, 60, 90), 15)), view_at(180), SIZE)
+    assert np.nonzero(back.organ == LIVER)[1].min() > np.nonzero(back.organ == SPLEEN)[1].max()
+
+
+def test_a_ball_is_as_large_as_its_mm():
+    frame = render(scene((LIVER, (60, 60, 60), 30)), view_at(40), SIZE, mm_a_pixel=1.0)
+    rows, columns = np.nonzero(frame.organ)
+    assert np.ptp(rows) + 1 == pytest.approx(60, abs=2)
+    assert np.ptp(columns) + 1 == pytest.approx(60, abs=2)
+    assert frame.depth_mm[60, 80] == pytest.approx(frame.depth_mm[np.isfinite(frame.depth_mm)].min(), abs=0.3)
+
+
+@pytest.mark.parametrize(("degrees", "seen", "hidden"), [(0, SPLEEN, LIVER), (180, LIVER, SPLEEN)])
+def test_the_near_organ_hides_the_far_one(degrees, seen, hidden):
+    both = scene((LIVER, (60, 20, 60), 12), (SPLEEN, (60, 100, 60), 15 if degrees == 0 else 12))
+    middle = render(both, view_at(degrees), SIZE).organ[SIZE[1] // 2, SIZE[0] // 2]
+    assert middle == seen != hidden
+    assert set(np.unique(render(both, view_at(90), SIZE).organ)) == {0, LIVER, SPLEEN}
+
+
+def test_leaving_an_organ_out_changes_its_pixels_only():
+    near, far = (LIVER, (90, 70, 60), 14), (SPLEEN, (30, 60, 60), 20)
+    both, alone = scene(near, far), scene(far)
+    alone.centre, alone.half_mm = both.centre, both.half_mm
+    with_it, without = (render(one, view_at(0), SIZE, 1.0) for one in (both, alone))
+    np.testing.assert_array_equal(without.organ == SPLEEN, with_it.organ == SPLEEN)
+    assert not (without.organ == LIVER).any()
+    assert (with_it.organ == LIVER).sum() == pytest.approx(np.pi * 14**2, rel=0.05)
+
+
+def test_pixels_have_their_organs_hue():
+    frame = render(scene((6, (60, 60, 60), 20)), view_at(0), SIZE)
+    red, green, blue = frame.colour[frame.organ == 6].mean(axis=0)
+    assert blue > 1.8 * max(red, green)  # inferior vena cava
+    assert np.ptp(frame.colour[0].astype(int), axis=1).max() == 0  # the backdrop is gray
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_movie_is_decoded_as_it_should_be(case, tmp_path):
+    flags = ["--output", str(tmp_path / "o.mp4"), "--frames", "12", "--size", "480", "270"]
+    done = subprocess.run(
+        [sys.executable, "-m", "visualization.movie", *map(str, case), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    facts, frames = decoded(tmp_path / "o.mp4")
+    assert (facts["codec"], facts["size"], facts["fps"]) == ("h264", (480, 270), 24.0)
+    assert facts["pix_fmt"].startswith("yuv420p")
+    assert len(frames) == 12
+    scenes = [frame[:, :350].astype(int) for frame in frames]
+    steps = [np.abs(a - b).mean() for a, b in zip(scenes, scenes[1:] + scenes[:1], strict=True)]
+    assert min(steps) > 0.5  # it turns in every frame, and from the last to the first as much as elsewhere
+    assert steps[-1] < 1.5 * max(steps[:-1])
+    half = scenes[0].shape[1] // 2
+    redness = [scenes[i][..., 0] - scenes[i][..., 2] > 60 for i in (0, 6)]  # the liver's brown
+    assert redness[0][:, :half].sum() > 10 * redness[0][:, half:].sum()
+    assert redness[1][:, half:].sum() > 10 * redness[1][:, :half].sum()
+
+
+def test_a_flipped_affine_flips_the_picture(case, tmp_path):
+    flipped = []
+    for path in case:
+        image = nib.load(path)
+        flip = np.diag([-1.0, 1, 1, 1])
+        flipped.append(tmp_path / f"flipped_{path.name}")
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), flip @ image.affine), flipped[-1])
+    sides = []
+    for paths in (case, flipped):
+        labels, geometry = load_labels(paths[1], 14)
+        one = Scene({organ: organ_mesh(labels, organ, geometry.ras_affine) for organ in (LIVER, SPLEEN)})
+        organ = render(one, view_at(0), SIZE).organ
+        sides.append(np.nonzero(organ == LIVER)[1].mean() < np.nonzero(organ == SPLEEN)[1].mean())
+    assert sides == [True, False]
+
+
+def test_a_gif_beside_the_truth(case, tmp_path):
+    output = tmp_path / "new" / "o.gif"
+    flags = ["--truth", str(case[1]), "--frames", "3", "--size", "320", "180", "--organs", "liver"]
+    assert main([*map(str, case), "--output", str(output), *flags]) == 0
+    with Image.open(output) as movie:
+        assert (movie.n_frames, movie.size, movie.info["loop"]) == (3, (320, 180), 0)
+        picture = np.asarray(movie.convert("RGB"))[40:150].astype(int)
+    brown = picture[..., 0] - picture[..., 2] > 60
+    panel = int(320 * 0.73) // 2
+    assert brown[:, :panel].sum() > 100
+    assert brown[:, panel : 2 * panel].sum() == pytest.approx(brown[:, :panel].sum(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--output", "o.avi"], 2, "must end with one of .mp4, .gif"),
+        (["--output", "o.mp4", "--frames", "0"], 2, "--frames: got 0, expected 1 or more"),
+        (["--output", "o.mp4", "--size", "101", "100"], 2, "--size: got 101 100, expected two even numbers"),
+        (["--output", "o.mp4", "--organs", "heart"], 2, "--organs: got heart, expected some of: liver"),
+        (["--output", "o.mp4", "--organs", "aorta"], 1, "has none of the organs to show"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_sentence(case, tmp_path, monkeypatch, capsys, flags, code, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, case), *flags])
+    assert end.value.code == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / flags[1]).exists()
+
+
+def test_a_label_map_of_another_grid_is_refused(case, tmp_path, capsys):
+    image = nib.load(case[1])
+    moved = image.affine.copy()
+    moved[2, 3] += 12
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), moved), case[1])
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, case), "--output", str(tmp_path / "o.mp4")])
+    assert end.value.code == 1
+    assert "expected the same voxels" in capsys.readouterr().err

@@ -1,0 +1,225 @@
+"""The organs of a scan, turning once around the body axis, as a movie.
+
+    python -m visualization.movie SCAN LABELS --output organs.mp4
+    python -m visualization.movie SCAN PREDICTION --truth LABELS --output both.mp4
+    python -m visualization.movie SCAN LABELS --organs "left kidney" "right kidney" --output kidneys.gif
+
+The first frame is seen from the front, so the patient's right is at the picture's left.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
+
+from core.config import DEFAULT_CONFIG, load_organs
+from core.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.files import whole_file
+from core.preprocess import check_same_grid, load_labels, read_geometry
+from visualization.meshes import organ_mesh
+from visualization.render import Scene, View, backdrop, fitting_scale, render, view_at
+from visualization.style import FONT, INK, colour_of
+
+FRAMES, SIZE, FRAMES_A_SECOND = 120, (1280, 720), 24
+CRF = 20  # of H.264: lower is better and larger
+LEGEND = 0.27  # share of the width, at the right
+MARGIN, LINE, TEXT, HEADING = 0.05, 0.044, 0.024, 0.028  # shares of the height
+MARK = 0.055  # radius of the orientation mark, share of the height
+MOVIES = (".mp4", ".gif")
+
+
+@cache
+def font(pixels: int) -> ImageFont.FreeTypeFont:
+    """The letters of every picture, at a height in pixels."""
+    return ImageFont.truetype(findfont(FONT), pixels)
+
+
+def make_scene(labels: np.ndarray, chosen: Sequence[int], affine: np.ndarray) -> Scene | None:
+    """The chosen organs of a label map as surfaces; None when it has none of them."""
+    meshes = {organ: organ_mesh(labels, organ, affine) for organ in chosen}
+    found = {organ: mesh for organ, mesh in meshes.items() if mesh is not None}
+    return Scene(found) if found else None
+
+
+def draw_frames(panels: dict[str, Scene | None], background: Image.Image, frames: int) -> Iterator[np.ndarray]:
+    """Draw one turn: (H, W, 3) uint8 pictures, the first from the front.
+
+    Args:
+        panels: by title, drawn side by side at one scale left of the legend; None is an empty panel.
+        background: what stays: backdrop and legend.
+        frames: how many.
+    """
+    width, height = background.size
+    size = int(width * (1 - LEGEND)) // len(panels), height
+    scale = max(fitting_scale(scene, size) for scene in panels.values() if scene)
+    for number in range(frames):
+        view, picture = view_at(180 * number / frames), background.copy()
+        for place, (title, scene) in enumerate(panels.items()):
+            left = place * size[0]
+            if scene:
+                picture.paste(Image.fromarray(render(scene, view, size, scale).colour), (left, 0))
+            draw = ImageDraw.Draw(picture)
+            draw.text((left + MARGIN * height, MARGIN * height), title, INK, font(round(HEADING * height)), "lm")
+        draw_mark(ImageDraw.Draw(picture), view, height)
+        yield np.asarray(picture)
+
+
+def draw_mark(draw: ImageDraw.ImageDraw, view: View, height: int) -> None:
+    """Draw the patient's axes at the lower left: right, left, front (A), back (P), head (S), feet (I)."""
+    radius, letters = MARK * height, font(round(TEXT * height))
+    x, y = MARGIN * height + radius, height * (1 - MARGIN) - radius
+    ends = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+    for letter, axis in sorted(ends.items(), key=lambda end: np.dot(end[1], view.back)):
+        near = np.dot(axis, view.back)
+        if not -0.3 < near < 0.8:  # it would stand on the centre, or behind the letter of another axis
+            continue
+        tip = x + radius * np.dot(axis, view.right), y - radius * np.dot(axis, view.up)
+        gray = round(165 + 80 * near)
+        draw.line([(x, y), (x + (tip[0] - x) * 0.7, y + (tip[1] - y) * 0.7)], (gray,) * 3, max(1, height // 360))
+        draw.text(tip, letter, (gray,) * 3, letters, "mm")
+
+
+def draw_background(size: tuple[int, int], title: str, rows: Sequence[tuple[int, str, list[float]]]) -> Image.Image:
+    """Backdrop and legend: colour, name and volumes in mL of the organs.
+
+    Args:
+        size: width and height in pixels.
+        title: above the legend.
+        rows: id, name and the volume in each label map, of every organ to list.
+    """
+    width, height = size
+    picture = Image.fromarray(np.round(255 * backdrop(size)).astype(np.uint8))
+    draw, letters = ImageDraw.Draw(picture), font(round(TEXT * height))
+    left, right, y = width * (1 - LEGEND), width - MARGIN * height, MARGIN * height
+    while draw.textlength(title, font(round(HEADING * height))) > right - left and len(title) > 1:
+        title = title.rstrip("…")[:-1] + "…"
+    draw.text((left, y), title, INK, font(round(HEADING * height)), "lm")
+    y += 1.5 * LINE * height
+    draw.text((right, y), "mL" if len(rows[0][2]) == 1 else "mL / truth", INK, letters, "rm")
+    for organ, name, volumes_ml in rows:
+        y += LINE * height
+        colour, half = tuple(round(255 * part) for part in colour_of(organ)), 0.3 * LINE * height
+        draw.rounded_rectangle((left, y - half, left + 2 * half, y + half), half / 2, colour)
+        draw.text((left + LINE * height, y), name, INK, letters, "lm")
+        draw.text(
+            (right, y), " / ".join(f"{ml:,.0f}" if ml >= 10 else f"{ml:.1f}" for ml in volumes_ml), INK, letters, "rm"
+        )
+    return picture
+
+
+def write_movie(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int]) -> None:
+    """Write frames as H.264 in .mp4, or as .gif that starts again; the file comes to be when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        if path.suffix.lower() == ".gif":
+            first, *rest = (Image.fromarray(frame) for frame in frames)
+            first.save(temporary, append_images=rest, duration=round(1000 / FRAMES_A_SECOND), loop=0)
+            return
+        writer = imageio_ffmpeg.write_frames(
+            str(temporary),
+            size,
+            fps=FRAMES_A_SECOND,
+            codec="libx264",
+            quality=None,
+            macro_block_size=2,
+            output_params=["-crf", str(CRF), "-movflags", "+faststart"],
+        )
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+
+
+def choose_organs(names: Sequence[str] | None, organs: Sequence[str]) -> list[int]:
+    """The ids of organs by name; all but the background without names.
+
+    Raises:
+        ValueError: naming those that there are none of.
+    """
+    unknown = [name for name in names or () if name not in organs[1:]]
+    if unknown:
+        raise ValueError(f"--organs: got {', '.join(unknown)}, expected some of: {', '.join(organs[1:])}")
+    return [organ for organ in range(1, len(organs)) if names is None or organs[organ] in names]
+
+
+def make_movie(
+    scan: Path,
+    label_maps: dict[str, Path],
+    output: Path,
+    organs: Sequence[str],
+    chosen: Sequence[int],
+    frames: int = FRAMES,
+    size: tuple[int, int] = SIZE,
+) -> None:
+    """Make the movie of a case.
+
+    Args:
+        scan: the CT scan; only its grid is read.
+        label_maps: one, or prediction and truth, by the titles that stand above them.
+        output: .mp4 or .gif.
+        organs: names by id, background first.
+        chosen: ids of the organs to show.
+        frames: of one turn.
+        size: width and height in pixels.
+
+    Raises:
+        OSError, ValueError: when a file cannot be read, does not lie on the scan's grid, or when none has an organ.
+    """
+    grid = read_geometry(scan)
+    panels, volumes_ml = {}, []
+    for title, path in label_maps.items():
+        labels, geometry = load_labels(path, len(organs))
+        check_same_grid(grid, geometry, path.name)
+        panels[title] = make_scene(labels, chosen, geometry.ras_affine)
+        volumes_ml.append(np.bincount(labels.ravel(), minlength=len(organs)) * geometry.voxel_ml)
+    if not any(panels.values()):
+        paths = " and ".join(str(path) for path in label_maps.values())
+        raise ValueError(f"{paths}: has none of the organs to show, expected one at least")
+    rows = [(organ, organs[organ], [ml[organ] for ml in volumes_ml]) for organ in chosen]
+    rows = [row for row in rows if any(row[2])]
+    name = scan.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+    write_movie(output, draw_frames(panels, draw_background(size, name, rows), frames), size)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0 done, 1 input refused, 2 wrong usage or settings."""
+    args = parse_arguments(arguments)
+    with refusing(USAGE):
+        if args.output.suffix.lower() not in MOVIES:
+            raise ValueError(f"{args.output}: a movie's name must end with one of {', '.join(MOVIES)}")
+        if args.frames < 1:
+            raise ValueError(f"--frames: got {args.frames}, expected 1 or more")
+        if min(args.size) < 64 or any(pixels % 2 for pixels in args.size):
+            raise ValueError(f"--size: got {args.size[0]} {args.size[1]}, expected two even numbers of 64 or more")
+        organs = load_organs(args.config)
+        chosen = choose_organs(args.organs, organs)
+    with refusing(REFUSED):
+        label_maps = {"": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
+        make_movie(args.scan, label_maps, args.output, organs, chosen, args.frames, tuple(args.size))
+    print(f"wrote {args.output}")
+    return DONE
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m visualization.movie", description=__doc__.splitlines()[0])
+    parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
+    parser.add_argument("labels", type=Path, help="its label map, NIfTI")
+    parser.add_argument("--output", type=Path, required=True, help="movie to write: .mp4 or .gif")
+    parser.add_argument("--truth", type=Path, metavar="LABELS", help="a second label map, drawn beside the first")
+    parser.add_argument("--organs", nargs="+", metavar="NAME", help="the organs to show (default: all)")
+    parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=f"of one turn (default: {FRAMES})")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=SIZE, metavar=("W", "H"), help="pixels (default: 1280 720)"
+    )
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,204 @@
+"""Pictures of organ surfaces by ray casting (Intel Embree): no display, no GPU, no system library.
+
+    Scene({organ: mesh, ...}) -> render(scene, view, size) -> Frame
+
+The camera looks at the patient from the front at 0 degrees and goes around the body axis, without perspective, so that
+mm are mm everywhere. The organs do not move against each other, so how much of the surroundings reaches each vertex
+(ambient occlusion) is worked out once for all frames.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from embreex.mesh_construction import TriangleMesh
+from embreex.rtcore_scene import EmbreeScene
+
+from visualization.meshes import Mesh
+from visualization.style import colour_of
+
+RAYS_AROUND = 64  # from each vertex to the surroundings
+REACH_MM = 50.0  # what is farther away throws no shade
+LIFT_MM = 0.3  # by which those rays start above the surface that they leave
+FILLED = 0.92  # share of the picture that the organs may fill
+AMBIENT, KEY, FILL, SHINE = 0.5, 0.58, 0.2, 0.09  # strengths of the lights
+GLOSS = 24  # exponent of the highlight
+# Where the lights stand, in the camera's axes: right, up, towards the camera.
+KEY_FROM, FILL_FROM = (-0.5, 0.65, 0.6), (0.8, -0.1, 0.4)
+GAMMA = 2.2  # of screens; light adds up before it
+BACKDROP = (0.105, 0.03)  # gray at the top and at the bottom, as a screen shows it
+# Places of an edge pixel's four rays, in pixels off its centre (a rotated square).
+SUBPIXELS = ((-0.125, -0.375), (0.375, -0.125), (-0.375, 0.125), (0.125, 0.375))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture, rows from the top.
+
+    Attributes:
+        colour: (H, W, 3) uint8.
+        organ: (H, W) uint8, the id seen at each pixel's centre; 0 where there is none.
+        depth_mm: (H, W) float32 from the camera's plane; inf where there is no organ.
+    """
+
+    colour: np.ndarray
+    organ: np.ndarray
+    depth_mm: np.ndarray
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera: `right`, `up`, `back` (from the scene to the camera) are unit vectors in the patient's RAS+ axes."""
+
+    right: np.ndarray
+    up: np.ndarray
+    back: np.ndarray
+
+
+def view_at(degrees: float) -> View:
+    """The camera after so many degrees: 0 from the front, 90 from the patient's left, 180 from behind."""
+    angle = np.radians(degrees)
+    back = np.array([-np.sin(angle), np.cos(angle), 0.0])
+    up = np.array([0.0, 0.0, 1.0])
+    return View(np.cross(back, up), up, back)
+
+
+class Scene:
+    """Organs ready to be looked at.
+
+    Args:
+        meshes: by organ id; at least one.
+    """
+
+    def __init__(self, meshes: dict[int, Mesh]):
+        self.vertices = np.concatenate([mesh.vertices for mesh in meshes.values()])
+        self.normals = np.concatenate([mesh.normals for mesh in meshes.values()])
+        starts = np.cumsum([0, *(len(mesh.vertices) for mesh in meshes.values())])
+        self.faces = np.concatenate([mesh.faces + start for mesh, start in zip(meshes.values(), starts, strict=False)])
+        self.organ = np.repeat(np.array([*meshes], np.uint8), [len(mesh.faces) for mesh in meshes.values()])
+        self.palette = np.zeros((256, 3))
+        for organ in meshes:
+            self.palette[organ] = np.power(colour_of(organ), GAMMA)
+        self.centre = (self.vertices.min(axis=0) + self.vertices.max(axis=0)) / 2
+        around = self.vertices - self.centre
+        # Half of what must fit: the radius about the body axis, as the camera goes around it, and the height.
+        self.half_mm = np.hypot(around[:, 0], around[:, 1]).max(), np.abs(around[:, 2]).max()
+        self.embree = EmbreeScene()
+        self.kept = TriangleMesh(self.embree, self.vertices.astype(np.float32), self.faces.astype(np.int32))
+        self.openness = self.ambient()
+
+    def ambient(self) -> np.ndarray:
+        """(N,) from 0 to 1: how much light from all around reaches each vertex (ambient occlusion)."""
+        light, most = np.zeros(len(self.vertices)), np.zeros(len(self.vertices))
+        for direction in sphere(RAYS_AROUND):
+            slant = self.normals @ direction
+            facing = slant > 0
+            start = self.vertices[facing] + LIFT_MM * self.normals[facing]
+            free = np.minimum(self.cast(start, direction)["tfar"] / REACH_MM, 1)
+            light[facing] += slant[facing] * free
+            most[facing] += slant[facing]
+        return light / np.maximum(most, np.finfo(float).tiny)
+
+    def cast(self, start: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
+        """Where rays from (N, 3) places in one direction meet a surface first: Embree's answer."""
+        directions = np.broadcast_to(np.asarray(direction, np.float32), start.shape)
+        return self.embree.run(np.ascontiguousarray(start, np.float32), np.ascontiguousarray(directions), output=1)
+
+
+def sphere(count: int) -> np.ndarray:
+    """(count, 3) unit vectors spread evenly over all directions (Fibonacci's spiral)."""
+    number = np.arange(count) + 0.5
+    height, turn = 1 - 2 * number / count, np.pi * (1 + 5**0.5) * number
+    width = np.sqrt(1 - height**2)
+    return np.stack([width * np.cos(turn), width * np.sin(turn), height], axis=1)
+
+
+def render(scene: Scene, view: View, size: tuple[int, int], mm_a_pixel: float | None = None) -> Frame:
+    """Draw a scene.
+
+    Args:
+        scene: whose centre comes to the picture's.
+        view: the camera.
+        size: of the picture, width and height in pixels.
+        mm_a_pixel: the scale; without it the organs fill the picture, from every side alike.
+    """
+    width, height = size
+    mm = mm_a_pixel or fitting_scale(scene, size)
+    rows, columns = np.mgrid[:height, :width].reshape(2, -1)
+    seen = np.flatnonzero(
+        (np.abs(columns - (width - 1) / 2) * mm <= scene.half_mm[0] + mm)
+        & (np.abs(rows - (height - 1) / 2) * mm <= scene.half_mm[1] + mm)
+    )
+    light = np.power(backdrop(size), GAMMA).reshape(-1, 3)
+    organ, depth_mm = np.zeros(width * height, np.uint8), np.full(width * height, np.inf, np.float32)
+    light[seen], organ[seen], depth_mm[seen] = look(scene, view, size, mm, rows[seen], columns[seen], light[seen])
+    edges = np.flatnonzero(is_edge(organ.reshape(height, width)).ravel())
+    behind = np.power(backdrop(size), GAMMA).reshape(-1, 3)[edges]
+    light[edges] = np.mean(
+        [look(scene, view, size, mm, rows[edges] + y, columns[edges] + x, behind)[0] for x, y in SUBPIXELS], axis=0
+    )
+    colour = np.round(255 * np.clip(light, 0, 1) ** (1 / GAMMA)).astype(np.uint8)
+    return Frame(colour.reshape(height, width, 3), organ.reshape(height, width), depth_mm.reshape(height, width))
+
+
+def fitting_scale(scene: Scene, size: tuple[int, int]) -> float:
+    """Mm a pixel by which the organs fill a picture of that width and height."""
+    return max(2 * half / (pixels * FILLED) for half, pixels in zip(scene.half_mm, size, strict=True))
+
+
+def look(
+    scene: Scene,
+    view: View,
+    size: tuple[int, int],
+    mm: float,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    behind: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What (N,) rays through places of the picture see: light (N, 3), organ ids and depths in mm.
+
+    `behind` (N, 3) is the light where they meet nothing.
+    """
+    away = 2 * np.hypot(*scene.half_mm) + 1  # the camera's plane, in front of everything
+    x, y = (columns - (size[0] - 1) / 2) * mm, ((size[1] - 1) / 2 - rows) * mm
+    start = scene.centre + x[:, None] * view.right + y[:, None] * view.up + away * view.back
+    hit = scene.cast(start, -view.back)
+    met = hit["primID"] >= 0
+    light, organ, depth_mm = behind.copy(), np.zeros(len(x), np.uint8), np.full(len(x), np.inf, np.float32)
+    faces = hit["primID"][met]
+    organ[met], depth_mm[met] = scene.organ[faces], hit["tfar"][met]
+    u, v = (hit[name][met, None].astype(float) for name in "uv")
+    a, b, c = scene.faces[faces].T
+    normals = (1 - u - v) * scene.normals[a] + u * scene.normals[b] + v * scene.normals[c]
+    open_to = (1 - u[:, 0] - v[:, 0]) * scene.openness[a] + u[:, 0] * scene.openness[b] + v[:, 0] * scene.openness[c]
+    light[met] = shaded(scene.palette[organ[met]], normals, open_to, view)
+    return light, organ, depth_mm
+
+
+def shaded(colour: np.ndarray, normals: np.ndarray, openness: np.ndarray, view: View) -> np.ndarray:
+    """The light that surfaces of (N, 3) colours send to the camera: from all around, two lamps, and a highlight."""
+    normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), np.finfo(float).tiny)
+    axes = np.stack([view.right, view.up, view.back])
+    key, fill = (np.array(place) / np.linalg.norm(place) @ axes for place in (KEY_FROM, FILL_FROM))
+    halfway = (key + view.back) / np.linalg.norm(key + view.back)
+    strength = AMBIENT * openness + (KEY * np.clip(normals @ key, 0, 1) + FILL * np.clip(normals @ fill, 0, 1)) * (
+        0.4 + 0.6 * openness
+    )
+    highlight = SHINE * np.clip(normals @ halfway, 0, 1) ** GLOSS * openness
+    return colour * strength[:, None] * 1.25 + highlight[:, None]
+
+
+def is_edge(organ: np.ndarray) -> np.ndarray:
+    """(H, W) pixels one of whose neighbours above, below, left or right shows another organ."""
+    edge = np.zeros(organ.shape, bool)
+    down, across = organ[1:] != organ[:-1], organ[:, 1:] != organ[:, :-1]
+    edge[1:] |= down
+    edge[:-1] |= down
+    edge[:, 1:] |= across
+    edge[:, :-1] |= across
+    return edge
+
+
+def backdrop(size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) in 0..1: an empty picture, a little lighter at the top."""
+    width, height = size
+    return np.broadcast_to(np.linspace(*BACKDROP, height)[:, None, None], (height, width, 3))
