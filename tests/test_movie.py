@@ -100,6 +100,16 @@ def test_mirrored_and_turned_axes_give_outward_faces_in_the_right_place():
     np.testing.assert_allclose(mesh.vertices.mean(axis=0), turned @ [-20, 30, 40], atol=0.5)
 
 
+def test_what_lies_where_is_kept_when_axes_are_mirrored():
+    labels = np.zeros((30, 30, 30), np.uint8)
+    labels[4:20, 10:14, 10:14] = labels[4:8, 10:26, 10:14] = 1  # an L
+    for mirror in (1, -1):
+        mesh = organ_mesh(labels, 1, np.diag([2.0 * mirror, 2, 2, 1]))
+        x, y = mirror * mesh.vertices[:, 0], mesh.vertices[:, 1]
+        assert y[x > 20].max() < 29  # the foot of the L: voxels 10 to 13
+        assert y[x < 14].max() == pytest.approx(51, abs=2)
+
+
 def test_no_organ_no_mesh():
     assert organ_mesh(np.zeros((4, 4, 4), np.uint8), 1, np.eye(4)) is None
 

@@ -142,7 +142,7 @@ def smoothed(mesh: Mesh) -> Mesh:
 
 
 def grown_to(mesh: Mesh, volume_ml: float) -> Mesh:
-    """A mesh that encloses a volume: moved along its normals, everywhere as far, and scaled for what is then missing."""
+    """A mesh that encloses a volume: moved along its normals, everywhere as far, then scaled for what is missing."""
     area_mm2 = np.linalg.norm(mesh.face_normals, axis=1).sum() / 2
     move_mm = np.clip((volume_ml - mesh.volume_ml) * 1000 / area_mm2, -MOST_MOVE_MM, MOST_MOVE_MM)
     mesh = Mesh(mesh.vertices + move_mm * mesh.normals, mesh.faces)

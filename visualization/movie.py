@@ -58,7 +58,7 @@ def draw_frames(panels: dict[str, Scene | None], background: Image.Image, frames
     size = int(width * (1 - LEGEND)) // len(panels), height
     scale = max(fitting_scale(scene, size) for scene in panels.values() if scene)
     for number in range(frames):
-        view, picture = view_at(180 * number / frames), background.copy()
+        view, picture = view_at(360 * number / frames), background.copy()
         for place, (title, scene) in enumerate(panels.items()):
             left = place * size[0]
             if scene:

@@ -59,7 +59,7 @@ def view_at(degrees: float) -> View:
     angle = np.radians(degrees)
     back = np.array([-np.sin(angle), np.cos(angle), 0.0])
     up = np.array([0.0, 0.0, 1.0])
-    return View(np.cross(back, up), up, back)
+    return View(np.cross(up, back), up, back)
 
 
 class Scene:
