@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -327,6 +328,7 @@ def one_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader, device
             run.checkpoint()  # --resume goes on with the validation
             raise
     row |= {"seconds": time.perf_counter() - started, "peak_gib": peak_gib(device)}
+    row["learning_rate"] = run.training.optimizer.param_groups[0]["lr"]  # of the last step
     facts = {"val_dice": row["val_dice"]}
     if row["val_dice"] is not None:
         bar.set_postfix(dice=f"{row['val_dice']:.4f}")
@@ -402,7 +404,8 @@ def main() -> int:
         return DONE
     with refusing(REFUSED), naming_dead_workers():
         try:
-            train(training, folder, train_set, val_set, device, group, resumed or {})
+            with folder.noting_the_end() if group.first else nullcontext():
+                train(training, folder, train_set, val_set, device, group, resumed or {})
         except (NotFiniteError, ConnectionError) as error:
             print_error(error)
             return STOPPED

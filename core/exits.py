@@ -68,6 +68,11 @@ def print_error(error: Exception) -> None:
     print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Stopped(Exception):
     """A signal has asked the command to stop; `number` is the signal's."""
 

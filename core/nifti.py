@@ -22,7 +22,7 @@ from isal import igzip, isal_zlib
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.spatialimages import HeaderDataError
 
-from core.exits import print_warning
+from core.exits import one_line, print_warning
 
 MAX_GIB = 8.0  # of voxels as float32; 1024x1024x1500 take 6
 SPACING_MM = (0.1, 20.0)  # between neighbouring voxels of any CT
@@ -402,8 +402,3 @@ def warn_of_shear(affine: np.ndarray, warn: Callable[[str], None]) -> None:
     degrees = 90 - np.degrees(np.arccos(np.clip(np.abs(axes.T @ axes)[np.triu_indices(3, 1)], 0, 1))).min()
     if degrees > SHEAR_DEGREES:
         warn(f"its slices are sheared by {degrees:.1f} degrees (tilted gantry); the affine keeps that")
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__

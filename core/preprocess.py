@@ -25,8 +25,9 @@ from isal import igzip
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from torch import Tensor
 
+from core.exits import one_line
 from core.files import whole_file
-from core.nifti import MAX_BEHIND, READ_ERRORS, NiftiFile, Reading, one_line, open_nifti, voxels_apart
+from core.nifti import MAX_BEHIND, READ_ERRORS, NiftiFile, Reading, open_nifti, voxels_apart
 from core.resample import resize_image, resize_slab, slabs
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")

@@ -27,7 +27,7 @@ import torch
 
 from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
-from core.exits import print_warning
+from core.exits import Stopped, one_line, print_warning
 from core.files import lock_file, remove_left_over, whole_file
 from vnet import VNet
 
@@ -72,7 +72,17 @@ class RunFolder:
     def log_columns(self) -> list[str]:
         """The columns of log.csv."""
         dice = [f"dice_{organ.replace(' ', '_')}" for organ in self.config.organs[1:]]
-        return ["epoch", "train_loss", "val_loss", "val_dice", *dice, "seconds", "data_seconds", "peak_gib"]
+        return [
+            "epoch",
+            "train_loss",
+            "val_loss",
+            "val_dice",
+            *dice,
+            "seconds",
+            "data_seconds",
+            "peak_gib",
+            "learning_rate",
+        ]
 
     def lock(self) -> None:
         """Keep other runs off the folder until this process ends, however it ends; nothing where there is no folder.
@@ -204,6 +214,29 @@ class RunFolder:
         }
         with whole_file(self.path / "run.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n")
+
+    @contextmanager
+    def noting_the_end(self) -> Iterator[None]:
+        """A block that trains: run.json tells how and when it ended; after a kill it still says under way."""
+        self.note(outcome="under way", ended=None)
+        try:
+            yield
+        finally:
+            error = sys.exc_info()[1]
+            how = "done" if error is None else f"stopped by {error}" if isinstance(error, Stopped) else one_line(error)
+            try:
+                self.note(outcome=how, ended=datetime.now(UTC).isoformat(timespec="seconds"))
+            except OSError as full:
+                print_warning(f"{full}; how the run ended is not noted")
+
+    def note(self, **facts: Any) -> None:
+        """Put facts into run.json beside what is there."""
+        path = self.path / "run.json"
+        before = {}
+        with suppress(FileNotFoundError, ValueError):
+            before = json.loads(path.read_text())
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(before | facts, indent=2) + "\n")
 
     @contextmanager
     def writing(self) -> Iterator[None]:

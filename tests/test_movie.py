@@ -13,7 +13,7 @@ from PIL import Image
 
 from core.preprocess import load_labels
 from visualization.meshes import Mesh, organ_mesh
-from visualization.movie import main
+from visualization.movie import draw_background, draw_frames, main
 from visualization.render import Scene, render, view_at
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +224,15 @@ def test_a_gif_beside_the_truth(case, tmp_path):
     panel = int(320 * 0.73) // 2
     assert brown[:, :panel].sum() > 100
     assert brown[:, panel : 2 * panel].sum() == pytest.approx(brown[:, :panel].sum(), rel=0.1)
+
+
+def test_prediction_and_truth_stand_at_the_same_place():
+    whole, half = scene((LIVER, (60, 60, 60), 30)), scene((LIVER, (60, 60, 80), 10))
+    background = draw_background((400, 200), "case", [(LIVER, "liver", [1.0, 2.0])])
+    picture = next(draw_frames({"prediction": half, "truth": whole}, background, 1)).astype(int)
+    brown = picture[..., 0] - picture[..., 2] > 60
+    tops = [np.flatnonzero(panel.any(axis=1))[0] for panel in (brown[:, :146], brown[:, 146:292])]
+    assert tops[0] == pytest.approx(tops[1], abs=2)  # both reach up to 90 mm
 
 
 @pytest.mark.parametrize(

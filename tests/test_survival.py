@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import random
 import resource
@@ -104,6 +105,11 @@ def assert_same(first: object, second: object) -> None:
         assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
+def facts(folder: Path) -> dict:
+    """What run.json tells."""
+    return json.loads((folder / "run.json").read_text())
+
+
 def assert_same_run(folder: Path, whole: Path) -> None:
     """The same weights, optimiser, scores and log as the run that nothing happened to."""
     assert_same(content(folder), content(whole))
@@ -193,8 +199,10 @@ def test_a_signal_during_validation_is_acted_on_and_the_validation_done_later(ru
     assert "stopped by SIGTERM" in err
     before = content(tmp_path / "run")
     assert (before["epoch"], len(before["losses"])) == (0, 4)  # all steps of the first epoch, but not its validation
+    assert facts(tmp_path / "run")["outcome"] == "stopped by SIGTERM"
     code, _, err = run("--resume")
     assert code == 0, err
+    assert facts(tmp_path / "run")["outcome"] == "done"
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -207,6 +215,7 @@ def test_a_second_signal_quits_at_once(data, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
+    assert (facts(tmp_path / "run")["outcome"], facts(tmp_path / "run")["ended"]) == ("under way", None)
 
 
 def test_a_damaged_last_falls_back_to_the_one_before(run, whole, tmp_path):
@@ -309,6 +318,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch)
     code, _, err = run()
     assert code == 3
     assert "epoch 1, step 3: weights are not finite" in err
+    assert facts(tmp_path / "run")["outcome"].startswith("epoch 1, step 3: weights are not finite")
     saved = content(tmp_path / "run")
     assert len(saved["losses"]) == 2
     assert all(weight.isfinite().all() for weight in saved["network"].values())

@@ -96,7 +96,7 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
     organs = load_config().organs
     dice = [f"dice_{organ.replace(' ', '_')}" for organ in organs[1:]]
     assert list(log[0]) == [
-        "epoch", "train_loss", "val_loss", "val_dice", *dice, "seconds", "data_seconds", "peak_gib"
+        "epoch", "train_loss", "val_loss", "val_dice", *dice, "seconds", "data_seconds", "peak_gib", "learning_rate"
     ]  # fmt: skip
     per_organ = [float(log[-1][name]) for name in dice if log[-1][name]]
     assert float(log[-1]["val_dice"]) == pytest.approx(np.mean(per_organ), abs=1e-5)
@@ -107,6 +107,8 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
     assert facts["val_cases"] == held_out
     assert sorted(facts["train_cases"] + held_out) == CASES
     assert facts["versions"]["torch"] == torch.__version__
+    assert facts["outcome"] == "done"
+    assert facts["started"] <= facts["ended"]
     network, checkpoint = load_network(folder / "best.pt")
     assert checkpoint["config"] == load_config(folder / "config.yaml")
     assert checkpoint["config"].channels == 2
@@ -136,9 +138,12 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
     assert run(*flags, "--resume", folder="broken")[0] == 0
 
     assert same_weights(tmp_path / "whole" / "last.pt", tmp_path / "broken" / "last.pt")
-    scores = [[(row["epoch"], row["train_loss"], row["val_dice"]) for row in read_log(tmp_path / name)]
-              for name in ("whole", "broken")]  # fmt: skip
+    compared = ("epoch", "train_loss", "val_dice", "learning_rate")
+    scores = [[[row[key] for key in compared] for row in read_log(tmp_path / name)] for name in ("whole", "broken")]
     assert scores[0] == scores[1]
+    rates = [float(row["learning_rate"]) for row in read_log(tmp_path / "whole")]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 2 * rates[-1] > 0
     code, out, _ = run(*flags, "--resume", folder="broken")
     assert (code, "all 4 epochs are done" in out) == (0, True)
 
