@@ -57,9 +57,9 @@ def draw_frames(panels: dict[str, Scene | None], background: Image.Image, frames
     width, height = background.size
     size = int(width * (1 - LEGEND)) // len(panels), height
     scenes = [scene for scene in panels.values() if scene]
-    scale = max(fitting_scale(scene, size) for scene in scenes)
     for scene in scenes:  # the same place of the patient in the middle of every panel
-        scene.centre = scenes[-1].centre
+        scene.centre_on(scenes[-1].centre)
+    scale = max(fitting_scale(scene, size) for scene in scenes)
     for number in range(frames):
         view, picture = view_at(360 * number / frames), background.copy()
         for place, (title, scene) in enumerate(panels.items()):

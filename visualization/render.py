@@ -78,13 +78,17 @@ class Scene:
         self.palette = np.zeros((256, 3))
         for organ in meshes:
             self.palette[organ] = np.power(colour_of(organ), GAMMA)
-        self.centre = (self.vertices.min(axis=0) + self.vertices.max(axis=0)) / 2
-        around = self.vertices - self.centre
-        # Half of what must fit: the radius about the body axis, as the camera goes around it, and the height.
-        self.half_mm = np.hypot(around[:, 0], around[:, 1]).max(), np.abs(around[:, 2]).max()
+        self.centre_on((self.vertices.min(axis=0) + self.vertices.max(axis=0)) / 2)
         self.embree = EmbreeScene()
         self.kept = TriangleMesh(self.embree, self.vertices.astype(np.float32), self.faces.astype(np.int32))
         self.openness = self.ambient()
+
+    def centre_on(self, centre: np.ndarray) -> None:
+        """Have a place, (3,) in mm, in the middle of pictures; it starts as that of the organs' box."""
+        self.centre = centre
+        around = self.vertices - centre
+        # Half of what must fit: the radius about the body axis, as the camera goes around it, and the height.
+        self.half_mm = np.hypot(around[:, 0], around[:, 1]).max(), np.abs(around[:, 2]).max()
 
     def ambient(self) -> np.ndarray:
         """(N,) from 0 to 1: how much light from all around reaches each vertex (ambient occlusion)."""
