@@ -61,22 +61,25 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def lock_file(file: IO, path: Path, wait: bool = True) -> None:
+def lock_file(file: IO, path: Path, wait: bool = True) -> bool:
     """Lock an open file until it is closed, also by the end of a killed process.
 
-    Where the file system has no locks, a warning says so.
+    Returns:
+        whether it is locked; where the file system has no locks it is not, and a warning says so.
 
     Raises:
         BlockingIOError: without `wait`, when another process has it.
     """
     if fcntl is None:
-        return
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         print_warning(f"{path}: this file system has no locks; let one process at a time write into the folder")
+        return False
+    return True
 
 
 def remove_left_over(path: Path) -> None:

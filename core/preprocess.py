@@ -27,7 +27,7 @@ from torch import Tensor
 
 from core.exits import one_line
 from core.files import whole_file
-from core.nifti import MAX_BEHIND, READ_ERRORS, NiftiFile, Reading, open_nifti, voxels_apart
+from core.nifti import MAX_BEHIND, READ_ERRORS, NiftiFile, Reading, corners_mm, open_nifti, voxels_apart
 from core.resample import resize_image, resize_slab, slabs
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -87,9 +87,7 @@ class Geometry:
     @property
     def corners_mm(self) -> np.ndarray:
         """(8, 3): the centres of the eight corner voxels in mm, in the order of the RAS+ array."""
-        last = np.array(self.shape) - 1
-        corners = np.array(np.meshgrid(*[(0, n) for n in last], indexing="ij")).reshape(3, -1).T
-        return nib.affines.apply_affine(self.ras_affine, corners)
+        return corners_mm(self.ras_affine, self.shape)
 
     @property
     def ras_affine(self) -> np.ndarray:

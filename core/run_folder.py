@@ -99,20 +99,21 @@ class RunFolder:
         file = open(path, "a+")  # noqa: SIM115, open as long as the process lives
         holder = f"process {os.getpid()} on {platform.node()}\n"
         try:
-            lock_file(file, path, wait=False)
+            alone = lock_file(file, path, wait=False)
         except BlockingIOError as error:
             file.seek(0)
             other = file.read()
-            if other != holder:  # this process may have it from an earlier run
+            if other != holder:
                 raise FileExistsError(
                     f"{self.path}: another run is at work on it ({other.strip()}); "
                     "wait for its end, or choose another --run-dir"
                 ) from error
+            alone = True  # this process has it from an earlier run
         file.truncate(0)
         file.write(holder)
         file.flush()
         self.lock_file = file
-        for name in RUN_FILES:
+        for name in RUN_FILES if alone else ():
             remove_left_over(self.path / name)
 
     def find_run(self, resume: bool, overwrite: bool, extend: bool = False) -> dict[str, Any] | None:
@@ -222,21 +223,20 @@ class RunFolder:
         try:
             yield
         finally:
-            error = sys.exc_info()[1]
-            how = "done" if error is None else f"stopped by {error}" if isinstance(error, Stopped) else one_line(error)
-            try:
-                self.note(outcome=how, ended=datetime.now(UTC).isoformat(timespec="seconds"))
-            except OSError as full:
-                print_warning(f"{full}; how the run ended is not noted")
+            how = how_it_ended(sys.exc_info()[1])
+            if self.unwritten:
+                how += f"; the latest results could not be written ({one_line(self.unwritten)})"
+            self.note(outcome=how, ended=datetime.now(UTC).isoformat(timespec="seconds"))
 
     def note(self, **facts: Any) -> None:
-        """Put facts into run.json beside what is there."""
+        """Put facts into run.json beside what is there; what hinders that is a warning, and the run goes on."""
         path = self.path / "run.json"
-        before = {}
-        with suppress(FileNotFoundError, ValueError):
+        try:
             before = json.loads(path.read_text())
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(before | facts, indent=2) + "\n")
+            with whole_file(path) as temporary:
+                temporary.write_text(json.dumps({**before, **facts}, indent=2) + "\n")
+        except (OSError, ValueError, TypeError) as error:  # no JSON, or no object in it
+            print_warning(f"{path}: how the run ends is not noted ({one_line(error)})")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -273,6 +273,15 @@ class RunFolder:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def how_it_ended(error: BaseException | None) -> str:
+    """What to say of a run that ended with this error, or without one."""
+    if error is None:
+        return "done"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"stopped by {error}" if isinstance(error, Stopped) else one_line(error)
 
 
 def format_cell(value: float | int | None) -> str:

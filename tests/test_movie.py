@@ -1,5 +1,6 @@
 """Organ surfaces, their pictures, and the movie, decoded again."""
 
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 
 from core.preprocess import load_labels
+from visualization import movie
 from visualization.meshes import Mesh, organ_mesh
-from visualization.movie import draw_background, draw_frames, main
+from visualization.movie import draw_background, draw_frames, draw_mark, main
 from visualization.render import Scene, render, view_at
 
 ROOT = Path(__file__).parents[1]
@@ -217,13 +219,95 @@ def test_a_gif_beside_the_truth(case, tmp_path):
     output = tmp_path / "new" / "o.gif"
     flags = ["--truth", str(case[1]), "--frames", "3", "--size", "320", "180", "--organs", "liver"]
     assert main([*map(str, case), "--output", str(output), *flags]) == 0
-    with Image.open(output) as movie:
-        assert (movie.n_frames, movie.size, movie.info["loop"]) == (3, (320, 180), 0)
-        picture = np.asarray(movie.convert("RGB"))[40:150].astype(int)
+    with Image.open(output) as gif:
+        assert (gif.n_frames, gif.size, gif.info["loop"]) == (3, (320, 180), 0)
+        picture = np.asarray(gif.convert("RGB"))[40:150].astype(int)
     brown = picture[..., 0] - picture[..., 2] > 60
     panel = int(320 * 0.73) // 2
     assert brown[:, :panel].sum() > 100
     assert brown[:, panel : 2 * panel].sum() == pytest.approx(brown[:, :panel].sum(), rel=0.1)
+
+
+def test_edges_are_soft():
+    one = scene((LIVER, (60, 60, 60), 30))
+    frame = render(one, view_at(0), SIZE, 1.0)
+    outside = (frame.organ == 0) & (np.hypot(*(np.indices(SIZE[::-1]) - np.reshape([59.5, 79.5], (2, 1, 1)))) < 31)
+    brightest = frame.colour[..., 0][outside]
+    assert (brightest > 60).any()  # half covered by the ball
+    assert brightest.max() < np.median(frame.colour[..., 0][frame.organ == LIVER])
+
+
+@pytest.mark.parametrize(
+    ("degrees", "left", "right"), [(0, "R", "L"), (90, "A", "P"), (180, "L", "R"), (270, "P", "A")]
+)
+def test_the_mark_tells_the_sides(degrees, left, right):
+    class Recorder:
+        def __init__(self):
+            self.places = {}
+
+        def line(self, *_: object) -> None:
+            pass
+
+        def text(self, place: tuple, letter: str, *_: object) -> None:
+            self.places[letter] = place
+
+    recorder = Recorder()
+    draw_mark(recorder, view_at(degrees), 720)
+    assert set(recorder.places) == {left, right, "S", "I"}
+    assert recorder.places[left][0] < recorder.places[right][0]
+    assert recorder.places["S"][1] < recorder.places["I"][1]
+
+
+def test_the_legend_has_the_volumes_of_the_organs_that_are_there(case, tmp_path, monkeypatch):
+    listed = []
+
+    def listing(size: tuple[int, int], title: str, rows: list) -> Image.Image:
+        listed.append((title, rows))
+        return draw_background(size, title, rows)
+
+    monkeypatch.setattr(movie, "draw_background", listing)
+    flags = ["--truth", str(case[1]), "--frames", "1", "--size", "320", "180"]
+    assert main([*map(str, case), "--output", str(tmp_path / "o.gif"), *flags]) == 0
+    labels = np.asarray(nib.load(case[1]).dataobj)
+    ml = [(labels == organ).sum() * 3 * 3 * 5 / 1000 for organ in (LIVER, SPLEEN)]
+    ((title, rows),) = listed
+    assert title == "scan"
+    assert [row[:2] for row in rows] == [(LIVER, "liver"), (SPLEEN, "spleen")]
+    np.testing.assert_allclose([row[2] for row in rows], [[ml[0]] * 2, [ml[1]] * 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif"])
+def test_a_movie_that_does_not_fit_on_the_disk_leaves_the_old_one(case, tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails then, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    output = tmp_path / f"o.{suffix}"
+    output.write_bytes(b"old")
+    done = subprocess.run(
+        [sys.executable, "-m", "visualization.movie", *map(str, case), "--frames", "4", "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=small_disk,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert str(output) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert output.read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, *(path.name for path in case)}
+
+
+def test_a_movie_that_lacks_frames_is_not_kept(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(movie.imageio_ffmpeg, "count_frames_and_secs", lambda path: (2, 0.1))
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, case), "--frames", "3", "--size", "320", "180", "--output", str(tmp_path / "o.mp4")])
+    assert end.value.code == 1
+    assert f"{tmp_path / 'o.mp4'}: ffmpeg could not write it whole" in capsys.readouterr().err
+    assert not (tmp_path / "o.mp4").exists()
 
 
 def test_prediction_and_truth_stand_at_the_same_place():

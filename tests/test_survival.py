@@ -288,6 +288,22 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_failure(run, tmp_path, monke
     assert code == 3
     assert "error:" in err.splitlines()[-1]
     assert "cannot be written" in err.splitlines()[-1]
+    assert facts(tmp_path / "run")["outcome"].startswith("done; the latest results could not be written")
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_run_json_is_warned_of_and_the_run_goes_on(run, tmp_path, content):
+    assert run("--epochs", "1")[0] == 0
+    notes = tmp_path / "run" / "run.json"
+    notes.write_text(content)
+    code, _, err = run("--epochs", "2", "--schedule", "constant", "--overwrite")
+    assert code == 0
+    assert facts(tmp_path / "run")["outcome"] == "done"
+    notes.write_text(content)
+    code, _, err = run("--epochs", "3", "--schedule", "constant", "--resume", "--extend")
+    assert code == 0
+    assert f"warning: {notes}: how the run ends is not noted" in err
+    assert notes.read_text() == content
 
 
 def test_a_disk_without_room_is_seen_before_writing(run, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ The first frame is seen from the front, so the patient's right is at the picture
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from core.config import DEFAULT_CONFIG, load_organs
 from core.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.files import whole_file
 from core.preprocess import check_same_grid, load_labels, read_geometry
+from dataset import case_id
 from visualization.meshes import organ_mesh
 from visualization.render import Scene, View, backdrop, fitting_scale, render, view_at
 from visualization.style import FONT, INK, colour_of
@@ -123,19 +125,37 @@ def write_movie(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int])
             first, *rest = (Image.fromarray(frame) for frame in frames)
             first.save(temporary, append_images=rest, duration=round(1000 / FRAMES_A_SECOND), loop=0)
             return
-        writer = imageio_ffmpeg.write_frames(
-            str(temporary),
-            size,
-            fps=FRAMES_A_SECOND,
-            codec="libx264",
-            quality=None,
-            macro_block_size=2,
-            output_params=["-crf", str(CRF), "-movflags", "+faststart"],
-        )
+        try:
+            write_h264(temporary, frames, size)
+        except (OSError, RuntimeError) as error:  # both with pages of what ffmpeg says
+            raise OSError(f"{path}: ffmpeg could not write it whole; is the disk full?") from error
+
+
+def write_h264(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int]) -> None:
+    """Have ffmpeg write frames, and read them back, since it ends without an error when the disk is full.
+
+    Raises:
+        OSError, RuntimeError: when they are not all there.
+    """
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        size,
+        fps=FRAMES_A_SECOND,
+        codec="libx264",
+        quality=None,
+        macro_block_size=2,
+        ffmpeg_log_level="quiet",
+        output_params=["-crf", str(CRF), "-movflags", "+faststart"],
+    )
+    sent = 0
+    with closing(writer):
         writer.send(None)
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
-        writer.close()
+            sent += 1
+    written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    if written != sent:
+        raise OSError(f"{written} of {sent} frames are there")
 
 
 def choose_organs(names: Sequence[str] | None, organs: Sequence[str]) -> list[int]:
@@ -185,8 +205,7 @@ def make_movie(
         raise ValueError(f"{paths}: has none of the organs to show, expected one at least")
     rows = [(organ, organs[organ], [ml[organ] for ml in volumes_ml]) for organ in chosen]
     rows = [row for row in rows if any(row[2])]
-    name = scan.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-    write_movie(output, draw_frames(panels, draw_background(size, name, rows), frames), size)
+    write_movie(output, draw_frames(panels, draw_background(size, case_id(scan), rows), frames), size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
