@@ -10,6 +10,10 @@ DEMO := runs/demo
 DEMO_TRAINING := --size 64 64 48 --channels 8 --down-convs 1 1 1 1 1 --up-convs 1 1 1 1 \
 	--loss dice_cross_entropy --learning-rate 5e-3 --schedule poly --augment --epochs 24 --val-interval 4 --workers 0
 
+# One thread each, since the tests that compare bits need it and the others are no slower; a file's tests stay together,
+# since they share what took long to make.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: demo test test-long
 
 demo: $(VENV)/installed
@@ -29,10 +33,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-long: $(VENV)/installed
-	$(RUN) -m pytest
+	$(PYTEST)
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

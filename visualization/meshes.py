@@ -57,13 +57,16 @@ class Mesh:
         return np.cross(b - a, c - a)
 
 
-def organ_mesh(labels: np.ndarray, organ: int, affine: np.ndarray) -> Mesh | None:
+def organ_mesh(
+    labels: np.ndarray, organ: int, affine: np.ndarray, step_range_mm: tuple[float, float] = STEP_MM
+) -> Mesh | None:
     """The surface of an organ.
 
     Args:
         labels: (X, Y, Z) ids.
         organ: the id to mesh.
         affine: (4, 4), from voxels to mm.
+        step_range_mm: the finest and the coarsest mesh; what lies between goes by the organ's size.
 
     Returns:
         the mesh, of the volume of the organ's voxels to a few per cent; None when the label map has not the organ.
@@ -76,7 +79,7 @@ def organ_mesh(labels: np.ndarray, organ: int, affine: np.ndarray) -> Mesh | Non
     first = np.array([cut.start for cut in box]) - PAD
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     voxel_mm3 = abs(np.linalg.det(affine[:3, :3]))
-    step_mm = np.clip(np.cbrt(np.count_nonzero(mask) * voxel_mm3) / STEPS_ACROSS, *STEP_MM)
+    step_mm = np.clip(np.cbrt(np.count_nonzero(mask) * voxel_mm3) / STEPS_ACROSS, *step_range_mm)
     field, voxels_a_step = resampled(signed_distance(mask, spacing_mm), spacing_mm, step_mm)
     field = ndimage.gaussian_filter(field, BLUR)
     level = level_of_volume(field, step_mm, np.count_nonzero(mask) / np.prod(voxels_a_step))

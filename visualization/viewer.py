@@ -1,0 +1,260 @@
+"""A scan and its organs as one web page, to be opened from disk: slices in three planes, surfaces, names, volumes, HU.
+
+    python -m visualization.viewer SCAN LABELS --output viewer.html
+    python -m visualization.viewer SCAN PREDICTION --truth LABELS --output viewer.html
+
+The page holds all that it shows and asks the network for nothing, so it can be mailed and opened years later. To stay
+small it holds the scan in-plane at no more than 256x256 voxels and in steps of 4 HU, and says so; --full holds all.
+Volumes and surfaces are those of the label map as it is.
+"""
+
+import argparse
+import gzip
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import nibabel as nib
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from core.config import DEFAULT_CONFIG, load_organs
+from core.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.files import whole_file
+from core.preprocess import Geometry, check_same_grid, load_labels, load_scan
+from core.resample import resize_image, resize_labels
+from dataset import case_id
+from visualization.meshes import Mesh, organ_mesh
+from visualization.overlay import choose_slices, count_by_slice, draw_overlay
+from visualization.page import FOLDER, Data, data_url, escaped, make_page
+from visualization.render import Scene, render, view_at
+from visualization.style import colour_of
+
+IN_PLANE = 256  # voxels along X and Y that a page holds at most, without --full
+HU_STEP = 4  # without --full; finer than what a CT's noise leaves to be seen
+HU_RANGE = (-1024, 3071)  # of 12 bits, as scanners have them
+MESH_STEP_MM = (1.5, 3.0)  # of surfaces in the page, which are turned and not measured
+STILL = (800, 600)  # pixels of the surfaces' still picture
+GZIP_LEVEL = 9
+NIIVUE = FOLDER / "vendor" / "niivue.umd.js"
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A scan with the label maps to look at.
+
+    Attributes:
+        title: the case, as a rule.
+        voxels: (X, Y, Z) float32, HU in RAS+ order.
+        geometry: of the scan.
+        label_maps: (X, Y, Z) uint8 ids on the same grid, by what they are called on the page.
+        organs: names by id, background first.
+    """
+
+    title: str
+    voxels: np.ndarray
+    geometry: Geometry
+    label_maps: dict[str, np.ndarray]
+    organs: Sequence[str]
+
+
+def make_viewer(shown: Shown, full: bool = False) -> str:
+    """The page, HTML.
+
+    Args:
+        shown: what to look at.
+        full: whether the page holds every voxel and every HU, however large it gets.
+    """
+    size = shown.voxels.shape if full else (*(min(n, IN_PLANE) for n in shown.voxels.shape[:2]), shown.voxels.shape[2])
+    step = np.array(shown.voxels.shape) / size
+    affine = shown.geometry.ras_affine @ np.block([[np.diag(step), (step[:, None] - 1) / 2], [np.zeros(3), 1]])
+    first = next(iter(shown.label_maps.values()))
+    counts = count_by_slice(first, len(shown.organs))
+    start = choose_slices(counts)
+    meshes = {
+        (source, organ): organ_mesh(labels, organ, shown.geometry.ras_affine, MESH_STEP_MM)
+        for source, labels in enumerate(shown.label_maps.values())
+        for organ in range(1, len(shown.organs))
+    }
+    meshes = {which: mesh for which, mesh in meshes.items() if mesh}
+    surfaces, packed = pack_surfaces(meshes)
+    case = {
+        "sources": list(shown.label_maps),
+        "organs": describe_organs(shown),
+        "start_mm": in_mm(shown.geometry, start),
+        "step_mm": [float(mm) for mm in np.array(shown.geometry.spacing_mm) * step],
+        "surfaces": surfaces,
+    }
+    data = {
+        "case": Data.json(case),
+        "scan": Data.bytes(pack_volume(smaller_scan(shown.voxels, size, full), affine)),
+        "surfaces-data": Data.bytes(gzip.compress(packed, GZIP_LEVEL, mtime=0)),
+    }
+    for number, labels in enumerate(shown.label_maps.values()):
+        data[f"labels-{number}"] = Data.bytes(pack_volume(resize_labels(labels, size), affine))
+    body = Template((FOLDER / "viewer.html").read_text(encoding="utf-8")).substitute(
+        title=escaped(shown.title),
+        about=escaped(describe_grid(shown.voxels.shape, size, shown.geometry.spacing_mm, full)),
+        slices=still_of_slices(shown, first),
+        surfaces=still_of_surfaces({organ: mesh for (source, organ), mesh in meshes.items() if source == 0}),
+        niivue=escaped(json.loads((NIIVUE.parent / "niivue.json").read_text())["version"]),
+    )
+    scripts = [path.read_text(encoding="utf-8") for path in (NIIVUE, FOLDER / "viewer.js")]
+    return make_page(shown.title, body, scripts, [(FOLDER / "viewer.css").read_text(encoding="utf-8")], data)
+
+
+def describe_grid(shape: Sequence[int], size: Sequence[int], spacing_mm: Sequence[float], full: bool) -> str:
+    """What the page holds of the scan, in a sentence."""
+    numbers = " x ".join(map(str, shape)), " x ".join(f"{mm:.3g}" for mm in spacing_mm)
+    scan = f"CT of {numbers[0]} voxels of {numbers[1]} mm"
+    if full:
+        return f"{scan}, shown in full."
+    grid = "" if tuple(size) == tuple(shape) else f"at {size[0]} x {size[1]} in-plane and "
+    return f"{scan}, shown {grid}in steps of {HU_STEP} HU. Volumes are those of the whole label map."
+
+
+def describe_organs(shown: Shown) -> list[dict]:
+    """Of each organ that a label map has: id, name, colour, and for each map its mL and a place in it, or None."""
+    boxes = [ndimage.find_objects(labels, max_label=len(shown.organs) - 1) for labels in shown.label_maps.values()]
+    described = []
+    for organ in range(1, len(shown.organs)):
+        sources = []
+        for labels, found in zip(shown.label_maps.values(), boxes, strict=True):
+            box = found[organ - 1]
+            if box is None:
+                sources.append(None)
+                continue
+            mask = labels[box] == organ
+            place = inside(mask) + [cut.start for cut in box]
+            ml = np.count_nonzero(mask) * shown.geometry.voxel_ml
+            sources.append({"ml": float(ml), "mm": in_mm(shown.geometry, place)})
+        if any(sources):
+            colour = [round(255 * part) for part in colour_of(organ)]
+            described.append({"id": organ, "name": shown.organs[organ], "colour": colour, "sources": sources})
+    return described
+
+
+def inside(mask: np.ndarray) -> np.ndarray:
+    """A voxel of a mask, (3,): in the axial slice with the most of it, the one nearest to that slice's centre."""
+    z = int(np.count_nonzero(mask, axis=(0, 1)).argmax())
+    places = np.argwhere(mask[:, :, z])
+    nearest = places[((places - places.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+    return np.array([*nearest, z])
+
+
+def in_mm(geometry: Geometry, voxel: Sequence[int]) -> list[float]:
+    """Where a voxel of the RAS+ array lies in the patient, in mm."""
+    return (geometry.ras_affine @ [*voxel, 1])[:3].tolist()
+
+
+def smaller_scan(voxels: np.ndarray, size: Sequence[int], full: bool) -> np.ndarray:
+    """The scan as the page holds it: int16, at `size` and in steps of HU_STEP, or in full."""
+    if full:
+        return np.rint(voxels.clip(np.iinfo(np.int16).min, np.iinfo(np.int16).max)).astype(np.int16)
+    resized = voxels if tuple(size) == voxels.shape else resize_image(np.ascontiguousarray(voxels), size)
+    return (np.rint(resized.clip(*HU_RANGE) / HU_STEP) * HU_STEP).astype(np.int16)
+
+
+def pack_volume(volume: np.ndarray, affine: np.ndarray) -> bytes:
+    """A volume in RAS+ order as the bytes of a .nii.gz file."""
+    return gzip.compress(nib.Nifti1Image(volume, affine).to_bytes(), GZIP_LEVEL, mtime=0)
+
+
+def pack_surfaces(meshes: dict[tuple[int, int], Mesh]) -> tuple[list[dict], bytes]:
+    """Surfaces by label map and organ, as a list of where each lies in the bytes beside it.
+
+    Vertices are uint16 triples, a step a 65,535th of the organ's box; faces are uint32 triples.
+    """
+    parts, packed = [], b""
+    for (source, organ), mesh in meshes.items():
+        low, high = mesh.vertices.min(axis=0), mesh.vertices.max(axis=0)
+        step = (high - low) / np.iinfo(np.uint16).max
+        vertices = np.rint((mesh.vertices - low) / step).astype("<u2").tobytes()
+        vertices += b"\0" * (-len(vertices) % 4)  # the faces start at a multiple of their size
+        parts.append(
+            {
+                "source": source,
+                "organ": organ,
+                "vertices": len(mesh.vertices),
+                "faces": len(mesh.faces),
+                "start": len(packed),
+                "faces_start": len(packed) + len(vertices),
+                "low": low.tolist(),
+                "step": step.tolist(),
+            }
+        )
+        packed += vertices + mesh.faces.astype("<u4").tobytes()
+    return parts, packed
+
+
+def still_of_slices(shown: Shown, labels: np.ndarray) -> str:
+    """The three slices with the most organs, as a picture's address."""
+    figure = draw_overlay(
+        shown.voxels, labels, shown.geometry.spacing_mm, shown.organs, shown.title, shown.geometry.voxel_ml
+    )
+    picture = io.BytesIO()
+    figure.savefig(picture, format="jpeg")
+    return data_url("image/jpeg", picture.getvalue())
+
+
+def still_of_surfaces(meshes: dict[int, Mesh]) -> str:
+    """The organs from the front, as a picture's address; black without any."""
+    colour = render(Scene(meshes), view_at(0), STILL).colour if meshes else np.zeros((*STILL[::-1], 3), np.uint8)
+    picture = io.BytesIO()
+    Image.fromarray(colour).save(picture, format="jpeg", quality=88)
+    return data_url("image/jpeg", picture.getvalue())
+
+
+def read_shown(scan: Path, label_maps: dict[str, Path], organs: Sequence[str]) -> Shown:
+    """Read a scan and its label maps.
+
+    Raises:
+        OSError, ValueError: when a file cannot be read, or does not lie on the scan's grid.
+    """
+    voxels, geometry = load_scan(scan)
+    labels = {}
+    for name, path in label_maps.items():
+        labels[name], grid = load_labels(path, len(organs))
+        check_same_grid(geometry, grid, path.name)
+    return Shown(case_id(scan), voxels, geometry, labels, organs)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page whole; the folder is made when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0 done, 1 input refused, 2 wrong usage or settings."""
+    args = parse_arguments(arguments)
+    with refusing(USAGE):
+        if args.output.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"{args.output}: a page's name must end with .html")
+        organs = load_organs(args.config)
+    with refusing(REFUSED):
+        label_maps = {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
+        write_page(args.output, make_viewer(read_shown(args.scan, label_maps, organs), args.full))
+    print(f"wrote {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+    return DONE
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m visualization.viewer", description=__doc__.splitlines()[0])
+    parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
+    parser.add_argument("labels", type=Path, help="its label map, NIfTI")
+    parser.add_argument("--output", type=Path, required=True, help="page to write: .html")
+    parser.add_argument("--truth", type=Path, metavar="LABELS", help="a second label map, to switch to")
+    parser.add_argument("--full", action="store_true", help="hold every voxel and HU, however large the page gets")
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)
