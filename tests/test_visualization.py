@@ -20,8 +20,9 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from core.config import load_organs
 from visualization import curves, overlay
 from visualization.curves import draw_curves
-from visualization.overlay import choose_slices, count_by_slice, draw_overlay
-from visualization.style import ORGAN_COLOURS, colour_of, colour_table, save_figure
+from visualization.overlay import draw_comparison, draw_contact_sheet, draw_overlay, errors_of
+from visualization.slices import choose_slices, count_by_slice
+from visualization.style import EXTRA, MISSED, MIXED_UP, ORGAN_COLOURS, colour_of, colour_table, save_figure
 
 ROOT = Path(__file__).parents[1]
 ORGANS = load_organs()
@@ -298,7 +299,7 @@ def test_legend_gives_each_organs_volume_and_whether_it_is_seen():
     for name, ml in {"liver": "26.9", "spleen": "12.8", "left kidney": "0.2"}.items():
         assert texts[texts.index(name) + 1] == ml
     assert "pancreas" not in texts
-    assert "hollow: in none of the three slices" in texts
+    assert "hollow: in none of these slices" in texts
 
 
 def test_no_text_overlaps_another_or_leaves_the_picture():
@@ -306,6 +307,11 @@ def test_no_text_overlaps_another_or_leaves_the_picture():
     for organ in range(1, len(ORGANS)):
         labels[2 * organ, 3:25, organ % 11] = organ
     figure = draw_overlay(np.zeros(labels.shape, np.float32), labels, (9.0, 9.0, 5.0), ORGANS, "a thick slab")
+    check_texts(figure)
+
+
+def check_texts(figure: Figure) -> None:
+    """See that no text lies on another, and none goes over the edge."""
     FigureCanvasAgg(figure).draw()
     texts = [t for t in (*figure.texts, *(t for axes in figure.axes for t in axes.texts)) if t.get_text()]
     boxes = {text.get_text() + f" {i}": text.get_window_extent() for i, text in enumerate(texts)}
@@ -315,6 +321,118 @@ def test_no_text_overlaps_another_or_leaves_the_picture():
         assert figure.bbox.contains(box.x1, box.y1), name
     for (name, box), (other_name, other) in combinations(boxes.items(), 2):
         assert not box.overlaps(other), f"{name} lies on {other_name}"
+
+
+def drawn(figure: Figure) -> np.ndarray:
+    """The figure's pixels, (rows, columns, 3) from 0 to 1."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3] / 255
+
+
+def test_errors_are_told_apart():
+    truth, prediction = np.array([[0, 1, 2, 2, 0]]), np.array([[0, 0, 2, 1, 1]])
+    assert errors_of(prediction, truth).tolist() == [[0, 1, 0, 3, 2]]
+
+
+def test_comparison_shows_prediction_truth_and_errors():
+    voxels, truth = make_volume()
+    prediction = truth.copy()
+    prediction[BOXES[SPLEEN]] = 0  # missed
+    prediction[19:22, 11:17, 6:10] = 2  # a part of the liver taken for the right kidney
+    prediction[10:15, 11:17, 6:10] = LIVER  # too much
+    figure = draw_comparison(voxels, prediction, truth, SPACING_MM, ORGANS, "case")
+    pixels = drawn(figure)
+    legend = int(len(pixels[0]) * figure.axes[-1].get_position().x0)
+    left, middle, _ = np.array_split(pixels[:, : legend - 40], 3, axis=1)
+    assert not looks_like(left, SPLEEN).any()
+    assert looks_like(middle, SPLEEN).any()
+    assert looks_like(left, 2).any()
+    assert not looks_like(middle, 2).any()
+    panel = panel_of(figure, pixels, 2)  # errors, axial
+    places = {}
+    for name, colour in {"missed": MISSED, "extra": EXTRA, "mixed": MIXED_UP}.items():
+        rgb = np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)]) / 255
+        places[name] = centre(np.abs(panel - rgb).max(axis=-1) < 0.16)[0]
+    # From the patient's right: the liver's part x 19 to 21, then what is too much, x 10 to 14, and the spleen, 3 to 6.
+    expected = {"mixed": 1 - 20.5 / 24, "extra": 1 - 12.5 / 24, "missed": 1 - 5 / 24}
+    assert places == pytest.approx(expected, abs=0.03)
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    liver, spleen, kidney = (texts.index(name) for name in ("liver", "spleen", "right kidney"))
+    # Liver: 7 x 6 x 4 voxels in truth; 3 x 6 x 4 are missing and 5 x 6 x 4 too many: 2 * 4 / (7 + 9).
+    assert texts[liver + 1 : liver + 4] == ["34.6", "26.9", "0.500"]
+    assert texts[spleen + 1 : spleen + 4] == ["0.0", "12.8", "0.000"]
+    assert texts[kidney + 1 : kidney + 4] == ["11.5", "0.0", "0.000"]
+
+
+def panel_of(figure: Figure, pixels: np.ndarray, number: int) -> np.ndarray:
+    """One of a figure's axes as pixels."""
+    box = figure.axes[number].get_window_extent()
+    left, right, top, bottom = (round(v) for v in (box.x0, box.x1, len(pixels) - box.y1, len(pixels) - box.y0))
+    return pixels[top:bottom, left:right]
+
+
+def test_contact_sheet_goes_evenly_from_the_highest_slice_to_the_lowest():
+    voxels, labels = make_volume()
+    figure = draw_contact_sheet(voxels, labels, SPACING_MM, ORGANS, "case", 4)
+    captions = [text.get_text() for axes in figure.axes for text in axes.texts if text.get_text().startswith("z = ")]
+    assert captions == ["z = 9", "z = 7", "z = 4", "z = 2"]  # the organs lie in slices 2 to 9
+    pixels = drawn(figure)
+    for number, organs in enumerate(({LIVER}, {LIVER}, {SPLEEN}, {SPLEEN})):
+        panel = panel_of(figure, pixels, number)
+        assert {organ for organ in (LIVER, SPLEEN) if looks_like(panel, organ).any()} == organs
+    assert (
+        centre(looks_like(panel_of(figure, pixels, 0), LIVER))[0]
+        < 0.5
+        < centre(looks_like(panel_of(figure, pixels, 3), SPLEEN))[0]
+    )
+    sizes = {tuple(np.round(axes.get_position().size * figure.get_size_inches(), 6)) for axes in figure.axes[:4]}
+    assert len(sizes) == 1
+    ((width, height),) = sizes
+    assert width / height == pytest.approx(24 * 4 / (20 * 5))  # mm-true
+    more = draw_contact_sheet(voxels, labels, SPACING_MM, ORGANS, "case", 100)
+    assert len(more.axes) == 8 + 1  # no slice twice
+
+
+@pytest.mark.parametrize("draw", ["comparison", "sheet"])
+def test_other_pictures_too_keep_their_texts_apart(draw):
+    labels = np.zeros((40, 30, 33), np.uint8)
+    for organ in range(1, len(ORGANS)):
+        labels[2 * organ, 3:25, 2 * organ] = organ
+    voxels, about = np.zeros(labels.shape, np.float32), ((9.0, 9.0, 5.0), ORGANS, "case")
+    if draw == "comparison":
+        figure = draw_comparison(voxels, labels, labels[::-1], *about)
+    else:
+        figure = draw_contact_sheet(voxels, labels, *about, 12)
+    check_texts(figure)
+
+
+@pytest.mark.parametrize("shape", [(24, 20, 1), (1, 1, 1)])
+def test_other_pictures_of_thin_and_empty_scans(shape):
+    for labels in (np.zeros(shape, np.uint8), np.ones(shape, np.uint8)):
+        voxels, about = np.zeros(shape, np.float32), (SPACING_MM, ORGANS, "case")
+        for figure in (draw_comparison(voxels, labels, labels, *about), draw_contact_sheet(voxels, labels, *about, 9)):
+            assert drawn(figure).any()
+
+
+def test_the_command_draws_comparison_and_sheet(tmp_path):
+    voxels, labels = make_volume()
+    scan = save_nifti(voxels, "LAI", tmp_path / "case_0000.nii.gz", np.int16)
+    label_map = save_nifti(labels, "LAI", tmp_path / "case.nii.gz", np.uint8)
+    for flags in (("--truth", label_map), ("--contact", 6)):
+        result = run_main("overlay", scan, label_map, *flags, "--output", tmp_path / "picture.png")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert imread(tmp_path / "picture.png").shape[0] > 300
+        (tmp_path / "picture.png").unlink()
+    for flags, message in (
+        (("--truth", label_map, "--contact", 6), "one of the two"),
+        (("--contact", 0), "got 0, expected 1 or more"),
+    ):
+        result = run_main("overlay", scan, label_map, *flags, "--output", tmp_path / "picture.png")
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "picture.png").exists()
 
 
 @pytest.mark.parametrize("shape", [(24, 20, 1), (1, 1, 1)])

@@ -1,194 +1,72 @@
-"""One axial, one coronal and one sagittal slice of a scan with its organs, as a picture.
+"""Slices of a scan with its organs, as a picture: the three that show most, prediction beside truth, or many of them.
 
     python -m visualization.overlay SCAN LABELS --output slices.png
+    python -m visualization.overlay SCAN PREDICTION --truth LABELS --output errors.png
+    python -m visualization.overlay SCAN LABELS --contact 20 --output sheet.png
 
-The slices are chosen to show as many organs as possible. All three share one scale in mm, so thick slices are drawn as
-thick as they are. Left and right follow the radiological convention: the patient's right is at the picture's left.
-The slice numbers in the captions count from 0 in RAS+ order: from the left, the back and the feet.
+One axial, one coronal and one sagittal slice are chosen to show as many organs as possible; a sheet holds axial slices
+from the lowest to the highest with an organ. All share one scale in mm, so thick slices are drawn as thick as they are.
+Left and right follow the radiological convention: the patient's right is at the picture's left. The slice numbers in
+the captions count from 0 in RAS+ order: from the left, the back and the feet.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.transforms import offset_copy
 
 from core.config import DEFAULT_CONFIG, load_organs
 from core.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.metrics import confusion_matrix, organ_scores
 from core.preprocess import check_same_grid, load_labels, load_scan
-from visualization.style import INK, apply_style, check_format, colour_of, colour_table, save_figure
+from dataset import case_id
+from visualization.slices import (
+    AROUND,
+    LEGEND_LINE,
+    VIEWS,
+    as_seen,
+    choose_slices,
+    count_by_slice,
+    crop_to_organs,
+    draw_legend,
+    draw_scale_bar,
+    draw_slice,
+    draw_tissue,
+    legend_width,
+    write_around,
+)
+from visualization.style import EXTRA, MISSED, MIXED_UP, apply_style, check_format, save_figure
 
-# HU drawn black and white: the soft-tissue window of abdominal reading, level 40 and width 400.
-WINDOW_HU = (-160.0, 240.0)
-# Share of an organ's colour in its tint: enough to name the organ, little enough to see the tissue through it.
-TINT = 0.35
-# Points: thinner is lost when a README shrinks the picture, thicker fills the adrenal glands.
-CONTOUR_WIDTH = 1.1
-# Mm of surroundings shown beyond the organs: reaches the skin in most patients, and leaves chest and table out.
-SURROUNDINGS_MM = 50.0
 # Inches that the panels may take side by side and above one another, gaps not counted.
 PANELS_WIDTH, PANELS_HEIGHT = 10.0, 10.0
+COMPARED_WIDTH, COMPARED_HEIGHT = 13.0, 12.0  # the same where three columns stand side by side
+SHEET_WIDTH, SHEET_CELL = 14.0, 2.6  # inches of a sheet, and of a slice on it at most
+SHEET_GAP, SHEET_CAPTION = 0.08, 0.22  # inches between the slices of a sheet, and for the caption above each
 # Inches around a panel, for its letters; between the rows, for letters, scale bar and caption; and for the title.
 MARGIN, ROW_GAP, TITLE_HEIGHT = 0.35, 0.85, 0.4
-# Inches of one line of the legend and of a legend as wide as "right adrenal gland" and its volume.
-LEGEND_LINE, LEGEND_WIDTH = 0.235, 2.9
-# The views by the axis that they cut, with the letters at the picture's left, right, top and bottom.
-VIEWS = {2: ("axial", "RLAP"), 1: ("coronal", "RLSI"), 0: ("sagittal", "APSI")}
+# Share of an error's colour in its tint: an error is to be found at once, the tissue below matters less.
+ERROR_TINT = 0.85
+ERRORS = {"missed": MISSED, "too much": EXTRA, "another organ": MIXED_UP}  # in the order of `errors_of`
 
 
-def as_seen(plane: np.ndarray) -> np.ndarray:
-    """Turn a slice of a RAS+ volume, (A, B), into a picture's rows and columns, (B, A).
+class Canvas:
+    """A figure that is filled with axes placed in inches from its upper left corner."""
 
-    Whichever axis was cut, the remaining two point right or forward, and forward or up; the radiological convention
-    has those ends at the picture's left and top.
-    """
-    return plane[::-1, ::-1].T
+    def __init__(self, width: float, height: float, title: str):
+        apply_style()
+        self.figure = Figure(figsize=(width, height))
+        self.figure.text(MARGIN / width, 1 - TITLE_HEIGHT / height, title, size=13, weight="bold", va="bottom")
 
-
-def count_by_slice(labels: np.ndarray, classes: int) -> list[np.ndarray]:
-    """Count the voxels of every class in every slice: for each axis X, Y, Z a (slices, K) array."""
-    return [
-        np.stack([np.bincount(plane.ravel(), minlength=classes) for plane in np.moveaxis(labels, axis, 0)])
-        for axis in range(3)
-    ]
-
-
-def choose_slices(counts: Sequence[np.ndarray]) -> list[int]:
-    """Choose the slice of each axis so that the three together show the most organs.
-
-    An organ counts by the root of its area over its largest area along the axis, so that one more organ is worth more
-    than more of one. An organ that an earlier view shows already (axial, coronal, sagittal) counts half.
-
-    Args:
-        counts: as `count_by_slice` gives them.
-
-    Returns:
-        one slice number for each axis X, Y, Z; the middle where there is no organ.
-    """
-    weights = np.ones(counts[0].shape[1] - 1)
-    chosen = [0, 0, 0]
-    for axis in VIEWS:
-        area = counts[axis][:, 1:]
-        worth = np.sqrt(area / np.maximum(area.max(axis=0), 1)) @ weights  # (slices,)
-        chosen[axis] = int(worth.argmax()) if worth.any() else len(worth) // 2
-        weights[area[chosen[axis]] > 0] = 0.5
-    return chosen
-
-
-def crop_to_organs(counts: Sequence[np.ndarray], spacing_mm: Sequence[float]) -> tuple[slice, slice, slice]:
-    """Find the box of all organs and SURROUNDINGS_MM around it, within the scan; the whole scan without any organ."""
-    box = []
-    for count, mm in zip(counts, spacing_mm, strict=True):
-        found = np.flatnonzero(count[:, 1:].any(axis=1))
-        first, last = (found[0], found[-1]) if len(found) else (0, len(count) - 1)
-        more = round(SURROUNDINGS_MM / mm)
-        box.append(slice(max(0, first - more), min(len(count), last + 1 + more)))
-    return tuple(box)
-
-
-def lay_out(extent_mm: Sequence[float], legend_lines: int) -> tuple[Figure, list[Axes], Axes]:
-    """Make the figure: coronal below axial, sagittal beside coronal, all at one scale, the legend beside axial.
-
-    Args:
-        extent_mm: the volume's size along X, Y, Z in mm.
-        legend_lines: how many lines the legend must hold.
-
-    Returns:
-        the figure, the panels by the axis that they cut, and the legend's axes.
-    """
-    x, y, z = extent_mm
-    inches = min(PANELS_WIDTH / (x + y), PANELS_HEIGHT / (y + z))
-    x, y, z = x * inches, y * inches, z * inches
-    top_row = max(y, legend_lines * LEGEND_LINE)
-    width = MARGIN + x + 2 * MARGIN + max(y, LEGEND_WIDTH) + MARGIN
-    height = TITLE_HEIGHT + MARGIN + top_row + ROW_GAP + z + MARGIN
-    figure = Figure(figsize=(width, height))
-
-    def add_axes(left: float, top: float, w: float, h: float) -> Axes:
-        """Axes placed in inches from the figure's upper left corner."""
-        return figure.add_axes((left / width, 1 - (top + h) / height, w / width, h / height))
-
-    right, upper, lower = 3 * MARGIN + x, TITLE_HEIGHT + MARGIN, TITLE_HEIGHT + MARGIN + top_row + ROW_GAP
-    sagittal, coronal = add_axes(right, lower, y, z), add_axes(MARGIN, lower, x, z)
-    return figure, [sagittal, coronal, add_axes(MARGIN, upper, x, y)], add_axes(right, upper, LEGEND_WIDTH, top_row)
-
-
-def draw_slice(axes: Axes, voxels: np.ndarray, labels: np.ndarray, size_mm: Sequence[float]) -> None:
-    """Draw one slice: CT in gray, every organ as a tint and a contour.
-
-    Args:
-        axes: of the same shape as the slice; its data unit becomes the mm.
-        voxels: (rows, columns) HU, as seen.
-        labels: (rows, columns) ids, as seen.
-        size_mm: the slice's width and height in mm.
-    """
-    width, height = size_mm
-    (low, high), extent = WINDOW_HU, (0, width, height, 0)
-    axes.imshow(voxels, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bilinear")
-    colours = colour_table(int(labels.max()) + 1)
-    axes.imshow((colours * (1, 1, 1, TINT))[labels], extent=extent, interpolation="nearest")
-    # With a frame of background, an organ that the scan cuts off gets its contour along the scan's edge.
-    framed = np.pad(labels, 1)
-    x, y = ((np.arange(n) - 0.5) * mm / (n - 2) for n, mm in zip(framed.T.shape, size_mm, strict=True))
-    for organ in np.unique(labels[labels > 0]):
-        axes.contour(x, y, framed == organ, levels=[0.5], colors=[colours[organ]], linewidths=CONTOUR_WIDTH)
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.axis("off")
-
-
-def write_around(axes: Axes, letters: str, caption: str) -> None:
-    """Write the four directions and the caption outside of a panel, where they hide nothing."""
-    # For each letter: the point of the panel it belongs to (0 to 1), and how far outside it stands (points).
-    places = ((0, 0.5, -10, 0), (1, 0.5, 10, 0), (0.5, 1, 0, 10), (0.5, 0, 0, -10))
-    style = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
-    for letter, (x, y, right, up) in zip(letters, places, strict=True):
-        axes.annotate(letter, (x, y), (right, up), ha="center", weight="bold", **style)
-    axes.annotate(caption, (0, 1), (0, 10), size=9, **style)
-
-
-def draw_scale_bar(axes: Axes) -> None:
-    """Draw a bar of a round length in mm under the right end of a panel whose data unit is the mm."""
-    width, height = axes.get_xlim()[1], axes.get_ylim()[0]
-    power = 10.0 ** np.floor(np.log10(width / 3))
-    length = max(step * power for step in (1, 2, 5) if step * power <= width / 3)
-    # Along the panel in mm, below it in points.
-    below = offset_copy(axes.transData, axes.figure, y=-10, units="points")
-    start = width - length
-    axes.plot(
-        [start, width], [height, height], color=INK, lw=2.5, solid_capstyle="butt", transform=below, clip_on=False
-    )
-    axes.text(start - 0.01 * width, height, f"{length:g} mm", size=9, va="center", ha="right", transform=below)
-
-
-def draw_legend(axes: Axes, volumes_ml: np.ndarray, shown: set[int], organs: Sequence[str]) -> None:
-    """List the organs that are present: colour, name, volume; hollow where no slice passes through the organ.
-
-    Args:
-        axes: LEGEND_WIDTH wide; its data unit becomes the inch.
-        volumes_ml: (K,) volume of every class in mL.
-        shown: ids that can be seen in the slices.
-        organs: names by id, background first.
-    """
-    height = axes.get_position().height * axes.figure.get_figheight()
-    axes.set(xlim=(0, LEGEND_WIDTH), ylim=(height, 0))
-    axes.axis("off")
-    present = [organ for organ in range(1, len(organs)) if volumes_ml[organ] > 0]
-    y = LEGEND_LINE / 2
-    axes.text(0, y, "organ" if present else "no organ in the label map", va="center", weight="bold")
-    if present:
-        axes.text(LEGEND_WIDTH, y, "mL", va="center", ha="right", weight="bold")
-    for organ in present:
-        y += LEGEND_LINE
-        colour = colour_of(organ)
-        axes.add_patch(Rectangle((0, y - 0.07), 0.2, 0.14, facecolor=colour, edgecolor=colour, fill=organ in shown))
-        axes.text(0.3, y, organs[organ], va="center")
-        axes.text(LEGEND_WIDTH, y, f"{volumes_ml[organ]:,.1f}", va="center", ha="right")
-    if not shown.issuperset(present):
-        axes.text(0, y + LEGEND_LINE, "hollow: in none of the three slices", va="center", size=8, style="italic")
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """New axes."""
+        w, h = self.figure.get_size_inches()
+        return self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
 def draw_overlay(
@@ -210,32 +88,218 @@ def draw_overlay(
         voxel_ml: volume of one voxel in mL, smaller than the spacing makes it where the grid is sheared.
 
     Returns:
-        the figure, for `save_figure`.
+        the figure, for `save_figure`: coronal below axial, sagittal beside coronal, the legend beside axial.
 
     Raises:
         ValueError: when the shapes differ or an id has no name.
     """
-    if voxels.shape != labels.shape:
-        raise ValueError(f"{title}: the scan has shape {voxels.shape}, its labels {labels.shape}, expected the same")
-    if labels.max() >= len(organs):
-        raise ValueError(f"{title}: label {labels.max()} found, expected 0 to {len(organs) - 1}")
+    check_volumes(title, voxels, organs, labels)
     counts = count_by_slice(labels, len(organs))
     volumes_ml = counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)
-    slices, box = choose_slices(counts), crop_to_organs(counts, spacing_mm)
+    present = (np.flatnonzero(volumes_ml[1:]) + 1).tolist()
+    chosen, box = choose_slices(counts), crop_to_organs(counts, spacing_mm)
     extent_mm = [(cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=True)]
-    apply_style()
-    # Beside the organs the legend has a heading and a foot.
-    figure, panels, legend = lay_out(extent_mm, np.count_nonzero(volumes_ml[1:]) + 2)
+
+    x, y, z = extent_mm
+    scale = min(PANELS_WIDTH / (x + y), PANELS_HEIGHT / (y + z))
+    x, y, z = x * scale, y * scale, z * scale
+    top_row = max(y, (len(present) + 2) * LEGEND_LINE)  # beside the organs the legend has a heading and a foot
+    right, upper, lower = 3 * MARGIN + x, TITLE_HEIGHT + MARGIN, TITLE_HEIGHT + MARGIN + top_row + ROW_GAP
+    canvas = Canvas(right + max(y, legend_width(1)) + MARGIN, lower + z + MARGIN, title)
+    panels = {
+        2: canvas.axes(MARGIN, upper, x, y),
+        1: canvas.axes(MARGIN, lower, x, z),
+        0: canvas.axes(right, lower, y, z),
+    }
     for axis, (view, letters) in VIEWS.items():
-        plane = tuple(slices[axis] if other == axis else cut for other, cut in enumerate(box))
+        plane = tuple(chosen[axis] if other == axis else cut for other, cut in enumerate(box))
         draw_slice(panels[axis], as_seen(voxels[plane]), as_seen(labels[plane]), np.delete(extent_mm, axis))
-        write_around(panels[axis], letters, f"{view}, {'xyz'[axis]} = {slices[axis]}")
+        write_around(panels[axis], letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
     draw_scale_bar(panels[2])
-    shown = {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][slices[axis]]).tolist()}
-    draw_legend(legend, volumes_ml, shown, organs)
-    left, top = MARGIN / figure.get_figwidth(), 1 - TITLE_HEIGHT / figure.get_figheight()
-    figure.text(left, top, title, size=13, weight="bold", va="bottom")
-    return figure
+    shown = {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][chosen[axis]]).tolist()}
+    legend = canvas.axes(right, upper, legend_width(1), top_row)
+    draw_legend(legend, organs, present, {"mL": [f"{ml:,.1f}" for ml in volumes_ml]}, shown)
+    return canvas.figure
+
+
+def draw_comparison(
+    voxels: np.ndarray,
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing_mm: Sequence[float],
+    organs: Sequence[str],
+    title: str,
+    voxel_ml: float | None = None,
+) -> Figure:
+    """Draw three slices with the prediction, the truth, and where the two differ, and each organ's Dice.
+
+    Args:
+        voxels: (X, Y, Z) HU in RAS+ order.
+        prediction: (X, Y, Z) ids on the same grid.
+        truth: (X, Y, Z) ids on the same grid.
+        spacing_mm: distance of neighbouring voxels along X, Y, Z in mm.
+        organs: names by id, background first.
+        title: written above, the case as a rule.
+        voxel_ml: as for `draw_overlay`.
+
+    Returns:
+        the figure: a row for each view, the legend beside them.
+
+    Raises:
+        ValueError: when the shapes differ or an id has no name.
+    """
+    check_volumes(title, voxels, organs, prediction, truth)
+    columns = {"prediction": prediction, "truth": truth}
+    counted = {name: count_by_slice(labels, len(organs)) for name, labels in columns.items()}
+    # The slices are those that show the most of the truth, or of the prediction where there is no truth.
+    counts = [p + t for p, t in zip(*counted.values(), strict=True)]
+    chosen = choose_slices(counted["truth"] if truth.any() else counted["prediction"])
+    box = crop_to_organs(counts, spacing_mm)
+    extent_mm = np.array([(cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=True)])
+    present = (np.flatnonzero(counts[0].sum(axis=0)[1:]) + 1).tolist()
+
+    x, y, z = extent_mm
+    scale = min(COMPARED_WIDTH / (3 * max(x, y)), COMPARED_HEIGHT / (y + 2 * z))
+    column, heights = max(x, y) * scale + 2 * MARGIN, {2: y * scale, 1: z * scale, 0: z * scale}
+    legend_height = (len(present) + 3 + len(ERRORS)) * LEGEND_LINE
+    rows = sum(heights.values()) + 2 * ROW_GAP
+    upper, side = TITLE_HEIGHT + 2 * MARGIN, MARGIN + 3 * column
+    canvas = Canvas(side + legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, title)
+    top = upper
+    for axis, (view, letters) in VIEWS.items():
+        plane = tuple(chosen[axis] if other == axis else cut for other, cut in enumerate(box))
+        size_mm, tissue = np.delete(extent_mm, axis), as_seen(voxels[plane])
+        panels = [canvas.axes(MARGIN + place * column, top, size_mm[0] * scale, heights[axis]) for place in range(3)]
+        for panel, labels in zip(panels, columns.values(), strict=False):
+            draw_slice(panel, tissue, as_seen(labels[plane]), size_mm)
+        draw_errors(panels[2], tissue, as_seen(errors_of(prediction[plane], truth[plane])), size_mm)
+        for panel in panels:
+            write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}" if panel is panels[0] else "")
+        if axis == 2:
+            draw_scale_bar(panels[0])
+            for panel, heading in zip(panels, (*columns, "errors"), strict=True):
+                panel.annotate(heading, (0, 1), (0, 26), **AROUND, weight="bold")
+        top += heights[axis] + ROW_GAP
+    shown = {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][chosen[axis]]).tolist()}
+    ml = voxel_ml or np.prod(spacing_mm) / 1000
+    dice = organ_scores(confusion_matrix(truth, prediction, len(organs)))["dice"]
+    listed = {
+        name: [f"{n * ml:,.1f}" for n in counted[key][0].sum(axis=0)]
+        for name, key in (("mL", "prediction"), ("truth", "truth"))
+    }
+    listed["Dice"] = [f"{value:.3f}" for value in dice]
+    draw_legend(canvas.axes(side, upper, legend_width(3), legend_height), organs, present, listed, shown)
+    draw_error_legend(
+        canvas.axes(side, upper + legend_height - len(ERRORS) * LEGEND_LINE, legend_width(3), len(ERRORS) * LEGEND_LINE)
+    )
+    return canvas.figure
+
+
+def errors_of(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Where two label maps differ: 0 nowhere, 1 organ missed, 2 organ where there is none, 3 another organ."""
+    errors = np.zeros(truth.shape, np.uint8)
+    errors[(truth > 0) & (prediction == 0)] = 1
+    errors[(truth == 0) & (prediction > 0)] = 2
+    errors[(truth > 0) & (prediction > 0) & (truth != prediction)] = 3
+    return errors
+
+
+def draw_errors(axes: Axes, voxels: np.ndarray, errors: np.ndarray, size_mm: Sequence[float]) -> None:
+    """Draw one slice: CT in gray, and in colour where prediction and truth differ.
+
+    Args:
+        axes: of the same shape as the slice.
+        voxels: (rows, columns) HU, as seen.
+        errors: (rows, columns) of `errors_of`, as seen.
+        size_mm: the slice's width and height in mm.
+    """
+    draw_tissue(axes, voxels, size_mm)
+    colours = np.array([(0, 0, 0, 0), *(to_rgba(colour, ERROR_TINT) for colour in ERRORS.values())])
+    axes.imshow(colours[errors], extent=(0, size_mm[0], size_mm[1], 0), interpolation="nearest")
+
+
+def draw_error_legend(axes: Axes) -> None:
+    """List the colours of errors."""
+    width, height = axes.get_position().size * axes.figure.get_size_inches()
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    for place, (name, colour) in enumerate(ERRORS.items()):
+        y = (place + 0.5) * LEGEND_LINE
+        axes.add_patch(Rectangle((0, y - 0.07), 0.2, 0.14, facecolor=colour))
+        axes.text(0.3, y, name, va="center")
+
+
+def draw_contact_sheet(
+    voxels: np.ndarray,
+    labels: np.ndarray,
+    spacing_mm: Sequence[float],
+    organs: Sequence[str],
+    title: str,
+    number: int,
+    voxel_ml: float | None = None,
+) -> Figure:
+    """Draw axial slices, evenly from the lowest to the highest with an organ.
+
+    Args:
+        voxels: (X, Y, Z) HU in RAS+ order.
+        labels: (X, Y, Z) ids on the same grid; without any organ the slices are those of the whole scan.
+        spacing_mm: distance of neighbouring voxels along X, Y, Z in mm.
+        organs: names by id, background first.
+        title: written above, the case as a rule.
+        number: of slices; fewer when there are not as many.
+        voxel_ml: as for `draw_overlay`.
+
+    Returns:
+        the figure, the highest slice first.
+
+    Raises:
+        ValueError: when the shapes differ or an id has no name.
+    """
+    check_volumes(title, voxels, organs, labels)
+    counts = count_by_slice(labels, len(organs))
+    found = np.flatnonzero(counts[2][:, 1:].any(axis=1))
+    first, last = (found[0], found[-1]) if len(found) else (0, labels.shape[2] - 1)
+    chosen = np.unique(np.linspace(first, last, number).round().astype(int))[::-1]
+    box = crop_to_organs(counts, spacing_mm)[:2]
+    x_mm, y_mm = ((cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=False))
+    present = (np.flatnonzero(counts[0].sum(axis=0)[1:]) + 1).tolist()
+
+    scale = SHEET_CELL / max(x_mm, y_mm)
+    x, y = x_mm * scale, y_mm * scale
+    columns = min(
+        len(chosen), math.ceil(math.sqrt(len(chosen) * (y + SHEET_CAPTION) / x)), int(SHEET_WIDTH / (x + SHEET_GAP))
+    )
+    rows = math.ceil(len(chosen) / columns)
+    legend_height = (len(present) + 2) * LEGEND_LINE
+    upper, cell = TITLE_HEIGHT + MARGIN, y + SHEET_CAPTION + SHEET_GAP
+    side = 2 * MARGIN + columns * (x + SHEET_GAP)
+    canvas = Canvas(side + legend_width(1) + MARGIN, upper + max(rows * cell, legend_height) + MARGIN, title)
+    for place, z in enumerate(chosen):
+        row, column = divmod(place, columns)
+        panel = canvas.axes(MARGIN + column * (x + SHEET_GAP), upper + SHEET_CAPTION + row * cell, x, y)
+        draw_slice(panel, as_seen(voxels[(*box, z)]), as_seen(labels[(*box, z)]), (x_mm, y_mm))
+        panel.annotate(f"z = {z}", (0, 1), (0, 6), **AROUND, size=8)
+        if place == 0:
+            for letter, where, side_of in (("R", (0.02, 0.5), "left"), ("L", (0.98, 0.5), "right")):
+                panel.annotate(letter, where, xycoords="axes fraction", ha=side_of, va="center", weight="bold")
+        if place == len(chosen) - 1:
+            draw_scale_bar(panel)
+    volumes_ml = counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)
+    shown = {organ for z in chosen for organ in np.flatnonzero(counts[2][z]).tolist()}
+    legend = canvas.axes(side, upper, legend_width(1), legend_height)
+    draw_legend(legend, organs, present, {"mL": [f"{ml:,.1f}" for ml in volumes_ml]}, shown)
+    return canvas.figure
+
+
+def check_volumes(title: str, voxels: np.ndarray, organs: Sequence[str], *label_maps: np.ndarray) -> None:
+    """Raise a ValueError when label maps are not of the scan's shape, or hold an id without a name."""
+    for labels in label_maps:
+        if voxels.shape != labels.shape:
+            raise ValueError(
+                f"{title}: the scan has shape {voxels.shape}, its labels {labels.shape}, expected the same"
+            )
+        if labels.max() >= len(organs):
+            raise ValueError(f"{title}: label {labels.max()} found, expected 0 to {len(organs) - 1}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,13 +307,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     with refusing(USAGE):
         check_format(args.output)
+        if args.contact is not None and args.truth is not None:
+            raise ValueError("--contact and --truth: a sheet shows one label map, expected one of the two")
+        if args.contact is not None and args.contact < 1:
+            raise ValueError(f"--contact: got {args.contact}, expected 1 or more")
         organs = load_organs(args.config)
     with refusing(REFUSED):
         voxels, scan = load_scan(args.scan)
-        labels, grid = load_labels(args.labels, len(organs))
-        check_same_grid(scan, grid, args.labels.name)
-        title = args.scan.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
-        save_figure(draw_overlay(voxels, labels, scan.spacing_mm, organs, title, scan.voxel_ml), args.output)
+        label_maps = []
+        for path in (args.labels, args.truth) if args.truth else (args.labels,):
+            labels, grid = load_labels(path, len(organs))
+            check_same_grid(scan, grid, path.name)
+            label_maps.append(labels)
+        about = (scan.spacing_mm, organs, case_id(args.scan))
+        if args.truth:
+            figure = draw_comparison(voxels, *label_maps, *about, scan.voxel_ml)
+        elif args.contact:
+            figure = draw_contact_sheet(voxels, *label_maps, *about, args.contact, scan.voxel_ml)
+        else:
+            figure = draw_overlay(voxels, *label_maps, *about, scan.voxel_ml)
+        save_figure(figure, args.output)
     print(f"wrote {args.output}")
     return DONE
 
@@ -260,6 +337,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
     parser.add_argument("labels", type=Path, help="its label map, NIfTI")
     parser.add_argument("--output", type=Path, required=True, help="picture to write: .png, .jpg, .webp, .pdf or .svg")
+    parser.add_argument("--truth", type=Path, metavar="LABELS", help="draw this beside it, and where the two differ")
+    parser.add_argument("--contact", type=int, metavar="N", help="draw a sheet of N axial slices instead")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
     return parser.parse_args(arguments)
 

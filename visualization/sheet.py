@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from visualization.overlay import as_seen, draw_slice
+from visualization.slices import as_seen, draw_slice
 from visualization.style import INK, apply_style
 
 CELL_INCHES = 2.2

@@ -47,6 +47,9 @@ PIXELS_PER_INCH = 150
 PICTURE_SUFFIXES = (".png", ".jpg", ".webp", ".pdf", ".svg")
 # What is written and drawn, and what it stands on: the organs' light colours would vanish on white.
 INK, PAPER = "#f2f2f2", "#000000"
+# What is wrong with a prediction: organ missed, organ where there is none, one organ taken for another. Far apart in
+# lightness and in blue, so that every vision tells them apart.
+MISSED, EXTRA, MIXED_UP = "#ff4d3d", "#2fb8ff", "#ffe75e"
 
 
 def colour_of(organ: int) -> tuple[float, float, float]:

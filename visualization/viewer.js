@@ -5,6 +5,7 @@ const CASE = JSON.parse(document.getElementById("case").textContent);
 const WINDOWS_HU = {"Soft tissue": [-160, 240], "Liver": [-15, 135], "Bone": [-450, 1050], "Lung": [-1350, 150]};
 const FROM_THE_FRONT = [180, 10]; // degrees: azimuth and elevation of NiiVue's camera
 const STEP_DEGREES = 10;
+const THICK = 2; // slices are, when they lie so many times farther apart than the voxels in them
 const ARROWS = {ArrowLeft: [1, 0, 0], ArrowRight: [-1, 0, 0], ArrowUp: [0, 1, 0], ArrowDown: [0, -1, 0],
   PageUp: [0, 0, 1], PageDown: [0, 0, -1]}; // mm to the patient's right, front and head, in voxels of the finest axis
 const TURNS = {ArrowLeft: [-STEP_DEGREES, 0], ArrowRight: [STEP_DEGREES, 0], ArrowUp: [0, STEP_DEGREES],
@@ -12,6 +13,8 @@ const TURNS = {ArrowLeft: [-STEP_DEGREES, 0], ArrowRight: [STEP_DEGREES, 0], Arr
 
 const shown = new Set(CASE.organs.map((organ) => organ.id));
 let source = 0; // which of CASE.sources is shown
+const whole = []; // ids of each source's voxels, x fastest
+const edges = []; // the same, but for what lies within an organ; made when first asked for
 const slices = new niivue.Niivue({
   backColor: [0, 0, 0, 1], crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.35, crosshairWidthUnit: "percent", crosshairGap: 3,
   showAllOrientationMarkers: true, fontMinPx: 15,
@@ -51,9 +54,9 @@ function colours() {
 
 function update() {
   const outlines = element("outlines").checked;
-  slices.opts.atlasOutline = outlines ? 1 : 0;
   CASE.sources.forEach((_, number) => {
     const volume = slices.volumes[1 + number];
+    volume.img = outlines ? (edges[number] ??= edgesOf(whole[number], volume.hdr.dims)) : whole[number];
     volume.setColormapLabel(colours());
     volume.opacity = number === source ? (outlines ? 1 : Number(element("opacity").value)) : 0;
   });
@@ -70,6 +73,21 @@ function update() {
   }
 }
 
+// Ids where a neighbour has another, else 0. Where slices are thick, only those within a slice count: else the outline of
+// a thin organ would be all of it.
+function edgesOf(ids, [, nx, ny, nz]) {
+  const [dx, dy, dz] = CASE.step_mm;
+  const isThick = dz > THICK * Math.min(dx, dy);
+  return ids.map((id, place) => {
+    const x = place % nx, y = Math.floor(place / nx) % ny, z = Math.floor(place / (nx * ny));
+    const atEdge = id &&
+      (x === 0 || ids[place - 1] !== id || x === nx - 1 || ids[place + 1] !== id ||
+       y === 0 || ids[place - nx] !== id || y === ny - 1 || ids[place + nx] !== id ||
+       (!isThick && (z === 0 || ids[place - nx * ny] !== id || z === nz - 1 || ids[place + nx * ny] !== id)));
+    return atEdge ? id : 0;
+  });
+}
+
 function setWindow(name) {
   [slices.volumes[0].cal_min, slices.volumes[0].cal_max] = WINDOWS_HU[name];
   slices.updateGLVolume();
@@ -84,7 +102,9 @@ function goTo(mm) {
 function readOut(location) {
   const [x, y, z] = location.mm;
   const hu = Math.round(location.values[0].value);
-  const id = Math.round(location.values[1 + source].value);
+  const [i, j, k] = location.vox;
+  const [, nx, ny] = slices.volumes[0].hdr.dims;
+  const id = whole[source][Math.round(i) + nx * (Math.round(j) + ny * Math.round(k))];
   const organ = CASE.organs.find((candidate) => candidate.id === id);
   const side = (mm, plus, minus) => `${Math.abs(mm).toFixed(0)} mm ${mm < 0 ? minus : plus}`;
   element("readout").textContent =
@@ -212,6 +232,7 @@ async function start() {
   slices.addVolume(await volume("scan", "scan"));
   for (let number = 0; number < CASE.sources.length; number++) {
     slices.addVolume(await volume(`labels-${number}`, CASE.sources[number]));
+    whole.push(slices.volumes[1 + number].img);
   }
   slices.setSliceType(niivue.SLICE_TYPE.MULTIPLANAR);
   await addSurfaces();

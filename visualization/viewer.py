@@ -29,9 +29,10 @@ from core.preprocess import Geometry, check_same_grid, load_labels, load_scan
 from core.resample import resize_image, resize_labels
 from dataset import case_id
 from visualization.meshes import Mesh, organ_mesh
-from visualization.overlay import choose_slices, count_by_slice, draw_overlay
+from visualization.overlay import draw_overlay
 from visualization.page import FOLDER, Data, data_url, escaped, make_page
 from visualization.render import Scene, render, view_at
+from visualization.slices import choose_slices, count_by_slice
 from visualization.style import colour_of
 
 IN_PLANE = 256  # voxels along X and Y that a page holds at most, without --full
