@@ -31,7 +31,7 @@ from tqdm import tqdm
 from core.config import DEFAULT_CONFIG, check, load_config
 from core.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
 from core.files import whole_file
-from core.flare22 import TOLERANCES_MM
+from core.flare22 import TOLERANCE_MM, TOLERANCES_MM
 from core.nifti import MAX_GIB, Reading
 from core.parallel import MOST_WORKERS, cores, in_processes
 from core.scoring import COMPARED, DIGITS, SCORE_DEFINITIONS, Rules, Scored, Task, score_case
@@ -39,7 +39,6 @@ from core.summary import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, bootstrap_interval, 
 from core.tables import ceiling_table, comparison_table, score_table
 from dataset import find_label_maps, listed, select_cases
 
-TOLERANCE_MM = 3.0  # of NSD, for organs that have none of their own in TOLERANCES_MM
 # All that a run leaves. What an earlier one left goes first: beside new rows it would pass for theirs.
 RESULTS = ("metrics.csv", "other_metrics.csv", "summary.json", "comparison.json", "scores.png")
 CEILING_RESULTS = ("ceiling.csv", "ceiling.json")

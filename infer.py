@@ -3,8 +3,9 @@
     python infer.py INPUT [INPUT ...] --checkpoint runs/vnet/best.pt --output predictions
 
 INPUT is a NIfTI file, a folder of them, or the folder of a DICOM series. Writes OUTPUT/CASE.nii.gz, a label map in the
-scan's own geometry, for each scan, and OUTPUT/volumes.csv with every organ's volume in mL. Size, HU window and organs
-come from the checkpoint. What an earlier run left of a case that fails is renamed to .old.
+scan's own geometry, for each scan, and OUTPUT/volumes.csv with every organ's volume in mL; with --report also a page
+with pictures, and OUTPUT/reports/index.html, which leads to them. Size, HU window and organs come from the checkpoint.
+What an earlier run left of a case that fails is renamed to .old.
 Exit code 0: done, 1: some input or scan was refused (the others are done), 2: wrong usage.
 """
 
@@ -36,6 +37,7 @@ from core.predictions import (
     prepare_folder,
     probabilities_path,
     rename_old,
+    report_files,
     set_aside,
     write_volumes,
 )
@@ -115,6 +117,21 @@ class Segmentation:
 # ---- The three stages ------------------------------------------------------------------------------------------------
 
 
+def read(inference: Inference, file: Path, reading: Reading) -> tuple[np.ndarray, Geometry]:
+    """A scan's HU, (X, Y, Z) float32 in RAS+ order, and its geometry, from a NIfTI file or the folder of a series.
+
+    Raises:
+        OSError, ValueError: when it cannot be read.
+    """
+    if not file.is_dir():
+        return load_scan(file, reading)
+    from data.dicom import load_series
+
+    voxels, geometry = load_series(file, inference.series_uid, reading.warn, reading.max_gib)
+    warn_of_values(voxels, reading.warn)
+    return voxels, geometry
+
+
 def prepare(inference: Inference, scan: Segmentation) -> None:
     """Read a scan and resize it to the network's grid; warn if it is unlike the training cases.
 
@@ -122,13 +139,7 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
         OSError, ValueError: when it cannot be read.
     """
     reading = replace(inference.reading, warn=lambda message: print_warning(scan.named(message)))
-    if scan.file.is_dir():
-        from data.dicom import load_series
-
-        voxels, scan.geometry = load_series(scan.file, inference.series_uid, reading.warn, reading.max_gib)
-        warn_of_values(voxels, reading.warn)
-    else:
-        voxels, scan.geometry = load_scan(scan.file, reading)
+    voxels, scan.geometry = read(inference, scan.file, reading)
     unlike = differences(voxels, scan.geometry, inference.training_data)
     if unlike:
         reading.warn(f"unlike the training cases, expect a poor prediction: {', '.join(unlike)}")
@@ -367,7 +378,14 @@ def main() -> int:
 
     config, training_data = checkpoint["config"], checkpoint["training_data"]
     asked_for = (output, arguments.probabilities, reading, arguments.series)
-    failed = segment_into(Inference(network, config, training_data, device, precision, *asked_for), cases)
+    inference = Inference(network, config, training_data, device, precision, *asked_for)
+    failed = segment_into(inference, cases)
+    done = {case: scan for case, scan in cases.items() if case not in failed}
+    if arguments.report:
+        failed += report_on(inference, done, Path(arguments.checkpoint), checkpoint)
+    else:
+        for path in (path for case in done for path in report_files(output, case)):
+            rename_old(path, f"{path.parent.name}: segmented without --report")
     if failed or refused:
         print(f"error: failed: {', '.join([*failed, *map(str, refused)])}", file=sys.stderr)
         return REFUSED
@@ -387,6 +405,17 @@ def segment_into(inference: Inference, cases: dict[str, Path]) -> list[str]:
     return failed
 
 
+def report_on(inference: Inference, cases: dict[str, Path], path: Path, checkpoint: dict) -> list[str]:
+    """Write a page for each segmented case, and one that lists them; the cases without, which are named."""
+    from visualization.report import provenance_of, write_reports
+
+    quiet = replace(inference.reading, warn=lambda _: None)  # what there is to say was said when it was segmented
+    made_by = provenance_of(path, checkpoint) | {"computed in": str(inference.precision).removeprefix("torch.")}
+    return write_reports(
+        inference.output, cases, lambda file: read(inference, file, quiet), inference.config.organs, made_by
+    )
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Segment CT scans with a trained V-Net.")
@@ -402,6 +431,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_probabilities.nii.gz too")
+    parser.add_argument("--report", action="store_true", help="write a page with pictures for each case, in reports/")
     parser.add_argument("--series", metavar="UID", help="of a DICOM folder with several series, the one to segment")
     parser.add_argument(
         "--max-gib",

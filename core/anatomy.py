@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from core.preprocess import Geometry
 
@@ -33,6 +34,10 @@ RIGHT_OF = (
     ("right kidney", "left kidney"),
     ("right adrenal gland", "left adrenal gland"),
 )
+# The scan's ends along X, Y, Z in RAS+ order.
+ENDS = (("left", "right"), ("back", "front"), ("bottom", "top"))
+# Share of an organ that may lie apart from its largest piece without a remark: crumbs are in most predictions.
+CRUMBS = 0.02
 
 
 @dataclass(frozen=True)
@@ -42,30 +47,35 @@ class Organ:
     Attributes:
         ml: its volume.
         right_mm: how far to the patient's right its centre lies, from the origin of world coordinates.
-        cut: whether it touches the edge of the scan, so that it may go on outside.
+        cut: the ends of the scan that it touches, where it may go on outside: some of ENDS.
+        pieces_ml: volumes of the pieces that hang together (by face, edge or corner), the largest first.
     """
 
     ml: float
     right_mm: float
-    cut: bool
+    cut: tuple[str, ...]
+    pieces_ml: tuple[float, ...]
 
 
 def organs_in(labels: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> dict[str, Organ]:
     """The organs that occur in labels, (X, Y, Z) integers below K in RAS+ order, by name; background left out."""
-    counts = [
-        np.stack([np.bincount(plane.ravel(), minlength=len(organs)) for plane in np.moveaxis(labels, axis, 0)])
-        for axis in range(3)
-    ]
-    corners = geometry.corners_mm  # in the order of (x, y, z) with z fastest
-    steps = [(corners[4 >> axis] - corners[0])[0] / max(1, labels.shape[axis] - 1) for axis in range(3)]
     found = {}
-    for i, name in enumerate(organs[1:], start=1):
-        voxels = int(counts[0][:, i].sum())
-        if voxels:
-            centre = [(along[:, i] @ np.arange(len(along))) / voxels for along in counts]
-            right_mm = corners[0][0] + sum(step * place for step, place in zip(steps, centre, strict=True))
-            cut = any(along[0, i] or along[-1, i] for along in counts)
-            found[name] = Organ(voxels * geometry.voxel_ml, float(right_mm), bool(cut))
+    boxes = ndimage.find_objects(labels, max_label=len(organs) - 1)
+    for organ, (name, box) in enumerate(zip(organs[1:], boxes, strict=True), start=1):
+        if box is None:
+            continue
+        mask = labels[box] == organ
+        centre = [place.mean() + cut.start for place, cut in zip(np.nonzero(mask), box, strict=True)]
+        right_mm = float((geometry.ras_affine @ [*centre, 1])[0])
+        ends = [
+            end
+            for cut, n, pair in zip(box, labels.shape, ENDS, strict=True)
+            for end, touched in zip(pair, (cut.start == 0, cut.stop == n), strict=True)
+            if touched
+        ]
+        pieces = np.bincount(ndimage.label(mask, np.ones((3, 3, 3)))[0].ravel())[1:]
+        pieces_ml = tuple(float(voxels * geometry.voxel_ml) for voxels in sorted(pieces, reverse=True))
+        found[name] = Organ(float(pieces.sum() * geometry.voxel_ml), right_mm, tuple(ends), pieces_ml)
     return found
 
 
@@ -83,3 +93,30 @@ def odd_volumes(found: dict[str, Organ]) -> list[tuple[str, float]]:
         if organ.ml > high or (organ.ml < low and not organ.cut):
             odd.append((name, organ.ml))
     return odd
+
+
+def remarks(found: dict[str, Organ], organs: Sequence[str]) -> list[str]:
+    """What to look at in a label map, in words: organs that are missing, cut off, in pieces, too small or too large.
+
+    Args:
+        found: as `organs_in` gives it.
+        organs: names by id, background first.
+    """
+    said = [
+        f"{right} lies to the patient's left of the {left}: mirrored, or taken for one another"
+        for right, left in swapped_sides(found)
+    ]
+    for name in organs[1:]:
+        if name not in found:
+            said.append(f"{name} not found")
+            continue
+        organ = found[name]
+        if organ.cut:
+            said.append(f"{name} cut by the {' and the '.join(organ.cut)} of the scan")
+        apart = 1 - organ.pieces_ml[0] / organ.ml
+        if apart > CRUMBS:
+            said.append(f"{name} in {len(organ.pieces_ml)} pieces, {apart:.0%} of it apart from the largest")
+    for name, ml in odd_volumes(found):
+        low, high = PLAUSIBLE_ML[name]
+        said.append(f"{name} of {ml:.3g} mL, expected {low:g} to {high:g} in an adult")
+    return said

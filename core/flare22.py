@@ -36,6 +36,7 @@ TOLERANCES_MM = {
     "duodenum": 7.0,
     "left kidney": 3.0,
 }
+TOLERANCE_MM = 3.0  # of NSD, for organs that have none of their own there
 WITHIN_REFERENCE = ("aorta", "inferior vena cava", "esophagus")
 NSD_FROM_DICE = 0.2  # below this Dice, NSD is 0
 DECIMALS = 4

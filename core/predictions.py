@@ -18,6 +18,9 @@ VOLUME_COLUMNS = ["case", "id", "organ", "ml"]
 BLOCK_BYTES = 4096  # of a disk; one that has none left is full
 AS_IS = {"newline": "", "errors": "surrogateescape"}  # file names need not be UTF-8, so nor need the cases' ids
 
+# The folder of reports, and what the report of a case consists of beside the viewer.
+REPORTS, REPORT_PAGE, REPORT_NUMBERS = "reports", "index.html", "report.json"
+
 
 def label_map_path(output: Path, case: str) -> Path:
     """Where the label map of a case is."""
@@ -27,6 +30,12 @@ def label_map_path(output: Path, case: str) -> Path:
 def probabilities_path(output: Path, case: str) -> Path:
     """Where the probabilities of a case are."""
     return output / f"{case}_probabilities.nii.gz"
+
+
+def report_files(output: Path, case: str) -> tuple[Path, Path]:
+    """Where the report of a case is: its page, and what is in it in numbers."""
+    folder = output / REPORTS / case
+    return folder / REPORT_PAGE, folder / REPORT_NUMBERS
 
 
 def is_finished(output: Path, case: str, probabilities: bool) -> bool:
@@ -96,7 +105,7 @@ def set_aside(output: Path, case: str) -> None:
     Its files get the ending .old, in place of older ones, which stderr says; its rows leave volumes.csv. What cannot
     be done is named on stderr too.
     """
-    for path in (label_map_path(output, case), probabilities_path(output, case)):
+    for path in (label_map_path(output, case), probabilities_path(output, case), *report_files(output, case)):
         try:
             rename_old(path, f"case {case}: failed")
         except OSError as error:

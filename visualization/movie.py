@@ -21,10 +21,11 @@ from PIL import Image, ImageDraw, ImageFont
 from core.config import DEFAULT_CONFIG, load_organs
 from core.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.files import whole_file
-from core.preprocess import check_same_grid, load_labels, read_geometry
+from core.preprocess import Geometry, read_geometry
 from dataset import case_id
 from visualization.meshes import organ_mesh
 from visualization.render import Scene, View, backdrop, fitting_scale, render, view_at
+from visualization.shown import read_label_maps, title_of
 from visualization.style import FONT, INK, colour_of
 
 FRAMES, SIZE, FRAMES_A_SECOND = 120, (1280, 720), 24
@@ -171,8 +172,9 @@ def choose_organs(names: Sequence[str] | None, organs: Sequence[str]) -> list[in
 
 
 def make_movie(
-    scan: Path,
-    label_maps: dict[str, Path],
+    title: str,
+    geometry: Geometry,
+    label_maps: dict[str, np.ndarray],
     output: Path,
     organs: Sequence[str],
     chosen: Sequence[int],
@@ -182,8 +184,9 @@ def make_movie(
     """Make the movie of a case.
 
     Args:
-        scan: the CT scan; only its grid is read.
-        label_maps: one, or prediction and truth, by the titles that stand above them.
+        title: written above the legend, the case as a rule.
+        geometry: of the scan.
+        label_maps: (X, Y, Z) ids in RAS+ order, one, or prediction and truth, by the titles that stand above them.
         output: .mp4 or .gif.
         organs: names by id, background first.
         chosen: ids of the organs to show.
@@ -191,21 +194,15 @@ def make_movie(
         size: width and height in pixels.
 
     Raises:
-        OSError, ValueError: when a file cannot be read, does not lie on the scan's grid, or when none has an organ.
+        OSError, ValueError: when it cannot be written, or no label map has an organ to show.
     """
-    grid = read_geometry(scan)
-    panels, volumes_ml = {}, []
-    for title, path in label_maps.items():
-        labels, geometry = load_labels(path, len(organs))
-        check_same_grid(grid, geometry, path.name)
-        panels[title] = make_scene(labels, chosen, geometry.ras_affine)
-        volumes_ml.append(np.bincount(labels.ravel(), minlength=len(organs)) * geometry.voxel_ml)
+    panels = {name: make_scene(labels, chosen, geometry.ras_affine) for name, labels in label_maps.items()}
     if not any(panels.values()):
-        paths = " and ".join(str(path) for path in label_maps.values())
-        raise ValueError(f"{paths}: has none of the organs to show, expected one at least")
-    rows = [(organ, organs[organ], [ml[organ] for ml in volumes_ml]) for organ in chosen]
+        raise ValueError(f"{title}: has none of the organs to show, expected one at least")
+    voxels = [np.bincount(labels.ravel(), minlength=len(organs)) for labels in label_maps.values()]
+    rows = [(organ, organs[organ], [count[organ] * geometry.voxel_ml for count in voxels]) for organ in chosen]
     rows = [row for row in rows if any(row[2])]
-    write_movie(output, draw_frames(panels, draw_background(size, case_id(scan), rows), frames), size)
+    write_movie(output, draw_frames(panels, draw_background(size, title, rows), frames), size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -221,8 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         organs = load_organs(args.config)
         chosen = choose_organs(args.organs, organs)
     with refusing(REFUSED):
-        label_maps = {"": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
-        make_movie(args.scan, label_maps, args.output, organs, chosen, args.frames, tuple(args.size))
+        paths = {"": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
+        geometry = read_geometry(args.scan)
+        label_maps = read_label_maps(paths, geometry, organs)
+        turn = (args.output, organs, chosen, args.frames, tuple(args.size))
+        make_movie(title_of(case_id(args.scan)), geometry, label_maps, *turn)
     print(f"wrote {args.output}")
     return DONE
 

@@ -24,8 +24,7 @@ from matplotlib.patches import Rectangle
 from core.config import DEFAULT_CONFIG, load_organs
 from core.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.metrics import confusion_matrix, organ_scores
-from core.preprocess import check_same_grid, load_labels, load_scan
-from dataset import case_id
+from visualization.shown import read_shown
 from visualization.slices import (
     AROUND,
     LEGEND_LINE,
@@ -313,19 +312,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--contact: got {args.contact}, expected 1 or more")
         organs = load_organs(args.config)
     with refusing(REFUSED):
-        voxels, scan = load_scan(args.scan)
-        label_maps = []
-        for path in (args.labels, args.truth) if args.truth else (args.labels,):
-            labels, grid = load_labels(path, len(organs))
-            check_same_grid(scan, grid, path.name)
-            label_maps.append(labels)
-        about = (scan.spacing_mm, organs, case_id(args.scan))
+        paths = {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
+        shown = read_shown(args.scan, paths, organs)
+        about = (shown.geometry.spacing_mm, organs, shown.title)
         if args.truth:
-            figure = draw_comparison(voxels, *label_maps, *about, scan.voxel_ml)
+            figure = draw_comparison(shown.voxels, *shown.label_maps.values(), *about, shown.geometry.voxel_ml)
         elif args.contact:
-            figure = draw_contact_sheet(voxels, *label_maps, *about, args.contact, scan.voxel_ml)
+            (labels,) = shown.label_maps.values()
+            figure = draw_contact_sheet(shown.voxels, labels, *about, args.contact, shown.geometry.voxel_ml)
         else:
-            figure = draw_overlay(voxels, *label_maps, *about, scan.voxel_ml)
+            figure = draw_overlay(shown.voxels, *shown.label_maps.values(), *about, shown.geometry.voxel_ml)
         save_figure(figure, args.output)
     print(f"wrote {args.output}")
     return DONE

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.files import whole_file
+
 FOLDER = Path(__file__).resolve().parent
 STYLE = FOLDER / "page.css"
 
@@ -65,8 +67,8 @@ def make_page(
             "default-src 'none'",
             f"script-src {hashes(scripts)}",
             f"style-src {hashes(styles)}",
-            "img-src data: blob: 'self'",
-            "media-src data: 'self'",
+            "img-src data: blob:",
+            "media-src data:",
             "base-uri 'none'",
             "form-action 'none'",
         )
@@ -101,10 +103,17 @@ def hashes(texts: Sequence[str]) -> str:
 
 
 def escaped(text: object) -> str:
-    """Any text as HTML that shows it; a name may hold what a browser would run."""
-    return html.escape(str(text))
+    """Any text as HTML that shows it; a name may hold what a browser would run, and bytes that are no letters."""
+    return html.escape(str(text).encode(errors="replace").decode())
 
 
 def data_url(kind: str, content: bytes) -> str:
     """Bytes as an address that a page can hold, say a picture's."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page whole; the folder is made when missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")

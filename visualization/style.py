@@ -90,6 +90,15 @@ def colour_table(classes: int) -> np.ndarray:
     return table
 
 
+def organ_rules(classes: int) -> str:
+    """The organs' colours for a web page, as CSS classes `organ-1`, `organ-2`, ... up to K - 1."""
+    rules = []
+    for organ in range(1, classes):
+        colour = " ".join(str(round(255 * part)) for part in colour_of(organ))
+        rules.append(f".organ-{organ} {{ background: rgb({colour}); }}")
+    return "\n".join(rules)
+
+
 def apply_style() -> None:
     """Set matplotlib's defaults for the figures made from here on: light on black, as scans are read."""
     matplotlib.rcParams.update(

@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
@@ -24,14 +23,12 @@ from scipy import ndimage
 
 from core.config import DEFAULT_CONFIG, load_organs
 from core.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.files import whole_file
-from core.preprocess import Geometry, check_same_grid, load_labels, load_scan
 from core.resample import resize_image, resize_labels
-from dataset import case_id
 from visualization.meshes import Mesh, organ_mesh
 from visualization.overlay import draw_overlay
-from visualization.page import FOLDER, Data, data_url, escaped, make_page
+from visualization.page import FOLDER, Data, data_url, escaped, make_page, write_page
 from visualization.render import Scene, render, view_at
+from visualization.shown import Shown, in_mm, read_shown
 from visualization.slices import choose_slices, count_by_slice
 from visualization.style import colour_of
 
@@ -42,25 +39,6 @@ MESH_STEP_MM = (1.5, 3.0)  # of surfaces in the page, which are turned and not m
 STILL = (800, 600)  # pixels of the surfaces' still picture
 GZIP_LEVEL = 9
 NIIVUE = FOLDER / "vendor" / "niivue.umd.js"
-
-
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """A scan with the label maps to look at.
-
-    Attributes:
-        title: the case, as a rule.
-        voxels: (X, Y, Z) float32, HU in RAS+ order.
-        geometry: of the scan.
-        label_maps: (X, Y, Z) uint8 ids on the same grid, by what they are called on the page.
-        organs: names by id, background first.
-    """
-
-    title: str
-    voxels: np.ndarray
-    geometry: Geometry
-    label_maps: dict[str, np.ndarray]
-    organs: Sequence[str]
 
 
 def make_viewer(shown: Shown, full: bool = False) -> str:
@@ -147,11 +125,6 @@ def inside(mask: np.ndarray) -> np.ndarray:
     return np.array([*nearest, z])
 
 
-def in_mm(geometry: Geometry, voxel: Sequence[int]) -> list[float]:
-    """Where a voxel of the RAS+ array lies in the patient, in mm."""
-    return (geometry.ras_affine @ [*voxel, 1])[:3].tolist()
-
-
 def smaller_scan(voxels: np.ndarray, size: Sequence[int], full: bool) -> np.ndarray:
     """The scan as the page holds it: int16, at `size` and in steps of HU_STEP, or in full."""
     if full:
@@ -208,27 +181,6 @@ def still_of_surfaces(meshes: dict[int, Mesh]) -> str:
     picture = io.BytesIO()
     Image.fromarray(colour).save(picture, format="jpeg", quality=88)
     return data_url("image/jpeg", picture.getvalue())
-
-
-def read_shown(scan: Path, label_maps: dict[str, Path], organs: Sequence[str]) -> Shown:
-    """Read a scan and its label maps.
-
-    Raises:
-        OSError, ValueError: when a file cannot be read, or does not lie on the scan's grid.
-    """
-    voxels, geometry = load_scan(scan)
-    labels = {}
-    for name, path in label_maps.items():
-        labels[name], grid = load_labels(path, len(organs))
-        check_same_grid(geometry, grid, path.name)
-    return Shown(case_id(scan), voxels, geometry, labels, organs)
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page whole; the folder is made when missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
