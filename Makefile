@@ -26,9 +26,9 @@ demo: $(VENV)/installed
 	case=$$(head -n 1 $(DEMO)/train/val_cases.txt) && \
 	$(RUN) -m visualization.overlay $(DEMO)/data/images/$${case}_0000.nii.gz $(DEMO)/predictions/$$case.nii.gz \
 		--output $(DEMO)/pictures/slices.png && \
-	$(RUN) -m visualization.movie $(DEMO)/data/images/$${case}_0000.nii.gz $(DEMO)/predictions/$$case.nii.gz \
-		--truth $(DEMO)/data/labels/$$case.nii.gz --frames 60 --output $(DEMO)/pictures/organs.mp4
-	@echo "Everything is in $(DEMO): data, train (checkpoints, curves.png), predictions, scores, pictures."
+	$(RUN) -m visualization.report $(DEMO)/data/images/$${case}_0000.nii.gz $(DEMO)/predictions/$$case.nii.gz \
+		--truth $(DEMO)/data/labels/$$case.nii.gz --checkpoint $(DEMO)/train/best.pt --output $(DEMO)/pictures/report
+	@echo "Everything is in $(DEMO): data, train (checkpoints, curves.png), predictions, scores, pictures (report/index.html)."
 
 test: $(VENV)/installed
 	$(RUN) -m ruff check .

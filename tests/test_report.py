@@ -85,6 +85,14 @@ class Page(HTMLParser):
         self.inside = "td" if tag in ("span", "a") else None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_movies():
+    """Movies of a few frames: what is in them is tested in test_movie.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "FRAMES", 3)
+        yield
+
+
 # ---- In words --------------------------------------------------------------------------------------------------------
 
 
