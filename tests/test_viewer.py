@@ -153,9 +153,9 @@ def test_surfaces_come_back_from_the_page(page):
 
 
 def test_large_scans_are_held_smaller_where_they_were(tmp_path, run_main):
-    shape = (600, 300, 4)
+    shape = (2048, 512, 4)  # 8 and 2 times IN_PLANE
     voxels, labels = np.full(shape, -1000, np.int16), np.zeros(shape, np.uint8)
-    box = slice(450, 460), slice(100, 110), slice(1, 3)
+    box = slice(800, 960), slice(100, 120), slice(1, 3)
     voxels[box], labels[box] = 203, LIVER
     # Stored from left to right backwards, so that the page's affine is not the file's.
     affine = np.array([[-0.5, 0, 0, 7], [0, 0.5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1.0]])
@@ -168,10 +168,10 @@ def test_large_scans_are_held_smaller_where_they_were(tmp_path, run_main):
     blocks = Blocks(text)
     small = volume_in(blocks, "labels-0")
     assert small.shape == (256, 256, 4)
-    centre = affine @ [454.5, 104.5, 1.5, 1]
+    centre = affine @ [879.5, 109.5, 1.5, 1]
     found = small.affine @ [*np.argwhere(np.asarray(small.dataobj)).mean(axis=0), 1]
-    assert np.allclose(found, centre, atol=0.6)
-    assert json.loads(blocks.data["case"])["organs"][0]["sources"][0]["ml"] == pytest.approx(200 * 1.25 / 1000)
+    assert np.allclose(found, centre, atol=0.01)
+    assert json.loads(blocks.data["case"])["organs"][0]["sources"][0]["ml"] == pytest.approx(160 * 20 * 2 * 1.25 / 1000)
     assert viewer.main([*map(str, paths), "--full", "--output", str(tmp_path / "full.html")]) == 0
     full = volume_in(Blocks((tmp_path / "full.html").read_text(encoding="utf-8")), "scan")
     assert full.shape == shape
