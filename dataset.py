@@ -19,6 +19,7 @@ import torch
 from isal import isal_zlib
 from torch.utils.data import Dataset
 
+from core.anatomy import organs_in, swapped_sides
 from core.config import Config
 from core.files import whole_file
 from core.nifti import Reading
@@ -35,7 +36,7 @@ from core.resample import resize_labels
 
 DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
 CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file
-CACHE_VERSION = 3  # to be raised when what is cached for the same scan and settings changes
+CACHE_VERSION = 4  # to be raised when what is cached for the same scan and settings changes
 BODY_ABOVE_HU = -500  # voxels above it belong to the body; its HU percentiles tell CT from other things
 HU_PERCENTILES = (5, 50, 95)
 
@@ -140,23 +141,38 @@ def find_files(folder: str | Path) -> dict[str, Path]:
         FileNotFoundError: when there is no such folder.
         ValueError: when two files mean the same case.
     """
+    found = {}
+    for case, (path, *others) in list_files(folder).items():
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder with {len(nifti_in(path))} NIfTI files, expected one")
+        if others:
+            raise ValueError(f"case {case}: {path} and {others[0]} both mean it; remove one")
+        found[case] = path
+    return found
+
+
+def list_files(folder: str | Path) -> dict[str, list[Path]]:
+    """All NIfTI files of a folder by case id, also several of a case; hidden files are passed over.
+
+    A folder named like a file stands for the one file in it (labels/X.nii/X.nii), and where there are more, for itself.
+
+    Raises:
+        FileNotFoundError: when there is no such folder.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(NIFTI_SUFFIXES):
-            continue
-        if path.is_dir():  # labels/X.nii/X.nii
-            inside = [p for p in path.iterdir() if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
-            if len(inside) != 1:
-                raise ValueError(f"{path}: is a folder with {len(inside)} NIfTI files, expected one")
-            path = inside[0]
-        case = case_id(path)
-        if case in found:
-            raise ValueError(f"case {case}: {found[case]} and {path} both mean it; remove one")
-        found[case] = path
+    found: dict[str, list[Path]] = {}
+    for path in nifti_in(folder):
+        inside = nifti_in(path) if path.is_dir() else []
+        path = inside[0] if len(inside) == 1 else path
+        found.setdefault(case_id(path), []).append(path)
     return found
+
+
+def nifti_in(folder: Path) -> list[Path]:
+    """What in a folder is named like a NIfTI file, hidden ones left out, in order."""
+    return [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
 
 
 def case_id(path: Path) -> str:
@@ -249,8 +265,8 @@ class CaseDataset(Dataset):
     """Labelled cases on the network's grid, kept on disk as bytes once they have been resized.
 
     A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
-    uint8; `extent_mm` (3,) float32, the scan's size; `hu_percentiles` (3,) float32, of its body. It is the same to the
-    bit with and without the cache.
+    uint8; `extent_mm` (3,) float32, the scan's size; `hu_percentiles` (3,) float32, of its body; `swapped`, the organs
+    that lie on each other's side, in words. It is the same to the bit with and without the cache.
 
     Args:
         cases: with label maps.
@@ -261,7 +277,7 @@ class CaseDataset(Dataset):
         self.cases = list(cases)
         self.size = config.size
         self.window_hu = config.window_hu
-        self.classes = len(config.organs)
+        self.organs = config.organs
         self.reading = reading_of(config)
         self.cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
 
@@ -284,6 +300,7 @@ class CaseDataset(Dataset):
             "labels": labels,
             "extent_mm": extent_mm,
             "hu_percentiles": hu_percentiles,
+            "swapped": facts["swapped"],
         }
 
     def load(self, case: Case) -> tuple[np.ndarray, dict]:
@@ -304,9 +321,14 @@ class CaseDataset(Dataset):
             FileNotFoundError, ValueError: when its files cannot be read or do not fit together.
         """
         voxels, geometry = load_scan(case.scan, self.reading)
-        labels, labels_geometry = load_labels(case.labels, self.classes, self.reading)
+        labels, labels_geometry = load_labels(case.labels, len(self.organs), self.reading)
         check_same_grid(geometry, labels_geometry, f"case {case.id}")
-        facts = {"extent_mm": list(geometry.extent_mm), "hu_percentiles": hu_percentiles(voxels)}
+        found = organs_in(labels, geometry, self.organs)
+        facts = {
+            "extent_mm": list(geometry.extent_mm),
+            "hu_percentiles": hu_percentiles(voxels),
+            "swapped": ", ".join(f"{right} to the left of {left}" for right, left in swapped_sides(found)),
+        }
         volumes = np.stack([prepare_image(voxels, self.size, self.window_hu), resize_labels(labels, self.size)])
         return volumes, facts
 
@@ -314,7 +336,7 @@ class CaseDataset(Dataset):
         """A name for everything that a cached sample depends on."""
         files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (case.scan, case.labels)]
         accepted = [self.reading.assume_ras, self.reading.replace_nonfinite]
-        settings = [CACHE_VERSION, self.size, self.window_hu, self.classes, *accepted]
+        settings = [CACHE_VERSION, self.size, self.window_hu, self.organs, *accepted]
         return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()[:16]
 
     def read_cache(self, path: Path) -> tuple[np.ndarray, dict] | None:

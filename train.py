@@ -42,6 +42,7 @@ from core.exits import (
     StopSignals,
     leave_signals_to_the_command,
     print_error,
+    print_warning,
     refusing,
     run_command,
 )
@@ -223,6 +224,9 @@ def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> 
     for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
         for name, values in found.items():
             values += sample[name].tolist()
+        for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
+            if swapped:
+                print_warning(f"case {case}: {swapped}; mirrored, or ids mixed up? python -m data.doctor tells more")
     found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
     ranges = {
         name: {"min": np.min(values, axis=0).tolist(), "max": np.max(values, axis=0).tolist()}

@@ -2,6 +2,7 @@
 
     python -m data.doctor DATA_DIR [--output DIR]
 
+DATA_DIR holds images/ and labels/, or is the folder of one DICOM series. Scans in images/ may be such folders too.
 Prints a table and, for each finding, what to do; writes doctor.json and doctor.png (a slice of every case, with the
 contours of its organs) into the output folder, by default DATA_DIR/doctor. Exit code 0: no error, 1: an error, 2: wrong
 usage.
@@ -20,34 +21,47 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from core.anatomy import PLAUSIBLE_ML, odd_volumes, organs_in, swapped_sides
+from core.anatomy import PLAUSIBLE_ML, misplaced, odd_volumes, organs_in, swapped_sides
 from core.config import DEFAULT_CONFIG, check, load_organs
 from core.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.files import whole_file
 from core.nifti import MAX_GIB, Reading
 from core.parallel import MOST_WORKERS, cores, in_processes
-from core.preprocess import Geometry, check_same_grid, load_labels, load_scan
-from dataset import find_data, find_files, hu_percentiles
+from core.preprocess import Geometry, check_same_grid, load_labels, load_scan, window_hu
+from core.resample import resize_image
+from data.dicom import is_series_folder, load_series
+from dataset import find_data, hu_percentiles, list_files
 
+REPORT, SHEET = "doctor.json", "doctor.png"  # in the output folder
 LEAST_CASES = 5  # from which on one can be far off the rest
 FAR_OFF = 6.0  # robust standard deviations
 LEAST_SPREAD = {"spacing_mm": 0.1, "extent_mm": 0.1, "hu": 20.0}  # of a factor e, and in HU: less is no difference
 MAD_TO_SD = 1.4826  # of a normal distribution
+# What copies that were resampled, turned into other types or denoised are told by: the scan in this window on so few
+# voxels, and their correlation. Copies gave 0.998 and more, other patients 0.89 at most (RESULTS.md).
+COARSE_SIZE, COARSE_WINDOW_HU, ALIKE = (32, 32, 24), (-160.0, 240.0), 0.97
 SHEET_VOXELS = 256  # of a slice on the sheet, along its longer side
 WHAT_TO_DO = {
     "no_partner": "add the missing file, or take the other one out",
+    "two_files": "keep one",
+    "dicom": "write it as NIfTI, which train.py reads",
     "unreadable": "copy or download the file again",
     "bad_labels": "make it a map of the organ list's ids, or give the --config that lists its organs",
     "grid_mismatch": "resample the label map to its scan's grid, or pair the right files",
+    "mirrored": "mirror the affine of the one that is not as its source has it",
+    "misplaced": "look whether the label map belongs to this scan",
     "sides_swapped": "look at the scan: mirror the file's affine, or swap the ids of the pair",
     "duplicate": "keep one, and never have copies in training and validation",
+    "near_copy": "look at both; one patient's scans must not be in training and validation",
     "no_organs": "segment the case, or take it out",
     "organ_absent": "look whether the organ was removed or forgotten",
     "odd_volume": "look at the organ in doctor.png or a viewer",
     "odd_file": "look at the scan",
     "outlier": "look whether the case belongs to the data",
 }
-ERRORS = ("no_partner", "unreadable", "bad_labels", "grid_mismatch", "sides_swapped", "duplicate")
+ERRORS = (
+    *("no_partner", "two_files", "unreadable", "bad_labels", "grid_mismatch", "mirrored", "sides_swapped", "duplicate"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class Examined:
         hu: dataset.HU_PERCENTILES of the body.
         volumes_ml: of the organs that occur, by name.
         content: a hash of the scan's voxels in RAS+ order; a copy in another storage order has the same.
+        coarse: the scan on COARSE_SIZE voxels, flat, of mean 0 and length 1; None for a constant one.
         slice_hu: (A, B), an axial slice, SHEET_VOXELS at most.
         slice_labels: (A, B) ids in it.
         slice_mm: its size.
@@ -90,6 +105,7 @@ class Examined:
     hu: list = field(default_factory=list)
     volumes_ml: dict = field(default_factory=dict)
     content: str = ""
+    coarse: np.ndarray | None = None
     slice_hu: np.ndarray | None = None
     slice_labels: np.ndarray | None = None
     slice_mm: tuple = ()
@@ -111,7 +127,10 @@ def examine(files: tuple[str, Path | None, Path | None], organs: tuple[str, ...]
     voxels = ids = None
     try:
         if scan:
-            voxels, geometry = load_scan(scan, reading)
+            if is_series_folder(scan):
+                voxels, geometry = load_series(scan, warn=warnings.append, max_gib=reading.max_gib)
+            else:
+                voxels, geometry = load_scan(scan, reading)
             describe_scan(seen, voxels, geometry)
     except (ValueError, OSError, MemoryError) as error:
         seen.find("unreadable", str(error))
@@ -127,6 +146,7 @@ def examine(files: tuple[str, Path | None, Path | None], organs: tuple[str, ...]
     if voxels is not None and ids is not None:
         try:
             check_same_grid(geometry, labels_geometry, f"case {case}")
+            check_place(seen, voxels, ids, organs)
             keep_slice(seen, voxels, ids, geometry)
         except ValueError as error:
             seen.find("grid_mismatch", str(error))
@@ -141,6 +161,10 @@ def describe_scan(seen: Examined, voxels: np.ndarray, geometry: Geometry) -> Non
     for plane in voxels:
         content.update(np.ascontiguousarray(plane))
     seen.content = content.hexdigest()
+    image = resize_image(window_hu(voxels, COARSE_WINDOW_HU), COARSE_SIZE).ravel()
+    image -= image.mean()
+    length = float(np.linalg.norm(image))
+    seen.coarse = image / np.float32(length) if length else None
 
 
 def describe_labels(seen: Examined, ids: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> None:
@@ -160,6 +184,17 @@ def describe_labels(seen: Examined, ids: np.ndarray, geometry: Geometry, organs:
         seen.find("odd_volume", f"{name} of {ml:.4g} mL, expected {low:g} to {high:g} in an adult")
 
 
+def check_place(seen: Examined, voxels: np.ndarray, ids: np.ndarray, organs: Sequence[str]) -> None:
+    """Note a label map that does not lie on the scan's organs."""
+    off, mirrored = misplaced(voxels, ids, organs)
+    if off:
+        message = f"{off:.0%} of its liver, kidneys and spleen lie on what has no organ's HU"
+        if mirrored:
+            seen.find("mirrored", f"{message}, as scan or label map have {mirrored} mirrored")
+        else:
+            seen.find("misplaced", message)
+
+
 def keep_slice(seen: Examined, voxels: np.ndarray, ids: np.ndarray, geometry: Geometry) -> None:
     """Keep the axial slice in which most organs show, the largest area among equals."""
     per_slice = [np.bincount(ids[:, :, z].ravel(), minlength=2)[1:] for z in range(ids.shape[2])]
@@ -173,29 +208,56 @@ def keep_slice(seen: Examined, voxels: np.ndarray, ids: np.ndarray, geometry: Ge
 
 
 def pair_files(data_dir: Path) -> tuple[list[tuple[str, Path | None, Path | None]], list[Finding]]:
-    """The files of every case, and those that have no partner."""
+    """The files of every case, and what is wrong with their pairing; the folder of a DICOM series is a case alone."""
+    if data_dir.is_dir() and is_series_folder(data_dir):
+        return [(data_dir.resolve().name, data_dir, None)], []
     folder = find_data(data_dir)
-    scans, labels = find_files(folder / "images"), find_files(folder / "labels")
+    scans, labels = list_files(folder / "images"), list_files(folder / "labels")
+    series = {
+        path.name: [path]
+        for path in sorted((folder / "images").iterdir())
+        if path.is_dir() and path.name not in scans and is_series_folder(path)
+    }
+    findings = [Finding(case, "dicom", "its scan is a DICOM series") for case in series]
+    for case, paths in series.items():
+        scans.setdefault(case, []).extend(paths)
     if not scans and not labels:
         raise ValueError(f"{folder}: neither images nor labels has a file (.nii.gz or .nii)")
-    pairs = [(case, scans.get(case), labels.get(case)) for case in sorted(scans.keys() | labels.keys())]
-    orphans = [
+    for found in (scans, labels):
+        findings += [
+            Finding(case, "two_files", f"{' and '.join(str(path) for path in paths)} mean it")
+            for case, paths in found.items()
+            if len(paths) > 1
+        ]
+    pairs = [
+        (case, *(found.get(case, [None])[0] for found in (scans, labels)))
+        for case in sorted(scans.keys() | labels.keys())
+    ]
+    findings += [
         Finding(case, "no_partner", f"has no {'scan' if scan is None else 'label map'}")
         for case, scan, label_map in pairs
         if scan is None or label_map is None
     ]
-    return pairs, orphans
+    return pairs, findings
 
 
 def find_duplicates(cases: Sequence[Examined]) -> Iterator[Finding]:
-    """Cases whose scans are the same voxel by voxel, under whatever name and storage order."""
-    same = defaultdict(list)
+    """Cases whose scans are the same voxel by voxel, under whatever name and storage order, or nearly the same."""
+    first: dict[str, str] = {}
+    different = []
     for seen in cases:
-        if seen.content:
-            same[seen.content].append(seen.case)
-    for first, *others in same.values():
-        for other in others:
-            yield Finding(other, "duplicate", f"its scan is that of {first}")
+        if seen.content and first.setdefault(seen.content, seen.case) != seen.case:
+            yield Finding(seen.case, "duplicate", f"its scan is that of {first[seen.content]}")
+        elif seen.coarse is not None:
+            different.append(seen)
+    if not different:
+        return
+    images = np.stack([seen.coarse for seen in different])
+    for number, (seen, alike) in enumerate(zip(different, images @ images.T, strict=True)):
+        if number and alike[:number].max() >= ALIKE:
+            other = int(alike[:number].argmax())
+            message = f"its scan looks like that of {different[other].case} (correlation {alike[other]:.3f})"
+            yield Finding(seen.case, "near_copy", message)
 
 
 def find_outliers(cases: Sequence[Examined]) -> Iterator[Finding]:
@@ -236,6 +298,30 @@ def format_table(cases: Sequence[Examined], findings: Sequence[Finding], organs:
     return lines
 
 
+def format_ranges(cases: Sequence[Examined], organs: Sequence[str]) -> list[str]:
+    """How spacing, size and HU are distributed over the cases, and in how many each organ is."""
+    read = [seen for seen in cases if seen.shape]
+    lines = []
+    if read:
+        lines.append(f"{'over the cases':<22}  {'lowest':>18}  {'median':>18}  {'highest':>18}")
+    for name, values in (
+        ("voxels", [seen.shape for seen in read]),
+        ("spacing, mm", [seen.spacing_mm for seen in read]),
+        ("extent, mm", [seen.extent_mm for seen in read]),
+        ("HU 5, 50, 95 %", [seen.hu for seen in read]),
+    ):
+        if read:
+            ranges = (" ".join(f"{x:.3g}" for x in f(values, axis=0)) for f in (np.min, np.median, np.max))
+            lines.append(f"{name:<22}  " + "  ".join(f"{numbers:>18}" for numbers in ranges))
+    labelled = [seen for seen in cases if seen.volumes_ml]
+    for organ in organs[1:] if labelled else ():
+        volumes_ml = [seen.volumes_ml[organ] for seen in labelled if organ in seen.volumes_ml]
+        ranges = [f"{f(volumes_ml):.4g}" if volumes_ml else "-" for f in (np.min, np.median, np.max)]
+        name = f"{organ}, mL ({len(volumes_ml)})" if len(organ) < 16 else f"{organ} ({len(volumes_ml)})"
+        lines.append(f"{name:<22}  " + "  ".join(f"{number:>18}" for number in ranges))
+    return lines
+
+
 def write_findings(findings: Sequence[Finding], cases: Sequence[Examined], path: Path) -> None:
     """doctor.json: every finding with what to do, and what each case is like."""
     content = {
@@ -270,14 +356,14 @@ def diagnose(data_dir: Path, output: Path, organs: tuple[str, ...], reading: Rea
     findings += [finding for seen in cases for finding in seen.findings]
     findings += [*find_duplicates(cases), *find_outliers(cases)]
     findings.sort(key=lambda finding: (finding.severity, finding.case))
-    print("\n".join(format_table(cases, findings, organs)), end="\n\n")
+    print("\n".join([*format_table(cases, findings, organs), "", *format_ranges(cases, organs)]), end="\n\n")
     for finding in findings:
         print(f"{finding.severity}: {finding.case}: {finding.message}; {WHAT_TO_DO[finding.code]}")
-    write_findings(findings, cases, output / "doctor.json")
+    write_findings(findings, cases, output / REPORT)
     drawn = [seen for seen in cases if seen.slice_hu is not None]
     if drawn:
         sheet = draw_sheet([(seen.case, seen.slice_hu, seen.slice_labels, seen.slice_mm) for seen in drawn])
-        save_figure(sheet, output / "doctor.png")
+        save_figure(sheet, output / SHEET)
     errors = sum(finding.severity == "error" for finding in findings)
     print(f"{len(cases)} cases, {errors} errors, {len(findings) - errors} warnings; more in {output}")
     return errors > 0

@@ -5,10 +5,11 @@
 leaves data/FLARE22Train/images and data/FLARE22Train/labels. While the file comes it is data/FLARE22Train.zip.part; the
 same command goes on from there after a break. The sha256 decides whether what came is the right file, so the file may
 be put together from several answers and several servers. Only a verified file is unpacked, into a temporary folder that
-gets its name when all is written; then the zip is removed. A zip file given as PATH is left as it is.
+gets its name when all is written; then the zip is removed. A zip file given as PATH is left as it is. At the end the
+doctor (data/doctor.py) looks at every case, and leaves what was found in data/FLARE22Train_doctor.
 
-Exit codes: 0 done, or there already; 1 refused, the same command will not help: wrong file, unsafe zip, no such page;
-2 wrong usage; 3 stopped, the same command goes on: no connection, full disk.
+Exit codes: 0 done, or there already; 1 refused, the same command will not help: wrong file, unsafe zip, no such page,
+an error in the data; 2 wrong usage; 3 stopped, the same command goes on: no connection, full disk.
 """
 
 import argparse
@@ -27,8 +28,12 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+from core.config import load_organs
 from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
 from core.files import check_room, gib, naming
+from core.nifti import Reading
+from core.parallel import MOST_WORKERS, cores
+from data.doctor import REPORT, diagnose
 from data.unzip import extract
 from dataset import find_data, find_files
 
@@ -384,8 +389,12 @@ def main() -> int:
                 return STOPPED
     cases = count_cases(find_data(target))
     print(f"{target}: {cases} cases{', there already; nothing was downloaded' * there}")
-    print(f"To check them: python -m data.doctor {target}")
-    return DONE
+    report = args.to / f"{NAME}_doctor"
+    if args.no_doctor or (report / REPORT).is_file():
+        print(f"To check them{' again' * (report / REPORT).is_file()}: python -m data.doctor {target}")
+        return DONE
+    with refusing(REFUSED):
+        return examine_data(target, report)
 
 
 def install(source: str | Path, sha256: str, target: Path, part: Path) -> None:
@@ -405,6 +414,17 @@ def install(source: str | Path, sha256: str, target: Path, part: Path) -> None:
     unpack(part, target, source, sha256)
     part.unlink()
     print(f"{part}: unpacked and removed")
+
+
+def examine_data(target: Path, output: Path) -> int:
+    """Have the doctor look at the data set; return the exit code.
+
+    Raises:
+        OSError, ValueError: when its results cannot be written.
+    """
+    print("Now every file is read to its end (python -m data.doctor does the same):", flush=True)
+    sick = diagnose(target, output, load_organs(), Reading(), min(cores(), MOST_WORKERS))
+    return REFUSED if sick else DONE
 
 
 def make_writable_folder(folder: Path) -> None:
@@ -466,6 +486,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sha256", type=read_sha256, default=SHA256, metavar="HEX", help="of the zip file (default: %(default)s)"
     )
+    parser.add_argument("--no-doctor", action="store_true", help="do not examine the data afterwards")
     return parser.parse_args()
 
 

@@ -17,6 +17,7 @@ from data.make_phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELLED = ROOT / ".." / "shared" / "data" / "labelled"
+SERIES = ROOT / ".." / "shared" / "data" / "dicom" / "pelvis_jpeg2000"
 ORGANS = load_organs()
 RIGHT_KIDNEY, LEFT_KIDNEY = ORGANS.index("right kidney"), ORGANS.index("left kidney")
 
@@ -114,10 +115,82 @@ def test_every_illness_is_found_and_nothing_else(data):
         ("phantom_0003", "error", "unreadable"),
         ("phantom_0004", "error", "grid_mismatch"),
         ("phantom_0005", "error", "bad_labels"),
+        ("phantom_0006", "warning", "near_copy"),  # of lonely, one HU apart
         ("phantom_0007", "error", "duplicate"),
     ]
     assert "the right kidney lies" in done.stdout
     assert "its scan is that of phantom_0006" in done.stdout
+
+
+def test_a_pair_of_which_one_is_mirrored_or_from_elsewhere_is_found(data):
+    mirrored(scan_of(data, 1))
+    turned = nib.load(scan_of(data, 2))
+    vertical = int(np.argmax(np.abs(turned.affine[2, :3])))
+    rewrite(scan_of(data, 2), lambda array: np.flip(array, vertical))
+    rewrite(labels_of(data, 3), lambda array: np.roll(array, 20, axis=0))
+    code, findings, done = doctor(data)
+    assert code == 1
+    codes = {
+        case: {code for name, _, code in findings if name == case} for case in dict.fromkeys(f[0] for f in findings)
+    }
+    assert codes["phantom_0001"] == {"mirrored"}
+    assert codes["phantom_0002"] == {"mirrored"}
+    assert "misplaced" in codes["phantom_0003"]
+    assert codes.keys() == {"phantom_0001", "phantom_0002", "phantom_0003"}
+    assert "left and right mirrored" in done.stdout
+    assert "bottom and top mirrored" in done.stdout
+
+
+def test_copies_that_are_not_the_same_voxels_are_found(data):
+    rng = np.random.default_rng(0)
+    noisy = data / "images" / "noisy_0000.nii.gz"
+    rewrite(scan_of(data, 1), lambda array: array + rng.integers(-20, 21, array.shape).astype(np.int16), to=noisy)
+    shutil.copy(labels_of(data, 1), data / "labels" / "noisy.nii.gz")
+    small = nib.load(scan_of(data, 2))
+    nib.save(small.slicer[::2, ::2, ::2], data / "images" / "small_0000.nii.gz")
+    nib.save(nib.load(labels_of(data, 2)).slicer[::2, ::2, ::2], data / "labels" / "small.nii.gz")
+    code, findings, done = doctor(data)
+    assert code == 0
+    assert ("phantom_0001", "warning", "near_copy") in findings or ("noisy", "warning", "near_copy") in findings
+    assert ("small", "warning", "near_copy") in findings
+    assert [finding[2] for finding in findings].count("near_copy") == 2
+    assert "its scan looks like that of phantom_0002 (correlation 0.9" in done.stdout
+
+
+def test_two_files_of_a_case_are_a_finding(data):
+    shutil.copy(labels_of(data, 1), data / "labels" / "phantom_0001_0000.nii.gz")
+    (data / "labels" / "phantom_0002.nii.gz").unlink()
+    (data / "labels" / "phantom_0002.nii").mkdir()
+    code, findings, _ = doctor(data)
+    assert code == 1
+    assert findings == [("phantom_0001", "error", "two_files"), ("phantom_0002", "error", "unreadable")]
+
+
+@pytest.mark.skipif(not SERIES.is_dir(), reason="the real series in ../shared/data/dicom is missing")
+def test_a_dicom_series_is_read(tmp_path):
+    code, findings, done = doctor(SERIES, "--output", tmp_path / "out")
+    assert code == 0
+    assert {finding[0] for finding in findings} <= {SERIES.name}
+    assert f"{SERIES.name} " in done.stdout
+    assert not (SERIES / "doctor").exists()
+    data = tmp_path / "data"
+    shutil.copytree(SERIES, data / "images" / "patient")
+    (data / "labels").mkdir()
+    code, findings, _ = doctor(data)
+    assert code == 1
+    assert {("patient", "warning", "dicom"), ("patient", "error", "no_partner")} <= set(findings)
+    assert ("patient", "error", "unreadable") not in findings
+
+
+def test_ranges_over_the_cases_are_printed(healthy):
+    _, _, done = doctor(healthy)
+    rows = {line.split("  ")[0].strip(): line.split() for line in done.stdout.splitlines()}
+    liver = [
+        np.count_nonzero(labels == 1) * geometry.voxel_ml
+        for labels, geometry in (load_labels(labels_of(healthy, number)) for number in range(1, 7))
+    ]
+    expected = [f"{value:.4g}" for value in (min(liver), np.median(liver), max(liver))]
+    assert rows["liver, mL (6)"][-3:] == expected
 
 
 def test_what_is_odd_is_a_warning(data):

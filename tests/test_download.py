@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 from data import download, unzip
+from data.make_phantom import write_phantom
 from dataset import find_cases
 
 ROOT = Path(__file__).parents[1]
@@ -228,7 +229,7 @@ def get(run_main, server, to) -> Callable:
     """Run the command on the local server: exit code, stdout, stderr."""
 
     def get(*more: object, digest: str = sha256(PAYLOAD)) -> tuple[int, str, str]:
-        return run_main(download, "--to", to, "--url", server.url, "--sha256", digest, *more)
+        return run_main(download, "--to", to, "--url", server.url, "--sha256", digest, "--no-doctor", *more)
 
     return get
 
@@ -240,6 +241,33 @@ def assert_one_sentence(stderr: str, *words: object) -> None:
     assert sum(line.startswith("error:") for line in lines) == 1
     for word in words:
         assert str(word) in lines[-1]
+
+
+# ---- The doctor afterwards -------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_looks_at_what_was_unpacked_once(to, tmp_path, run_main):
+    folder = tmp_path / "made"
+    write_phantom(folder, cases=2, shape=(64, 64, 48), seed=0)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.nii.gz")}
+    sick = dict(files)
+    name = next(name for name in sick if name.startswith("images"))
+    sick[name] = sick[name][: len(sick[name]) // 2]
+    for content, expected in ((files, DONE), (sick, REFUSED)):
+        shutil.rmtree(to, ignore_errors=True)
+        packed = tmp_path / "data.zip"
+        packed.write_bytes(zip_of({f"FLARE22Train/{name}": file for name, file in content.items()}))
+        command = ("--to", to, "--url", packed, "--sha256", sha256(packed.read_bytes()))
+        code, out, _ = run_main(download, *command)
+        assert code == expected
+        assert f"2 cases, {int(content is sick)} errors" in out
+        assert {path.name for path in to.iterdir()} == {"FLARE22Train", "FLARE22Train_doctor"}
+        found = json.loads((to / "FLARE22Train_doctor" / "doctor.json").read_text())["findings"]
+        assert [f["code"] for f in found if f["severity"] == "error"] == ["unreadable"] * (content is sick)
+        code, out, _ = run_main(download, *command)
+        assert code == DONE
+        assert "there already" in out
+        assert "To check them again: python -m data.doctor" in out
 
 
 # ---- Downloads that end well -----------------------------------------------------------------------------------------
@@ -422,7 +450,7 @@ def test_address_is_escaped_once(get, server):
 def test_proxy_of_the_environment(run_main, server, to, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
     url = "http://mirror.invalid/FLARE22Train.zip"
-    code, _, err = run_main(download, "--to", to, "--url", url, "--sha256", sha256(PAYLOAD))
+    code, _, err = run_main(download, "--to", to, "--url", url, "--sha256", sha256(PAYLOAD), "--no-doctor")
     assert code == DONE, err
     assert server.paths == [url]
 
@@ -496,7 +524,7 @@ def test_server_that_stays_broken_stops_the_run(get, server, waits, code):
 def test_nobody_there_stops_the_run(run_main, to, server):
     url = server.url
     server.server_close()
-    code, _, err = run_main(download, "--to", to, "--url", url, "--sha256", sha256(PAYLOAD))
+    code, _, err = run_main(download, "--to", to, "--url", url, "--sha256", sha256(PAYLOAD), "--no-doctor")
     assert code == STOPPED
     assert_one_sentence(err, url, "refused")
 
@@ -575,6 +603,7 @@ def test_full_disk_while_downloading_keeps_what_came(get, to):
 def test_interrupted_download_goes_on(get, server, to):
     server.answers = [stall, whole]
     command = [sys.executable, "-m", "data.download", "--to", to, "--url", server.url, "--sha256", sha256(PAYLOAD)]
+    command += ["--no-doctor"]
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
@@ -627,7 +656,7 @@ def install(run_main, to, tmp_path) -> Callable:
     def install(content: bytes, digest: str | None = None) -> tuple[int, str, str]:
         zip_file = tmp_path / "mine.zip"
         zip_file.write_bytes(content)
-        done = run_main(download, "--to", to, "--url", zip_file, "--sha256", digest or sha256(content))
+        done = run_main(download, "--to", to, "--url", zip_file, "--sha256", digest or sha256(content), "--no-doctor")
         assert zip_file.read_bytes() == content
         return done
 
@@ -731,14 +760,14 @@ def test_unpacked_by_hand_passes_with_all_fifty_cases(run_main, to, above):
         (to / above / kind).mkdir(parents=True)
         for number in range(1, 51):
             (to / above / kind / f"FLARE22_Tr_{number:04}{end}").touch()
-    code, out, _ = run_main(download, "--to", to)
+    code, out, _ = run_main(download, "--to", to, "--no-doctor")
     assert code == DONE
     assert "50 cases, there already" in out
-    code, _, err = run_main(download, "--to", to, "--sha256", "0" * 64)
+    code, _, err = run_main(download, "--to", to, "--sha256", "0" * 64, "--no-doctor")
     assert code == REFUSED
     assert_one_sentence(err, "download.json")
     (to / above / "labels/FLARE22_Tr_0007.nii.gz").unlink()
-    code, _, err = run_main(download, "--to", to)
+    code, _, err = run_main(download, "--to", to, "--no-doctor")
     assert code == REFUSED
     assert_one_sentence(err, "49 of 50")
 
@@ -779,7 +808,7 @@ def test_link_is_not_written_through(install, to, tmp_path, there):
     ids=" ".join,
 )
 def test_wrong_usage(run_main, to, arguments):
-    code, _, err = run_main(download, "--to", to, *arguments)
+    code, _, err = run_main(download, "--to", to, *arguments, "--no-doctor")
     assert code == USAGE
     assert arguments[0] in err.splitlines()[-1]
     assert arguments[1] in err.splitlines()[-1]
@@ -788,7 +817,7 @@ def test_wrong_usage(run_main, to, arguments):
 
 def test_folder_that_is_a_file(run_main, to):
     to.write_text("")
-    code, _, err = run_main(download, "--to", to)
+    code, _, err = run_main(download, "--to", to, "--no-doctor")
     assert code == USAGE
     assert_one_sentence(err, to)
 

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "core/run_folder.py": {"core.checkpoint", "core.config", "vnet"},
     "core/augment.py": {"core.config"},
     "core/loading.py": {"core.config", "core.distributed"},
-    "dataset.py": {"core.nifti", "core.preprocess", "core.resample", "core.config"},
+    "dataset.py": {"core.anatomy", "core.nifti", "core.preprocess", "core.resample", "core.config"},
     "train.py": {"dataset", "vnet", "core"},
     "infer.py": {"dataset", "vnet", "core"},
     "evaluate.py": {"dataset", "core"},

@@ -65,6 +65,24 @@ def power_cut(before_epoch: int) -> Iterator[None]:
         yield
 
 
+def test_mixed_up_sides_are_said_before_the_first_epoch(run, data, tmp_path, monkeypatch):
+    sick = tmp_path / "sick"
+    shutil.copytree(data, sick)
+    organs = load_config().organs
+    right, left = organs.index("right kidney"), organs.index("left kidney")
+    path = sick / "labels" / "phantom_0002.nii.gz"
+    file = nib.load(path)
+    swap = np.arange(256, dtype=np.uint8)
+    swap[[right, left]] = left, right
+    nib.save(nib.Nifti1Image(swap[np.asanyarray(file.dataobj).astype(np.uint8)], file.affine), path)
+    said = "warning: case phantom_0002: right kidney to the left of left kidney; mirrored, or ids mixed up? "
+    for _ in range(2):  # from the files, and from the cache
+        code, _, err = run("--epochs", "1", "--data-dir", sick, "--overwrite")
+        assert code == 0
+        assert err.count("warning: case") == 1
+        assert said in err
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(path)["network"]
 
