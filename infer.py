@@ -304,7 +304,8 @@ def find_input(path: Path) -> dict[str, Path]:
         OSError, ValueError: when there is no scan, or it is DICOM and pydicom is not installed.
     """
     if path.is_dir() and not (path / "images").is_dir():
-        from data.dicom import import_pydicom, is_series_folder
+        from data.dicom import is_series_folder
+        from data.dicom_header import import_pydicom
 
         nifti = find_files(path)
         if is_series_folder(path):

@@ -23,7 +23,7 @@ from pydicom.uid import (
 )
 
 from core.preprocess import save_label_map
-from data import dicom
+from data import dicom, dicom_header
 from data.dicom import find_series, is_series_folder, load_series
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "dicom" / "pelvis_jpeg2000"
@@ -549,7 +549,7 @@ def test_a_deflated_file_that_inflates_without_end_is_refused(tmp_path, monkeypa
     path.write_bytes(content[:-4])
     assert "is no whole DICOM file (its deflated data are cut off)" in refusal(folder)
     path.write_bytes(content)
-    monkeypatch.setattr(dicom, "MAX_INFLATED_BYTES", 5_000)
+    monkeypatch.setattr(dicom_header, "MAX_INFLATED_BYTES", 5_000)
     assert "inflates to more than" in refusal(folder)
 
 
