@@ -13,6 +13,7 @@ could not be written; 130, 143 or 138: stopped by one of those signals.
 
 import argparse
 import math
+import os
 import signal
 import sys
 import time
@@ -53,6 +54,7 @@ from core.run_folder import RunFolder
 from core.step import (
     DTYPES,
     PLANS,
+    Average,
     Loss,
     NotFiniteError,
     RunningLoss,
@@ -66,6 +68,7 @@ from core.step import (
     validation_step,
 )
 from dataset import HU_PERCENTILES, CaseDataset, find_cases, find_data, reading_of, split_cases
+from vnet import VNet
 
 
 @dataclass
@@ -117,6 +120,8 @@ class Run:
             )
         state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
         progress = {"epoch": self.epoch - 1, "losses": self.losses, "best_dice": self.best_dice}
+        if training.average:
+            state["average"] = training.average.weights
         if self.group.first:
             with self.folder.writing():
                 self.folder.save_last(training.network, **self.facts, **facts, **progress, **state)
@@ -248,6 +253,12 @@ def start_training(config: Config, device: torch.device, group: Group) -> Traini
             f"norm: got batch with {group.size} processes, each of which would have statistics of its own; expected "
             "instance or group"
         )
+    if config.accumulate > 1 and config.norm == "batch":
+        raise ValueError(
+            "norm: got batch with accumulate, whose pieces would each have statistics of their own; expected instance "
+            "or group"
+        )
+    be_deterministic(config.deterministic)
     torch.manual_seed(config.seed)  # the same first weights in every process
     # Off on purpose: trying cuDNN's algorithms takes gigabytes of workspace and picks other ones in every run.
     torch.backends.cudnn.benchmark = False
@@ -260,7 +271,31 @@ def start_training(config: Config, device: torch.device, group: Group) -> Traini
         compile_network(network, device)
     optimizer = make_optimizer(network, config.learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    return Training(network, Loss(config.loss), optimizer, scaler, precision, clip_norm=config.clip_norm)
+    loss = Loss(config.loss, config.deterministic)
+    return Training(network, loss, optimizer, scaler, precision, clip_norm=config.clip_norm, pieces=config.accumulate)
+
+
+def be_deterministic(wanted: bool) -> None:
+    """Have torch take algorithms that give the same bits each time, or refuse to compute; or the fastest ones."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for looking for faults; it takes time
+    torch.backends.cudnn.deterministic = wanted
+
+
+@torch.no_grad()
+def start_from_shares(network: VNet, dataset: CaseDataset, group: Group) -> None:
+    """Set the last convolution's bias so that the network starts from the classes' shares of the training voxels.
+
+    The bias is the logarithm of the shares (Karpathy 2019, "A Recipe for Training Neural Networks"): the first epochs
+    then need not find out that nearly all is background. A class without a voxel counts as having one.
+    """
+    classes = len(network.classify.bias)
+    share = range(group.rank, len(dataset), group.size)
+    counts = sum(torch.bincount(dataset[i]["labels"].flatten(), minlength=classes) for i in share)
+    counts = sum(group.gather(counts + torch.zeros(classes, dtype=torch.long))).clamp(min=1)
+    network.classify.bias.copy_((counts / counts.sum()).log())
 
 
 def resume_training(training: Training, checkpoint: dict, path: str) -> None:
@@ -300,6 +335,12 @@ def train(
     training.plan = max(plans, key=PLANS.index)  # what fits every card
     if config.compile and training.plan != "off":
         print(f"compile has no effect under the memory plan {training.plan}", flush=True)
+    if config.output_bias and not resumed and config.init_from is None:
+        start_from_shares(training.network, train_set, group)
+    if config.average_decay:
+        training.average = Average(training.network, config.average_decay)
+        for name, weight in resumed.get("average", {}).items():
+            training.average.weights[name].copy_(weight)
     with StopSignals() as signals:
         run = Run(training, folder, signals, group, facts)
         if resumed:
@@ -327,7 +368,8 @@ def one_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader, device
     row["train_loss"] = float(np.mean(run.losses))
     if len(val_loader.dataset) and (run.epoch % config.val_interval == 0 or run.epoch == config.epochs):
         try:
-            row |= validate(run, val_loader, config.organs, device)
+            with run.training.averaged():
+                row |= validate(run, val_loader, config.organs, device)
         except Stopped:
             run.checkpoint()  # --resume goes on with the validation
             raise
@@ -337,7 +379,7 @@ def one_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader, device
     if row["val_dice"] is not None:
         bar.set_postfix(dice=f"{row['val_dice']:.4f}")
         if row["val_dice"] > run.best_dice and run.group.first:
-            with folder.writing():
+            with folder.writing(), run.training.averaged():
                 folder.save_best(run.training.network, epoch=run.epoch, **facts, **run.facts)
                 run.best_dice = row["val_dice"]
     # The log comes first: a row without its checkpoint is written again, a checkpoint without its row is not.

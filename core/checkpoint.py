@@ -171,6 +171,8 @@ def check_form(form: Any, path: Path) -> Config:
     if math.prod(config.size) > MOST_VOXELS:
         raise ValueError(f"{path}: size: got {list(config.size)}, expected {MOST_VOXELS} voxels at most")
     network = network_form(config, form["network"], path)
+    if "average" in form:
+        check_average(form["average"], network, path)
     if "optimizer" in form:
         check_optimizer(form["optimizer"], network, path)
     checks = {
@@ -214,6 +216,17 @@ def network_form(config: Config, found: dict, path: Path) -> VNet:
     return network
 
 
+def check_average(found: Any, network: VNet, path: Path) -> None:
+    """Check that averaged weights are those of this network.
+
+    Raises:
+        ValueError: when they are not.
+    """
+    expected = {name: TensorForm(value.dtype, tuple(value.shape)) for name, value in network.named_parameters()}
+    if found != expected:
+        raise ValueError(f"{path}: its average is not that of its network; it is damaged, or was tampered with")
+
+
 def check_optimizer(found: Any, network: VNet, path: Path) -> None:
     """Check that an optimiser's state is that of Adam for this network.
 
@@ -248,7 +261,8 @@ def check_resumable(content: dict[str, Any], path: str | Path) -> None:
     Raises:
         ValueError: naming what is missing; best.pt holds no optimiser.
     """
-    missing = [key for key in ("optimizer", "scaler", "epoch", "cases") if key not in content]
+    needed = ["optimizer", "scaler", "epoch", "cases"] + ["average"] * (content["config"].average_decay > 0)
+    missing = [key for key in needed if key not in content]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}, so that training cannot go on from it; take last.pt")
 
@@ -270,7 +284,8 @@ def check_numbers(content: dict[str, Any], path: Path) -> None:
 
 def tensors_in(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint's network and optimiser, with names for messages."""
-    yield from ((f"network: {name}", tensor) for name, tensor in content["network"].items())
+    for part in ("network", "average"):
+        yield from ((f"{part}: {name}", tensor) for name, tensor in content.get(part, {}).items())
     for i, state in content.get("optimizer", {"state": {}})["state"].items():
         yield from ((f"optimizer: {name} of parameter {i}", tensor) for name, tensor in state.items())
 

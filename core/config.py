@@ -54,6 +54,10 @@ class Config:
     val_interval: int
     checkpoint_minutes: float
     clip_norm: float
+    accumulate: int
+    average_decay: float
+    output_bias: bool
+    deterministic: bool
     augment: bool
     augment_rotation_degrees: float
     augment_scale: float
@@ -137,6 +141,10 @@ RULES = {
     "val_interval": whole_number(1),
     "checkpoint_minutes": Rule(float, "a number of minutes, 0 or more", lambda value: value >= 0),
     "clip_norm": Rule(float, "a number, 0 or more", lambda value: value >= 0),
+    "accumulate": whole_number(1),
+    "average_decay": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "output_bias": Rule(bool, "true or false"),
+    "deterministic": Rule(bool, "true or false"),
     "augment": Rule(bool, "true or false"),
     "augment_rotation_degrees": number(0, 180),
     "augment_scale": number(0, 0.9),

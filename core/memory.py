@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.checkpoint import build_network
 from core.config import Config
-from core.step import PLANS, Loss, Training, gradients, make_optimizer, to_channels_last, training_step
+from core.step import PLANS, Average, Loss, Training, gradients, make_optimizer, to_channels_last, training_step
 from vnet import VNet
 
 GIB = 2**30
@@ -50,8 +50,11 @@ def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
         optimizer.zero_grad()
         image, labels = blank_batch(config, torch.device("cpu"))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        training = Training(network, Loss(config.loss), optimizer, scaler, precision, plan)
-        tracker.track_external(network, optimizer, image, labels)
+        average = Average(network, config.average_decay) if config.average_decay else None
+        training = Training(
+            network, Loss(config.loss), optimizer, scaler, precision, plan, pieces=config.accumulate, average=average
+        )
+        tracker.track_external(network, optimizer, image, labels, *(average.weights.values() if average else ()))
         with tracker, counter:
             training_step(training, image, labels)
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())

@@ -8,8 +8,10 @@ A memory plan is a way to work out the same gradients:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +75,12 @@ class Loss:
     Args:
         name: "cross_entropy" or "dice_cross_entropy" (their sum: cross-entropy moves every voxel, Dice gives small
             organs their weight).
+        deterministic: whether to leave out the GPU kernels that add up in any order; the others are slower.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, deterministic: bool = False):
         self.with_dice = name == "dice_cross_entropy"
+        self.deterministic = deterministic
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits (B, K, X, Y, Z) for labels (B, X, Y, Z), integers below K: a scalar."""
@@ -86,8 +90,11 @@ class Loss:
         """What the loss needs of these voxels; that of the whole volume is the total over its parts."""
         labels = labels.long()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        sums = [F.cross_entropy(logits, labels, reduction="sum")]
-        return sums + dice_sums(logits, labels) if self.with_dice else sums
+        if self.deterministic:  # cross-entropy of volumes has no such kernel, these have
+            sums = [(logits.logsumexp(dim=1) - logits.gather(1, labels[:, None])[:, 0]).sum()]
+        else:
+            sums = [F.cross_entropy(logits, labels, reduction="sum")]
+        return sums + dice_sums(logits, labels, self.deterministic) if self.with_dice else sums
 
     def of_sums(self, sums: list[Tensor], voxels: int) -> Tensor:
         """The loss of `voxels` voxels that have these sums."""
@@ -95,18 +102,21 @@ class Loss:
         return mean + dice_loss(*sums[1:]) if self.with_dice else mean
 
 
-def dice_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
+def dice_sums(logits: Tensor, labels: Tensor, deterministic: bool = False) -> list[Tensor]:
     """For each sample and class, sum(p g), sum(p^2) and sum(g) over the voxels: three tensors (B, K)."""
     probabilities = logits.softmax(dim=1).flatten(2)  # (B, K, N)
     ids = labels.flatten(1)  # (B, N)
     # Without a one-hot volume: each voxel adds to its own label's sum.
     own = probabilities.gather(1, ids[:, None])[:, 0]
-    empty = own.new_zeros(probabilities.shape[:2])  # (B, K)
-    return [
-        empty.scatter_add(1, ids, own),
-        probabilities.square().sum(dim=2),
-        empty.scatter_add(1, ids, torch.ones_like(own)),
-    ]
+    if deterministic:  # scatter_add is not
+        masks = [ids == organ for organ in range(probabilities.shape[1])]
+        shared = torch.stack([(own * mask).sum(dim=1) for mask in masks], dim=1)
+        in_labels = torch.stack([mask.sum(dim=1) for mask in masks], dim=1).to(own.dtype)
+    else:
+        empty = own.new_zeros(probabilities.shape[:2])  # (B, K)
+        shared = empty.scatter_add(1, ids, own)
+        in_labels = empty.scatter_add(1, ids, torch.ones_like(own))
+    return [shared, probabilities.square().sum(dim=2), in_labels]
 
 
 def dice_loss(shared: Tensor, squares: Tensor, in_labels: Tensor) -> Tensor:
@@ -145,6 +155,8 @@ class Training:
         precision: the type that convolutions are computed in.
         plan: one of PLANS.
         clip_norm: the largest norm of a step's gradient, all weights together; 0 for any.
+        pieces: in which a batch is worked out, one after the other.
+        average: of the weights over the steps, or None.
         combine: is given the network with its gradients and the loss when a backward pass is over, and returns the
             loss; where several processes share a batch, it makes both those of the whole batch.
     """
@@ -156,7 +168,13 @@ class Training:
     precision: torch.dtype
     plan: str = "off"
     clip_norm: float = 0.0
+    pieces: int = 1
+    average: "Average | None" = None
     combine: Callable[[nn.Module, Tensor], Tensor] = lambda network, loss: loss
+
+    def averaged(self) -> AbstractContextManager:
+        """A block in which the network has the averaged weights, where there are any."""
+        return self.average.in_place(self.network) if self.average else nullcontext()
 
 
 def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
@@ -216,31 +234,87 @@ def training_step(
     training.optimizer.found_inf = loss.isfinite().logical_not().float()
     training.scaler.step(training.optimizer)
     training.scaler.update()
+    if training.average:
+        training.average.update(training.network)
     return loss
+
+
+def pieces_of(cases: int, pieces: int) -> list[tuple[slice, float]]:
+    """A batch cut into pieces, as even as can be and none empty, with the share of the cases that each has."""
+    pieces = min(pieces, cases)
+    ends = [cases * number // pieces for number in range(pieces + 1)]
+    return [(slice(a, b), (b - a) / cases) for a, b in pairwise(ends)]
+
+
+class Average:
+    """A moving average of a network's weights over the steps, which is steadier than the last of them.
+
+    Args:
+        network: from whose weights it starts.
+        decay: what is left of the average in each step, 0 to 1.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {name: value.detach().clone() for name, value in network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Move a step towards the network's weights."""
+        torch._foreach_lerp_(list(self.weights.values()), list(network.parameters()), 1 - self.decay)
+
+    @contextmanager
+    def in_place(self, network: nn.Module) -> Iterator[None]:
+        """A block in which the network has the averaged weights."""
+        own = {name: parameter.data for name, parameter in network.named_parameters()}
+        try:
+            for name, parameter in network.named_parameters():
+                parameter.data = self.weights[name]
+            yield
+        finally:
+            for name, parameter in network.named_parameters():
+                parameter.data = own[name]
 
 
 def gradients(
     training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None] = lambda loss: None
 ) -> Tensor:
-    """Put the loss's gradients, times the scaler's factor, into the parameters, as the plan says; returns the loss.
+    """Put the loss's gradients, times the scaler's factor, into the parameters, piece by piece; returns the loss.
 
-    `check` is shown the loss before the backward pass.
+    `check` is shown the loss of a piece before its backward pass.
+    """
+    losses = [
+        share * gradients_of_piece(training, image[piece], labels[piece], check, share)
+        for piece, share in pieces_of(len(image), training.pieces)
+    ]
+    return sum(losses[1:], start=losses[0])
+
+
+def gradients_of_piece(
+    training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None], share: float
+) -> Tensor:
+    """Add the gradients of a piece that is this share of its batch to the parameters', as the plan says.
+
+    Returns:
+        the piece's loss.
     """
     network, plan = training.network, training.plan
     if plan == "off":
         with autocast(image.device, training.precision):
             value = training.loss(network(image), labels)  # (B, K, X, Y, Z) -> scalar
         check(value)
-        training.scaler.scale(value).backward()
+        training.scaler.scale(value * share).backward()
         return value.detach()
     result = features(network, image, training.precision, keep=plan == "low")  # (B, 2C, X, Y, Z)
     gradient = result.detach()  # the same memory: from here on nobody needs the result itself
-    value = backward_in_slabs(training, gradient, labels, check)
+    value = backward_in_slabs(training, gradient, labels, check, share)
     result.backward(gradient)
     return value
 
 
-def backward_in_slabs(training: Training, h: Tensor, labels: Tensor, check: Callable[[Tensor], None]) -> Tensor:
+def backward_in_slabs(
+    training: Training, h: Tensor, labels: Tensor, check: Callable[[Tensor], None], share: float
+) -> Tensor:
     """The loss of the classes found in `h`, (B, 2C, X, Y, Z), which is overwritten by its gradient.
 
     Slab by slab along X, so that the K-class logits never exist whole. The loss depends on sums over all voxels: a
@@ -253,12 +327,12 @@ def backward_in_slabs(training: Training, h: Tensor, labels: Tensor, check: Call
     sums = [torch.stack(part).sum(dim=0).requires_grad_() for part in zip(*parts, strict=True)]
     value = loss.of_sums(sums, labels.numel())
     check(value)
-    slopes = torch.autograd.grad(value, sums)
+    slopes = torch.autograd.grad(value * share, sums)
     for slab in slabs:
         part = h[:, :, slab].clone().requires_grad_()
         sums = loss.sums(convolve(classify, part), labels[:, slab])
-        share = sum((slope * each).sum() for slope, each in zip(slopes, sums, strict=True))
-        training.scaler.scale(share).backward()
+        change = sum((slope * each).sum() for slope, each in zip(slopes, sums, strict=True))
+        training.scaler.scale(change).backward()
         h[:, :, slab] = part.grad
     return value.detach()
 
