@@ -253,6 +253,30 @@ def split_cases(
     return train, [case for case in cases if case.id in held_out], how
 
 
+def split_by_fold(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tuple[list[Case], list[Case], str]:
+    """Split cases for cross-validation: cut into `folds` parts by `seed`, one of them held out.
+
+    The parts differ by one case at most, and depend on nothing but the seed, their number and the cases' ids: the runs
+    of all folds together hold out every case once.
+
+    Returns:
+        training cases, validation cases, and a sentence that says how they were chosen.
+
+    Raises:
+        ValueError: when there is no such fold, or fewer cases than folds.
+    """
+    if fold >= folds:
+        raise ValueError(f"fold: got {fold} of {folds} folds, expected 0 to {folds - 1}")
+    if folds > len(cases):
+        raise ValueError(f"folds: got {folds} for {len(cases)} cases, expected no more folds than cases")
+    ids = sorted(case.id for case in cases)
+    order = np.random.default_rng([seed, folds]).permutation(len(ids))
+    held_out = {ids[i] for i in order[fold::folds]}
+    how = f"{len(held_out)} of {len(ids)} held out as fold {fold} of {folds} (0 to {folds - 1})"
+    parts = ([case for case in cases if (case.id in held_out) is held] for held in (False, True))
+    return *parts, how
+
+
 # ---- Samples ---------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@
 INPUT is a NIfTI file, a folder of them, or the folder of a DICOM series. Writes OUTPUT/CASE.nii.gz, a label map in the
 scan's own geometry, for each scan, and OUTPUT/volumes.csv with every organ's volume in mL; with --report also a page
 with pictures, and OUTPUT/reports/index.html, which leads to them. Size, HU window and organs come from the checkpoint.
-What an earlier run left of a case that fails is renamed to .old.
+What an earlier run left of a case that fails is renamed to .old. Several GPUs share the scans out by
+`torchrun --nproc-per-node N infer.py ...`.
 Exit code 0: done, 1: some input or scan was refused (the others are done), 2: wrong usage.
 """
 
@@ -15,10 +16,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import starmap
+from itertools import chain, starmap
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,12 @@ from tqdm import tqdm
 
 from core.checkpoint import load_network
 from core.config import Config, check
+from core.distributed import join_group, leave_group, own_device
 from core.exits import DONE, REFUSED, USAGE, is_out_of_memory, print_error, print_warning, refusing, run_command
 from core.files import check_room, whole_file
 from core.nifti import MAX_GIB, Reading
 from core.predictions import (
+    REPORTS,
     check_inputs_are_elsewhere,
     is_finished,
     label_map_path,
@@ -57,6 +60,7 @@ from vnet import VNet
 
 EXTENT_TOLERANCE = 0.25  # a scan may be this much smaller or larger than every training case before infer.py warns
 HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may lie outside those of the training cases
+SHARED = ("size", "window_hu", "organs")  # settings that networks must share to be averaged
 PROBABILITY_BYTES = 2  # of a voxel and class, in the file that they lie in before they are compressed
 
 
@@ -65,9 +69,9 @@ class Inference:
     """All that segmenting a scan works with.
 
     Attributes:
-        network: ready to predict, on `device`.
-        config: the settings that it was trained under.
-        training_data: what its training cases were like.
+        networks: ready to predict, on `device`; of several, the probabilities are averaged.
+        config: the settings that they were trained under.
+        training_data: what their training cases were like.
         device: where it runs.
         precision: the type that convolutions are computed in.
         output: the folder for the results.
@@ -76,7 +80,7 @@ class Inference:
         series_uid: which of the series in a DICOM folder is meant; None: the only one.
     """
 
-    network: VNet
+    networks: Sequence[VNet]
     config: Config
     training_data: dict
     device: torch.device
@@ -148,10 +152,18 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
 
 @torch.inference_mode()
 def predict(inference: Inference, scan: Segmentation) -> None:
-    """Run the network on a prepared scan."""
+    """Run the networks on a prepared scan."""
     image = torch.from_numpy(scan.image).to(inference.device).float() / 255  # (X, Y, Z) in 0..1
-    with autocast(inference.device, inference.precision):
-        scan.logits = inference.network(image[None, None])[0].float()  # (K, X, Y, Z)
+    probabilities = None
+    for network in inference.networks:
+        with autocast(inference.device, inference.precision):
+            scan.logits = network(image[None, None])[0].float()  # (K, X, Y, Z)
+        if len(inference.networks) > 1:
+            scan.logits = scan.logits.softmax(dim=0)
+            probabilities = scan.logits if probabilities is None else probabilities.add_(scan.logits)
+    if probabilities is not None:
+        # Logarithms of the mean probabilities are logits whose softmax they are.
+        scan.logits = probabilities.div_(len(inference.networks)).clamp_(min=torch.finfo(torch.float32).tiny).log_()
     scan.image = None
 
 
@@ -338,6 +350,29 @@ def choose_reading(arguments: argparse.Namespace) -> Reading:
     return Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
 
 
+def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[VNet], dict]:
+    """The networks of checkpoints, and what the first checkpoint says, the ranges of training cases those of all.
+
+    Raises:
+        FileNotFoundError, ValueError: when one cannot be read, or does not go together with the first.
+    """
+    networks, contents = zip(*(load_network(path, device) for path in paths), strict=True)
+    first = contents[0]
+    for path, content in zip(paths, contents, strict=True):
+        for key in SHARED:
+            ours, others = getattr(content["config"], key), getattr(first["config"], key)
+            if ours != others:
+                raise ValueError(f"{path}: its {key} is {ours}, that of {paths[0]} {others}; expected the same")
+    merged = dict(first["training_data"])
+    for name in ("extent_mm", "hu_percentiles"):
+        ranges = [content["training_data"][name] for content in contents]
+        merged[name] = {
+            "min": np.min([each["min"] for each in ranges], axis=0).tolist(),
+            "max": np.max([each["max"] for each in ranges], axis=0).tolist(),
+        }
+    return list(networks), first | {"training_data": merged}
+
+
 def choose_inference_precision(name: str, trained_in: str, device: torch.device) -> torch.dtype:
     """The type that convolutions are computed in; "auto" is float32 on a CPU and the training's setting on a GPU.
 
@@ -357,61 +392,77 @@ def main() -> int:
     arguments = parse_arguments()
     output = Path(arguments.output)
     with refusing(USAGE):
-        device = choose_device(check("device", arguments.device, "--device"))
+        device = choose_device(own_device(check("device", arguments.device, "--device")))
         check("precision", arguments.precision, "--precision")
         reading = choose_reading(arguments)
-        found, refused = find_inputs(arguments.inputs)
+        group = join_group(torch.device("cpu"))  # there is little to tell one another
+        with nullcontext() if group.first else redirect_stderr(None):
+            found, refused = find_inputs(arguments.inputs)
         cases = select_cases(found, arguments.cases) if found else {}
         if found and arguments.series is not None and not any(scan.is_dir() for scan in cases.values()):
             raise ValueError("--series: none of the scans is DICOM, expected the folder of a series; leave it out")
         check_inputs_are_elsewhere(output, [*cases.values(), *(path for path in refused if not path.is_dir())])
         if found:
             prepare_folder(output, cases)
-            network, checkpoint = load_network(arguments.checkpoint, device)
+            networks, checkpoint = load_networks(arguments.checkpoint, device)
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
-    if arguments.cases is None and not arguments.skip_existing:
+    if group.first and arguments.cases is None and not arguments.skip_existing:
         for case in {named_case(path) for path in refused} - found.keys():
             set_aside(output, case)
     if not found:
+        leave_group(group)
         return REFUSED
+    group.wait()  # all have looked at the folder
     if arguments.skip_existing:
         cases = {case: scan for case, scan in cases.items() if not is_finished(output, case, arguments.probabilities)}
+    own = dict(list(cases.items())[group.rank :: group.size])
 
     config, training_data = checkpoint["config"], checkpoint["training_data"]
     asked_for = (output, arguments.probabilities, reading, arguments.series)
-    inference = Inference(network, config, training_data, device, precision, *asked_for)
-    failed = segment_into(inference, cases)
-    done = {case: scan for case, scan in cases.items() if case not in failed}
+    inference = Inference(networks, config, training_data, device, precision, *asked_for)
+    failed = segment_into(inference, own, group.first)
+    done = {case: scan for case, scan in own.items() if case not in failed}
     if arguments.report:
-        failed += report_on(inference, done, Path(arguments.checkpoint), checkpoint)
+        failed += report_on(inference, done, arguments.checkpoint, checkpoint)
     else:
         for path in (path for case in done for path in report_files(output, case)):
             rename_old(path, f"{path.parent.name}: segmented without --report")
+    failed = sorted(chain(*group.gather(failed)))
+    if group.first:
+        say_how_it_went(output, len(cases), failed, refused, arguments.report)
+    leave_group(group)
+    return REFUSED if failed or refused else DONE
+
+
+def say_how_it_went(output: Path, cases: int, failed: list[str], refused: list[Path], report: bool) -> None:
+    """Count the cases, name those that failed, and list the reports."""
+    print(f"{cases - len(failed)} of {cases} scans segmented into {output}")
+    if report and len(failed) < cases:
+        from visualization.report import write_index
+
+        print(f"reports in {write_index(output / REPORTS)}")
     if failed or refused:
         print(f"error: failed: {', '.join([*failed, *map(str, refused)])}", file=sys.stderr)
-        return REFUSED
-    return DONE
 
 
-def segment_into(inference: Inference, cases: dict[str, Path]) -> list[str]:
-    """Segment all cases into the output folder; those that failed, which are named and set aside."""
+def segment_into(inference: Inference, cases: dict[str, Path], show: bool) -> list[str]:
+    """Segment cases into the output folder, with a progress bar if asked to; those that failed, named and set aside."""
     failed = []
     with closing(segment_all(inference, cases)) as segmented:
-        for scan in tqdm(segmented, total=len(cases), desc="scans", disable=None):
+        for scan in tqdm(segmented, total=len(cases), desc="scans", disable=None if show else True):
             if scan.failure:
                 print_error(ValueError(scan.failure))
                 set_aside(inference.output, scan.case)
                 failed.append(scan.case)
-    print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented into {inference.output}")
     return failed
 
 
-def report_on(inference: Inference, cases: dict[str, Path], path: Path, checkpoint: dict) -> list[str]:
+def report_on(inference: Inference, cases: dict[str, Path], paths: Sequence[str], checkpoint: dict) -> list[str]:
     """Write a page for each segmented case, and one that lists them; the cases without, which are named."""
     from visualization.report import provenance_of, write_reports
 
     quiet = replace(inference.reading, warn=lambda _: None)  # what there is to say was said when it was segmented
-    made_by = provenance_of(path, checkpoint) | {"computed in": str(inference.precision).removeprefix("torch.")}
+    made_by = provenance_of(paths, checkpoint) | {"computed in": str(inference.precision).removeprefix("torch.")}
     return write_reports(
         inference.output, cases, lambda file: read(inference, file, quiet), inference.config.organs, made_by
     )
@@ -421,7 +472,13 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Segment CT scans with a trained V-Net.")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a NIfTI file, a folder of them, or a DICOM series")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="best.pt or last.pt of a run; of several, as of all folds, the probabilities are averaged",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the label maps and volumes.csv")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

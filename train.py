@@ -67,7 +67,7 @@ from core.step import (
     training_step,
     validation_step,
 )
-from dataset import HU_PERCENTILES, CaseDataset, find_cases, find_data, reading_of, split_cases
+from dataset import HU_PERCENTILES, Case, CaseDataset, find_cases, find_data, reading_of, split_by_fold, split_cases
 from vnet import VNet
 
 
@@ -208,6 +208,19 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
     left = 1 - step / steps
     factor = {"constant": 1.0, "cosine": (1 - math.cos(math.pi * left)) / 2, "poly": left**0.9}[config.schedule]
     return config.learning_rate * factor
+
+
+def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case], str]:
+    """Training cases, validation cases, and how they were chosen, as the settings say.
+
+    Raises:
+        ValueError: when they cannot be split so.
+    """
+    if not config.folds:
+        return split_cases(cases, config.val_cases, config.val_fraction, config.seed)
+    if config.val_cases is not None:
+        raise ValueError("folds: got val_cases too, expected one of the two; val_cases: null leaves it to the folds")
+    return split_by_fold(cases, config.folds, config.fold, config.seed)
 
 
 def case_ids(train_set: CaseDataset, val_set: CaseDataset) -> dict[str, list[str]]:
@@ -429,7 +442,7 @@ def main() -> int:
     with refusing(REFUSED):
         cases = find_cases(data_dir, reading_of(config))
     with refusing(USAGE):
-        train_cases, val_cases, how = split_cases(cases, config.val_cases, config.val_fraction, config.seed)
+        train_cases, val_cases, how = split(cases, config)
         train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)
         ids = case_ids(train_set, val_set)
         group.wait()  # all have looked at the folder

@@ -128,7 +128,7 @@ def make_contenders(
     for precision, dtype in PRECISIONS.items():
         output = folder / f"{PROJECT}_{precision}"
         output.mkdir()
-        inference = Inference(network, config, ANY_SCAN, device, dtype, output, probabilities=False)
+        inference = Inference([network], config, ANY_SCAN, device, dtype, output, probabilities=False)
         add(PROJECT, precision, True, run_project, inference)
         add(PROJECT, precision, False, run_project_in_turn, inference)
         if monai_installed():

@@ -32,6 +32,8 @@ class Config:
     cache_dir: str | None
     val_cases: tuple[str, ...] | None
     val_fraction: float
+    folds: int
+    fold: int
     size: tuple[int, int, int]
     window_hu: tuple[float, float]
     max_gib: float
@@ -108,6 +110,8 @@ RULES = {
         str, "case ids (in quotes if all digits), a file of them, or null", bool, row=True, optional=True
     ),
     "val_fraction": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "folds": Rule(int, "0 for none, or a whole number of 2 or more", lambda value: value == 0 or value >= 2),
+    "fold": whole_number(0),
     "size": Rule(int, "three whole numbers", lambda values: len(values) == 3 and min(values) >= 1, row=True),
     "window_hu": Rule(
         float, "two numbers, the lower first", lambda values: len(values) == 2 and values[0] < values[1], row=True

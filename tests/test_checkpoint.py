@@ -441,6 +441,19 @@ def test_the_optimizers_state_is_checked(resumable):
     assert "optimizer: exp_avg of parameter 0 holds NaN" in refusal(resumable)
 
 
+def test_averaged_weights_are_checked(path):
+    content = torch.load(path, weights_only=True)
+    right = {name: value.clone() for name, value in content["network"].items() if "running" not in name}
+    torch.save(content | {"average": right}, path)
+    load_checkpoint(path)
+    name = next(iter(right))
+    for wrong in (None, {}, right | {name: torch.zeros(3)}, right | {"more": torch.zeros(3)}):
+        torch.save(content | {"average": wrong}, path)
+        assert "its average is not that of its network" in refusal(path)
+    torch.save(content | {"average": right | {name: torch.full_like(right[name], torch.nan)}}, path)
+    assert f"average: {name} holds NaN" in refusal(path)
+
+
 def test_other_peoples_checkpoints_are_refused(tmp_path):
     for content in ({"state_dict": {}}, [1, 2], torch.ones(3), {"kind": ["V-Net checkpoint"]}):
         torch.save(content, tmp_path / "other.pt")

@@ -33,6 +33,8 @@ CHANGES = {
     "cache_dir": ("null", None),
     "val_cases": ("0041 0042", ("0041", "0042")),
     "val_fraction": ("0.5", 0.5),
+    "folds": ("5", 5),
+    "fold": ("3", 3),
     "size": ("64 96 32", (64, 96, 32)),
     "window_hu": ("-1000 1e3", (-1000.0, 1000.0)),
     "organs": ("nothing liver", ("nothing", "liver")),

@@ -33,6 +33,7 @@ from dataset import (
     hu_percentiles,
     read_case_ids,
     select_cases,
+    split_by_fold,
     split_cases,
 )
 
@@ -273,6 +274,28 @@ def test_the_fraction_is_drawn_by_the_seed():
     drawn = [tuple(ids_of(split_cases(everything, None, 0.3, seed)[1])) for seed in range(20)]
     assert drawn == [tuple(ids_of(split_cases(everything, None, 0.3, seed)[1])) for seed in range(20)]
     assert len(set(drawn)) > 10
+
+
+def test_folds_hold_out_every_case_once():
+    everything = cases_of(*"abcdefghijk")
+    held_out = []
+    for fold in range(4):
+        train, val, how = split_by_fold(everything, 4, fold, 7)
+        assert len(val) in (2, 3)
+        assert sorted(ids_of(train) + ids_of(val)) == list("abcdefghijk")
+        assert ids_of(val) == ids_of(split_by_fold(everything[::-1], 4, fold, 7)[1])[::-1]
+        assert how == f"{len(val)} of 11 held out as fold {fold} of 4 (0 to 3)"
+        held_out += ids_of(val)
+    assert sorted(held_out) == list("abcdefghijk")
+    firsts = {tuple(ids_of(split_by_fold(everything, 4, 0, seed)[1])) for seed in range(20)}
+    assert len(firsts) > 10
+
+
+def test_folds_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="fold: got 4 of 4 folds, expected 0 to 3"):
+        split_by_fold(cases_of(*"abcde"), 4, 4, 0)
+    with pytest.raises(ValueError, match="folds: got 6 for 5 cases"):
+        split_by_fold(cases_of(*"abcde"), 6, 0, 0)
 
 
 # ---- Samples ---------------------------------------------------------------------------------------------------------

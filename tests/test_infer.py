@@ -25,7 +25,7 @@ from test_dicom import REAL, make_series, write
 from torch.nn import functional as F
 
 import infer
-from core.checkpoint import build_network, load_network, save_checkpoint
+from core.checkpoint import build_network, load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
 from core.files import locked, whole_file
 from data.make_phantom import write_phantom
@@ -1290,3 +1290,76 @@ def test_percentiles_are_compared_one_by_one():
         "5 % of its body lies below 60 HU (-100 to -90)",
         "95 % of its body lies below 60 HU (200 to 300)",
     ]
+
+
+# ---- Several networks, several processes -----------------------------------------------------------------------------
+
+
+def other_checkpoint(path: Path, config: Config, checkpoint: Path, seed: int, **changes: object) -> Path:
+    """Another untrained network, of other settings if asked to, said to know scans of twice the extents."""
+    torch.manual_seed(seed)
+    data = load_checkpoint(checkpoint)["training_data"]
+    wider = data | {"extent_mm": {"min": data["extent_mm"]["min"], "max": [2 * mm for mm in data["extent_mm"]["max"]]}}
+    config = dataclasses.replace(config, **changes)
+    save_checkpoint(path, build_network(config), config, training_data=wider)
+    return path
+
+
+def test_probabilities_of_several_networks_are_averaged(run, scans, config, checkpoint, tmp_path):
+    other = other_checkpoint(tmp_path / "other.pt", config, checkpoint, 1)
+    apart = []
+    for path in (checkpoint, other):
+        run(scans / "one_0000.nii.gz", "--probabilities", "--checkpoint", path, "--output", tmp_path / path.stem)
+        apart.append(np.asanyarray(nib.load(tmp_path / path.stem / "one_probabilities.nii.gz").dataobj).astype(float))
+    assert np.abs(apart[0] - apart[1]).max() > 0.1
+    code, _, err = run(scans / "one_0000.nii.gz", "--probabilities", "--checkpoint", checkpoint, other)
+    assert (code, err) == (0, "")
+    found = np.asanyarray(nib.load(tmp_path / "out" / "one_probabilities.nii.gz").dataobj).astype(float)
+    # Exact on the network's grid; in between, logarithms are interpolated. The scan is as large as the grid.
+    assert found.shape[:3] == SIZE
+    np.testing.assert_allclose(found, (apart[0] + apart[1]) / 2, atol=2e-3)
+    labels = np.asanyarray(nib.load(tmp_path / "out" / "one.nii.gz").dataobj)
+    sure = np.sort(found, axis=-1)[..., -1] - np.sort(found, axis=-1)[..., -2] > 0.01
+    assert np.array_equal(labels[sure], found.argmax(axis=-1)[sure])
+
+
+def test_what_several_networks_know_is_what_one_of_them_knows(run, config, checkpoint, tmp_path):
+    scan = save_scan(tmp_path / "scan.nii.gz", make_voxels((48, 36, 20)))  # 96 mm along X: too long for the first
+    other = other_checkpoint(tmp_path / "other.pt", config, checkpoint, 1)
+    assert "it covers 96 mm along X" in run(scan)[2]
+    assert "it covers" not in run(scan, "--checkpoint", checkpoint, other)[2]
+
+
+def test_networks_that_do_not_go_together_are_refused(run, scans, config, checkpoint, tmp_path):
+    for changes in ({"size": (16, 16, 16)}, {"window_hu": (-50.0, 100.0)}, {"organs": (*ORGANS[:-1], "heart")}):
+        other = other_checkpoint(tmp_path / "other.pt", config, checkpoint, 1, **changes)
+        code, _, err = run(scans, "--checkpoint", checkpoint, other)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"other.pt: its {next(iter(changes))} is " in err
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="torchrun over Gloo")
+def test_processes_of_torchrun_share_the_scans_out(checkpoint, tmp_path):
+    for number in range(5):
+        save_scan(tmp_path / "scans" / f"case{number}.nii.gz", make_voxels(SIZE, seed=number))
+    (tmp_path / "scans" / "case3.nii.gz").write_bytes(b"no scan")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--checkpoint", checkpoint, "--device", "cpu"]
+    script = ["infer.py", tmp_path / "scans", *flags]
+    process = start(*launch, *script, "--output", tmp_path / "two", cwd=ROOT)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert out.count("4 of 5 scans segmented") == 1
+    assert err.count("error: failed: case3") == 1
+    process = start(sys.executable, *script, "--output", tmp_path / "one", cwd=ROOT)
+    process.communicate(timeout=240)
+    assert process.returncode == 1
+    one, two = files_in(tmp_path / "one"), files_in(tmp_path / "two")
+    assert {name for name in one if name.endswith(".nii.gz")} == {f"case{n}.nii.gz" for n in (0, 1, 2, 4)}
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.endswith(".nii.gz"):
+            first, second = (np.asanyarray(nib.load(tmp_path / which / name).dataobj) for which in ("one", "two"))
+            assert (first != second).mean() < 1e-3, name  # another number of threads
+    assert read_volumes(tmp_path / "two").keys() == read_volumes(tmp_path / "one").keys()

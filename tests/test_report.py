@@ -248,7 +248,7 @@ def test_infer_writes_a_report_a_case_and_a_page_for_all(checkpoint, tmp_path, r
         counts = np.bincount(labels.ravel(), minlength=len(ORGANS))
         assert [row["found"] for row in facts["organs"]] == [bool(count) for count in counts[1:]]
         assert [row.get("ml", 0) for row in facts["organs"]] == pytest.approx(list(counts[1:] * 0.012))
-        assert facts["provenance"]["checkpoint"] == "best.pt"
+        assert facts["provenance"]["checkpoint"] == str(checkpoint)
         assert facts["provenance"]["trained"] == "7 of 50 epochs"
     assert "a & b" in Page(output / "reports" / "a & b" / "index.html").text
 

@@ -13,6 +13,7 @@ from core import step
 from core.recompute import features
 from core.step import (
     PLANS,
+    Average,
     Loss,
     NotFiniteError,
     RunningLoss,
@@ -22,6 +23,7 @@ from core.step import (
     choose_precision,
     compile_network,
     make_optimizer,
+    pieces_of,
     to_channels_last,
     training_step,
     validation_step,
@@ -143,6 +145,85 @@ def test_mixed_precision_runs_convolutions_in_bf16_and_the_loss_in_float32():
         loss = Loss("dice_cross_entropy")(logits, torch.zeros(1, 8, 8, 8, dtype=torch.long))
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
+
+
+# ---- A batch in pieces, and the average of the weights ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice_cross_entropy"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("pieces", [2, 9])  # two and one case, and one each
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(plan, loss, pieces):
+    torch.manual_seed(0)
+    whole = VNet(5, channels=3, down_convs=(1, 2), up_convs=(1,)).double()
+    cut = copy.deepcopy(whole)
+    image = torch.rand(3, 1, 8, 8, 12, dtype=torch.double)
+    labels = torch.randint(5, (3, 8, 8, 12), dtype=torch.uint8)
+    expected = training_step(start(whole, plan=plan, loss=loss), image, labels)
+    training = start(cut, plan=plan, loss=loss)
+    training.pieces = pieces
+    seen = []
+    found = training_step(training, image, labels, check=seen.append)
+    assert len(seen) == min(pieces, 3)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    for (name, a), b in zip(whole.named_parameters(), cut.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 1e-9 * a.grad.norm(), name
+
+
+def test_pieces_of_a_batch():
+    assert pieces_of(5, 2) == [(slice(0, 2), 0.4), (slice(2, 5), 0.6)]
+    assert pieces_of(1, 4) == [(slice(0, 1), 1.0)]
+
+
+def test_average_of_the_weights_by_hand():
+    network = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        network.weight.fill_(1.0)
+    average = Average(network, 0.75)
+    for weight in (5.0, 9.0):
+        with torch.no_grad():
+            network.weight.fill_(weight)
+        average.update(network)
+    # 1, then 3/4 * 1 + 1/4 * 5 = 2, then 3/4 * 2 + 1/4 * 9 = 3.75
+    assert average.weights["weight"].item() == pytest.approx(3.75)
+    inside = []
+
+    def look() -> None:
+        with average.in_place(network):
+            inside.append(network(torch.ones(1, 1)).item())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        look()
+    assert inside == pytest.approx([3.75])
+    assert network.weight.item() == 9.0
+    network.weight.data.fill_(0.0)
+    assert average.weights["weight"].item() == pytest.approx(3.75)
+
+
+def test_each_step_moves_the_average():
+    torch.manual_seed(0)
+    network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
+    training = start(network, rate=1e-2)
+    training.average = Average(network, 0.9)
+    before = copy.deepcopy(training.average.weights)
+    training_step(training, torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8)))
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(training.average.weights[name], 0.9 * before[name] + 0.1 * parameter)
+
+
+# ---- The deterministic loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "dice_cross_entropy"])
+def test_the_deterministic_loss_is_the_same(name):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 4, 3, 6, dtype=torch.double, requires_grad=True)
+    labels = torch.randint(4, (2, 4, 3, 6))  # one class is in none
+    losses = [Loss(name, deterministic)(logits, labels) for deterministic in (False, True)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-12)
+    first, second = (torch.autograd.grad(loss, logits)[0] for loss in losses)
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-14)
 
 
 # ---- Memory plans: other ways to the same gradients ------------------------------------------------------------------

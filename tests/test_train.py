@@ -1,6 +1,7 @@
 """The training script as users run it: on phantoms, from the command line."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -18,10 +19,11 @@ import pytest
 import torch
 
 import train
-from core.checkpoint import load_checkpoint, load_network
+from core.checkpoint import build_network, load_checkpoint, load_network
 from core.config import load_config
 from core.distributed import ALONE
 from data.make_phantom import write_phantom
+from dataset import CaseDataset, find_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = [f"phantom_{number:04d}" for number in range(1, 6)]
@@ -164,6 +166,79 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
     assert rates[0] > 2 * rates[-1] > 0
     code, out, _ = run(*flags, "--resume", folder="broken")
     assert (code, "all 4 epochs are done" in out) == (0, True)
+
+
+@pytest.mark.parametrize("plan", ["off", "lowest"])
+def test_resuming_with_an_average_and_pieces(run, tmp_path, plan):
+    flags = ["--epochs", "3", "--average-decay", "0.8", "--batch-size", "2", "--accumulate", "2", "--memory", plan]
+    flags += ["--output-bias", "--deterministic"]
+    assert run(*flags, folder="whole")[0] == 0
+    with power_cut(before_epoch=3), pytest.raises(KeyboardInterrupt):
+        run(*flags, "--resume", folder="broken")
+    assert run(*flags, "--resume", folder="broken")[0] == 0
+    whole, broken = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "broken"))
+    for part in ("network", "average"):
+        assert all(torch.equal(whole[part][name], broken[part][name]) for name in whole["average"]), part
+    assert not any(torch.equal(whole["average"][name], whole["network"][name]) for name in whole["average"])
+    # best.pt is of the last epoch here, and holds the average.
+    assert load_checkpoint(tmp_path / "whole" / "best.pt")["epoch"] == 3
+    best = weights(tmp_path / "whole" / "best.pt")
+    assert all(torch.equal(best[name], value) for name, value in whole["average"].items())
+    content = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    del content["average"]
+    torch.save(content, tmp_path / "whole" / "last.pt")
+    (tmp_path / "whole" / "previous.pt").unlink()
+    code, _, err = run(*flags, "--resume", folder="whole")
+    assert (code, "last.pt: lacks average, so that training cannot go on" in err) == (2, True)
+
+
+def test_the_output_starts_from_the_shares_of_the_training_voxels(data, tmp_path):
+    config = dataclasses.replace(load_config(), size=(32, 32, 16), channels=2, down_convs=(1, 1), up_convs=(1,),
+                                 cache_dir=None)  # fmt: skip
+    dataset = CaseDataset(find_cases(data)[:2], config)
+    network = build_network(config)
+    train.start_from_shares(network, dataset, ALONE)
+    counts = np.zeros(len(config.organs))
+    for number in range(2):
+        counts += np.bincount(dataset[number]["labels"].numpy().ravel(), minlength=len(counts))
+    expected = np.maximum(counts, 1) / np.maximum(counts, 1).sum()
+    shares = network.classify.bias.detach().softmax(dim=0).numpy()
+    assert shares == pytest.approx(expected, rel=1e-4)
+    assert shares[0] > 0.8
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_the_same_seed_gives_the_same_weights_whatever_the_workers(data, tmp_path, workers):
+    """Two processes of their own: nothing that one run leaves behind may help the other."""
+    folders = []
+    for number, count in enumerate(("0", workers)):
+        folder = tmp_path / str(number)
+        where = ["--data-dir", data, "--run-dir", folder, "--cache-dir", tmp_path / "cache"]
+        flags = [*TINY, "--epochs", "2", "--augment", "--deterministic", "--workers", count]
+        done = subprocess.run([sys.executable, "train.py", *map(str, [*where, *flags])], cwd=ROOT, capture_output=True,
+                              text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        folders.append(folder)
+    assert same_weights(folders[0] / "last.pt", folders[1] / "last.pt")
+
+
+def test_the_runs_of_all_folds_hold_out_every_case_once(run, data, tmp_path):
+    held_out = []
+    for fold in range(2):
+        code, out, _ = run("--folds", "2", "--fold", fold, "--epochs", "1", folder=f"fold{fold}")
+        assert (code, f"held out as fold {fold} of 2" in out) == (0, True)
+        held_out += (tmp_path / f"fold{fold}" / "val_cases.txt").read_text().split()
+    assert sorted(held_out) == CASES
+    code, _, err = run("--folds", "2", "--fold", "2", "--epochs", "1")
+    assert (code, "fold: got 2 of 2 folds" in err) == (2, True)
+    code, _, err = run("--folds", "2", "--val-cases", "phantom_0001", "--epochs", "1")
+    assert (code, "expected one of the two" in err) == (2, True)
+
+
+def test_batch_norm_in_pieces_is_refused(run):
+    code, _, err = run("--norm", "batch", "--batch-size", "2", "--accumulate", "2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "norm: got batch with accumulate" in err
 
 
 def test_resuming_with_other_settings_is_refused_by_name(run, tmp_path):

@@ -226,7 +226,7 @@ def write_reports(
     organs: Sequence[str],
     provenance: dict[str, str],
 ) -> list[str]:
-    """Write the reports of predictions, and the page that lists them.
+    """Write the reports of predictions, for `write_index` to list.
 
     Args:
         output: the folder with the label maps; the reports go into its folder REPORTS.
@@ -248,8 +248,6 @@ def write_reports(
         except (ValueError, OSError, MemoryError) as error:
             print_error(ValueError(f"case {case}: no report: {error or type(error).__name__}"))
             failed.append(case)
-    if len(failed) < len(cases):
-        print(f"reports in {write_index(output / REPORTS)}")
     return failed
 
 
@@ -282,15 +280,15 @@ def write_index(folder: Path) -> Path:
     return folder / REPORT_PAGE
 
 
-def provenance_of(checkpoint: Path, content: dict) -> dict[str, str]:
-    """Where a prediction comes from: checkpoint, its training's settings, and versions."""
+def provenance_of(checkpoints: Sequence[str | Path], content: dict) -> dict[str, str]:
+    """Where a prediction comes from: checkpoints, the training of the first, whose `content` is given, and versions."""
     config = config_to_dict(content["config"])
     epochs = content.get("epoch", "an unknown number")
     settings = ", ".join(
         f"{key} {config[key]}" for key in ("size", "window_hu", "channels", "norm", "loss", "learning_rate")
     )
     return {
-        "checkpoint": checkpoint.name,
+        "checkpoint": ", ".join(str(path) for path in checkpoints),
         "trained": f"{epochs} of {config['epochs']} epochs",
         "settings": settings,
         "commit": git_commit() or "unknown",
@@ -307,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.truth:
             provenance["truth"] = args.truth.name
         if args.checkpoint:
-            provenance |= provenance_of(args.checkpoint, load_checkpoint(args.checkpoint))
+            provenance |= provenance_of([args.checkpoint], load_checkpoint(args.checkpoint))
         if args.output.exists() and not args.output.is_dir():
             raise ValueError(f"{args.output}: is a file, expected a folder to write the report into")
     with refusing(REFUSED):
