@@ -50,7 +50,7 @@ from core.exits import (
 from core.loading import make_loader, naming_dead_workers
 from core.memory import choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
 from core.metrics import confusion_matrix, mean_defined, organ_scores
-from core.run_folder import RunFolder
+from core.run_folder import RunFolder, check_tensorboard
 from core.step import (
     DTYPES,
     PLANS,
@@ -399,6 +399,8 @@ def one_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader, device
     if run.group.first:
         with folder.writing():
             folder.append_log(row)
+            if config.tensorboard:
+                folder.write_scalars(row)
             draw_curves(folder.log, folder.curves, config.organs)
     run.epoch, run.losses = run.epoch + 1, []
     run.checkpoint(**facts)
@@ -427,6 +429,8 @@ def main() -> int:
         config = load_config(arguments.config, flags_given(arguments))
         if arguments.plan:
             return show_plans(config, arguments.card_gib)
+        if config.tensorboard:
+            check_tensorboard()
         device = choose_device(own_device(config.device))
         group = join_group(device)
         folder = RunFolder(config)

@@ -60,6 +60,7 @@ class Config:
     average_decay: float
     output_bias: bool
     deterministic: bool
+    tensorboard: bool
     augment: bool
     augment_rotation_degrees: float
     augment_scale: float
@@ -149,6 +150,7 @@ RULES = {
     "average_decay": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
     "output_bias": Rule(bool, "true or false"),
     "deterministic": Rule(bool, "true or false"),
+    "tensorboard": Rule(bool, "true or false"),
     "augment": Rule(bool, "true or false"),
     "augment_rotation_degrees": number(0, 180),
     "augment_scale": number(0, 0.9),

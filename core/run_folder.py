@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "memory",
     "compile",
     "checkpoint_minutes",
+    "tensorboard",
 )
 RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "previous.pt", "best.pt")
 
@@ -63,6 +64,7 @@ class RunFolder:
         self.log = self.path / "log.csv"
         self.curves = self.path / "curves.png"
         self.val_cases = self.path / "val_cases.txt"
+        self.scalars = self.path / "tensorboard"
         self.rows: list[dict[str, str]] | None = None  # of log.csv, once it has been read
         self.lock_file: IO | None = None
         self.last_is_damaged = False
@@ -199,6 +201,7 @@ class RunFolder:
         if overwrite:
             for name in RUN_FILES:
                 (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.scalars, ignore_errors=True)
         save_config(self.config, self.path / "config.yaml")
         with whole_file(self.val_cases) as temporary:
             temporary.write_text("".join(f"{case}\n" for case in cases["val"]))
@@ -273,6 +276,26 @@ class RunFolder:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
+
+    def write_scalars(self, row: dict[str, Any]) -> None:
+        """Write an epoch's numbers where TensorBoard looks for them, in place of those of the same or a later epoch."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(self.scalars, purge_step=row["epoch"]) as writer:
+            for name, value in row.items():
+                if name != "epoch" and value is not None and math.isfinite(value):
+                    group, _, rest = name.partition("_")
+                    writer.add_scalar(f"dice/{rest}" if group == "dice" else name, value, row["epoch"])
+
+
+def check_tensorboard() -> None:
+    """Raise a ValueError when the package that writes for TensorBoard is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"tensorboard: got true, but the package cannot be imported ({error}); pip install tensorboard"
+        ) from error
 
 
 def how_it_ended(error: BaseException | None) -> str:

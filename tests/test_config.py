@@ -61,6 +61,7 @@ CHANGES = {
     "average_decay": ("0.99", 0.99),
     "output_bias": ("true", True),
     "deterministic": ("true", True),
+    "tensorboard": ("true", True),
     "augment": ("true", True),
     "augment_rotation_degrees": ("15", 15.0),
     "augment_scale": ("0", 0.0),

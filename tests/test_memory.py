@@ -1,6 +1,7 @@
 """What is counted before a step, and what happens when memory runs out."""
 
 import copy
+import math
 import sys
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 
 import train
 from core import memory
+from core.checkpoint import build_network
 from core.config import load_config
 from core.memory import Need, NothingFitsError, choose_plan, plan_for, predict, step_that_fits
 from core.step import PLANS, Loss, Training, gradients, make_optimizer
@@ -52,6 +54,28 @@ def test_count_grows_with_the_settings():
     base = predict(SMALL, "off", torch.float32)
     assert predict(replace(SMALL, batch_size=2), "off", torch.float32).flops == 2 * base.flops
     assert predict(replace(SMALL, size=(64, 32, 32)), "off", torch.float32).peak_gib > 1.5 * base.peak_gib
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_batch_in_pieces_takes_the_memory_of_a_piece(plan):
+    alone, whole, cut = (
+        predict(replace(SMALL, batch_size=batch, accumulate=pieces), plan, torch.float32)
+        for batch, pieces in ((1, 1), (4, 1), (4, 4))
+    )
+    assert cut.flops == pytest.approx(whole.flops)
+    # Besides, three more cases of image and labels, 5 bytes a voxel, and the gradients of the pieces before.
+    inputs_gib = 3 * 5 * math.prod(SMALL.size) / 2**30
+    assert alone.peak_gib + inputs_gib <= cut.peak_gib <= alone.peak_gib + inputs_gib + weights_gib()
+    assert cut.peak_gib < 0.6 * whole.peak_gib
+
+
+def weights_gib() -> float:
+    return sum(p.numel() for p in build_network(SMALL).parameters()) * 4 / 2**30
+
+
+def test_an_average_takes_the_memory_of_the_weights():
+    base, averaged = (predict(replace(SMALL, average_decay=d), "lowest", torch.float32).peak_gib for d in (0.0, 0.9))
+    assert averaged - base == pytest.approx(weights_gib(), rel=0.05)
 
 
 def test_count_is_of_what_lives():

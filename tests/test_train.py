@@ -235,6 +235,32 @@ def test_the_runs_of_all_folds_hold_out_every_case_once(run, data, tmp_path):
     assert (code, "expected one of the two" in err) == (2, True)
 
 
+def test_tensorboard_gets_the_numbers_of_the_log(run, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard, an optional package, is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("--epochs", "2", "--tensorboard")[0] == 0
+    assert run("--epochs", "3", "--tensorboard", "--resume", "--extend")[0] == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    rows = read_log(tmp_path / "run")
+    assert len(rows) == 3
+    for tag, column in (("train_loss", "train_loss"), ("val_dice", "val_dice"), ("learning_rate", "learning_rate")):
+        found = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in found] == [1, 2, 3]
+        assert [value for _, value in found] == pytest.approx([float(row[column]) for row in rows], rel=1e-4)
+    assert "dice/liver" in events.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_said_at_the_start(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, _, err = run("--epochs", "1", "--tensorboard")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "tensorboard: got true" in err
+    assert "pip install tensorboard" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_batch_norm_in_pieces_is_refused(run):
     code, _, err = run("--norm", "batch", "--batch-size", "2", "--accumulate", "2")
     assert (code, err.count("\n")) == (2, 1)
