@@ -56,7 +56,8 @@ def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
         )
         tracker.track_external(network, optimizer, image, labels, *(average.weights.values() if average else ()))
         with tracker, counter:
-            training_step(training, image, labels)
+            # The tracker keeps accounts of the network's modules, too, and wants each to be called once.
+            training_step(training, image, labels, after=tracker.reset_mod_stats)
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
     return Need(plan, peak / GIB, counter.get_total_flops())
 

@@ -211,7 +211,11 @@ def compile_network(network: nn.Module, device: torch.device) -> None:
 
 
 def training_step(
-    training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None] = lambda loss: None
+    training: Training,
+    image: Tensor,
+    labels: Tensor,
+    check: Callable[[Tensor], None] = lambda loss: None,
+    after: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Change the network's weights once, for one batch; on a GPU it is launched and not waited for.
 
@@ -219,13 +223,14 @@ def training_step(
         training: with the network in training mode.
         image: (B, 1, X, Y, Z) float32 in 0..1.
         labels: (B, X, Y, Z), integer ids.
-        check: is shown the loss before the backward pass.
+        check: is shown the loss of each piece before its backward pass.
+        after: is called when a piece is done.
 
     Returns:
         the loss before the change, a scalar on the device; where it is NaN or infinite, no weight has changed.
     """
     training.optimizer.zero_grad(set_to_none=True)
-    loss = training.combine(training.network, gradients(training, image, labels, check))
+    loss = training.combine(training.network, gradients(training, image, labels, check, after))
     # Adam reads on the device whether to leave this step out. An enabled scaler puts its own answer here, in which all
     # gradients have a say.
     if training.clip_norm:
@@ -277,16 +282,20 @@ class Average:
 
 
 def gradients(
-    training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None] = lambda loss: None
+    training: Training,
+    image: Tensor,
+    labels: Tensor,
+    check: Callable[[Tensor], None] = lambda loss: None,
+    after: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Put the loss's gradients, times the scaler's factor, into the parameters, piece by piece; returns the loss.
 
-    `check` is shown the loss of a piece before its backward pass.
+    `check` and `after` are those of `training_step`.
     """
-    losses = [
-        share * gradients_of_piece(training, image[piece], labels[piece], check, share)
-        for piece, share in pieces_of(len(image), training.pieces)
-    ]
+    losses = []
+    for piece, share in pieces_of(len(image), training.pieces):
+        losses.append(share * gradients_of_piece(training, image[piece], labels[piece], check, share))
+        after()
     return sum(losses[1:], start=losses[0])
 
 

@@ -65,7 +65,7 @@ def test_a_batch_in_pieces_takes_the_memory_of_a_piece(plan):
     assert cut.flops == pytest.approx(whole.flops)
     # Besides, three more cases of image and labels, 5 bytes a voxel, and the gradients of the pieces before.
     inputs_gib = 3 * 5 * math.prod(SMALL.size) / 2**30
-    assert alone.peak_gib + inputs_gib <= cut.peak_gib <= alone.peak_gib + inputs_gib + weights_gib()
+    assert 0 <= cut.peak_gib - alone.peak_gib - inputs_gib <= 1.2 * weights_gib()
     assert cut.peak_gib < 0.6 * whole.peak_gib
 
 
