@@ -14,9 +14,9 @@ from PIL import Image
 
 from core.preprocess import load_labels
 from visualization import movie
-from visualization.meshes import Mesh, organ_mesh
+from visualization.meshes import Mesh, context_meshes, organ_mesh
 from visualization.movie import draw_background, draw_frames, draw_mark, main
-from visualization.render import Scene, render, view_at
+from visualization.render import Scene, Veil, render, view_at
 
 ROOT = Path(__file__).parents[1]
 LABELLED = ROOT / ".." / "shared" / "data" / "labelled"
@@ -347,3 +347,85 @@ def test_a_label_map_of_another_grid_is_refused(case, tmp_path, capsys):
         main([*map(str, case), "--output", str(tmp_path / "o.mp4")])
     assert end.value.code == 1
     assert "expected the same voxels" in capsys.readouterr().err
+
+
+# ---- Skin and bones around the organs --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def patient() -> tuple[np.ndarray, np.ndarray]:
+    """HU and ids, 64 x 56 x 40 voxels of 3 mm: a cylinder with a lung, a bone, an organ full of contrast; and a table."""
+    x, y, _ = np.mgrid[:64, :56, :40]
+    voxels = np.full((64, 56, 40), -1000.0, np.float32)
+    voxels[((x - 32) / 24) ** 2 + ((y - 30) / 18) ** 2 <= 1] = 40
+    voxels[20:28, 28:36, 5:35] = -800  # lung
+    voxels[30:36, 16:22] = 600  # spine
+    voxels[4:60, 4:6] = 300  # table
+    voxels[38:48, 26:36, 10:30] = 350
+    labels = np.zeros(voxels.shape, np.uint8)
+    labels[38:48, 26:36, 10:30] = 2
+    return voxels, labels
+
+
+def test_skin_and_bones_are_what_they_are(patient):
+    bones, skin = context_meshes(*patient, np.diag([3.0, 3, 3, 1]))
+    x, y, _ = np.mgrid[:64, :56, :40]
+    body_ml = np.count_nonzero(((x - 32) / 24) ** 2 + ((y - 30) / 18) ** 2 <= 1) * 0.027
+    assert skin.volume_ml == pytest.approx(body_ml, rel=0.05)  # with the lung, without the table
+    assert skin.vertices[:, 1].min() > 3 * 10
+    assert bones.volume_ml == pytest.approx(6 * 6 * 40 * 0.027, rel=0.1)  # without the organ and the table
+    assert bones.vertices[:, 0].max() < 3 * 37
+    assert bones.vertices[:, 1].min() > 3 * 14
+
+
+def test_thick_slices_keep_their_ends(patient):
+    voxels, labels = (volume[:, :, ::4] for volume in patient)
+    _, skin = context_meshes(voxels, labels, np.diag([3.0, 3, 12, 1]))
+    assert skin.vertices[:, 2].min() == pytest.approx(-6, abs=4)
+    assert skin.vertices[:, 2].max() == pytest.approx(9 * 12 + 6, abs=4)
+
+
+def test_air_has_neither_skin_nor_bones():
+    air = np.full((16, 16, 16), -1000.0, np.float32)
+    assert context_meshes(air, np.zeros(air.shape, np.uint8), np.eye(4)) == (None, None)
+
+
+def test_a_veil_lies_over_what_is_behind_it_alone(patient):
+    voxels, labels = patient
+    affine = np.diag([3.0, 3, 3, 1])
+    scene = Scene({2: organ_mesh(labels, 2, affine)})
+    _, skin = context_meshes(voxels, labels, affine)
+    veil, view, size = Veil(Scene({1: skin}), 0.1, 0.8), view_at(0), (200, 160)
+    veil.scene.centre_on(scene.centre)
+    plain = render(scene, view, size, 1.0)
+    veiled = render(scene, view, size, 1.0, [veil])
+    assert np.array_equal(plain.organ, veiled.organ)
+    assert np.array_equal(plain.depth_mm, veiled.depth_mm)
+    change = np.abs(veiled.colour.astype(int) - plain.colour).sum(axis=2)
+    assert (change[plain.organ == 2] > 0).mean() > 0.9  # the skin is in front of the organ
+    # At the picture's right, where no organ is: edge on it is brighter than where it faces the camera.
+    row = veiled.colour[80].astype(int).sum(axis=1)
+    body = np.flatnonzero(change[80])
+    facing = np.median(row[body[len(body) * 3 // 4] :][:10])
+    assert row[body[-5] : body[-1]].max() > 2 * facing
+    # What is behind the organ from the front is over it from the back.
+    behind = Veil(Scene({1: organ_mesh(np.roll(labels, (0, -14, 0), axis=(0, 1, 2)), 2, affine)}), 0.5, 0.5)
+    front, back = (render(scene, view_at(angle), size, 1.0, [behind]) for angle in (0, 180))
+    middle = 80, 100
+    assert np.array_equal(front.colour[middle], render(scene, view_at(0), size, 1.0).colour[middle])
+    assert not np.array_equal(back.colour[middle], render(scene, view_at(180), size, 1.0).colour[middle])
+
+
+def test_the_command_shows_the_context(patient, tmp_path):
+    voxels, labels = patient
+    affine = np.diag([3.0, 3, 3, 1])
+    for name, volume in (("scan", voxels.astype(np.int16)), ("labels", labels)):
+        nib.save(nib.Nifti1Image(volume, affine), tmp_path / f"{name}.nii.gz")
+    frames = {}
+    for flags in ([], ["--context"]):
+        path = tmp_path / f"movie{len(flags)}.mp4"
+        paths = [str(tmp_path / "scan.nii.gz"), str(tmp_path / "labels.nii.gz"), "--output", str(path)]
+        assert movie.main([*paths, "--frames", "2", "--size", "320", "180", *flags]) == 0
+        frames[len(flags)] = decoded(path)[1][0].astype(int)
+    gray = [np.count_nonzero((np.ptp(f, axis=2) < 12) & (f.mean(axis=2) > 60)) for f in (frames[0], frames[1])]
+    assert gray[1] > gray[0] + 200

@@ -21,6 +21,10 @@ BLUR = 1.0  # standard deviation, in steps, that takes what is left of the voxel
 TAUBIN = (0.5, -0.53)  # one step forward, one back; Taubin's weights
 TAUBIN_ROUNDS = 20
 MOST_MOVE_MM = 0.3  # along the normals; farther, a surface of few voxels would turn inside out
+CONTEXT_STEP_MM = (3.0, 4.0)  # of skin and bones, which are seen faintly
+SKIN_HU, BONE_HU = -300.0, 200.0  # what is denser is no air; is bone, or metal
+IN_PLANE = ndimage.generate_binary_structure(2, 1)[:, :, None]  # neighbours within an axial slice
+LEAST_BONE_ML = 3.0  # smaller pieces are calcified vessels or contrast medium
 HALVINGS = 30  # in search of the level; each halves what is left of the range
 
 
@@ -89,6 +93,42 @@ def organ_mesh(
     if mesh.volume_ml < 0:
         mesh = Mesh(mesh.vertices, mesh.faces[:, ::-1])
     return grown_to(smoothed(mesh), np.count_nonzero(mask) * voxel_mm3 / 1000)
+
+
+def context_meshes(voxels: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> tuple[Mesh | None, Mesh | None]:
+    """Bones and skin of a scan, to be shown around its organs; None for what there is none of.
+
+    Args:
+        voxels: (X, Y, Z) HU.
+        labels: (X, Y, Z) ids on the same grid; no organ counts as bone, whatever contrast medium it holds.
+        affine: (4, 4), from voxels to mm.
+    """
+    voxels, labels, affine = every_few_mm(voxels, labels, affine)
+    body = body_mask(voxels)
+    bones = (voxels > BONE_HU) & body & ~ndimage.binary_dilation(labels > 0, IN_PLANE)
+    pieces, count = ndimage.label(bones)
+    sizes_ml = np.bincount(pieces.ravel(), minlength=count + 1) * abs(np.linalg.det(affine[:3, :3])) / 1000
+    sizes_ml[0] = 0
+    masks = (sizes_ml > LEAST_BONE_ML)[pieces], body
+    return tuple(organ_mesh(mask.astype(np.uint8), 1, affine, CONTEXT_STEP_MM) for mask in masks)
+
+
+def body_mask(voxels: np.ndarray) -> np.ndarray:
+    """The patient in a scan, (X, Y, Z) HU: the largest thing denser than air, filled, without table and clothes."""
+    # What hangs together by a few voxels of a slice comes off.
+    dense = ndimage.binary_opening(voxels > SKIN_HU, IN_PLANE, iterations=2)
+    pieces, count = ndimage.label(dense)
+    body = pieces == 1 + np.argmax(np.bincount(pieces.ravel(), minlength=count + 1)[1:]) if count else dense
+    return np.stack([ndimage.binary_fill_holes(body[:, :, z]) for z in range(body.shape[2])], axis=2)
+
+
+def every_few_mm(
+    voxels: np.ndarray, labels: np.ndarray, affine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scan, label map and affine with voxels left out, so that they lie about CONTEXT_STEP_MM apart."""
+    steps = np.maximum(1, np.round(CONTEXT_STEP_MM[0] / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
+    kept = tuple(slice(None, None, step) for step in steps)
+    return voxels[kept], labels[kept], affine @ np.diag([*steps, 1])
 
 
 def signed_distance(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:

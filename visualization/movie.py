@@ -2,6 +2,7 @@
 
     python -m visualization.movie SCAN LABELS --output organs.mp4
     python -m visualization.movie SCAN PREDICTION --truth LABELS --output both.mp4
+    python -m visualization.movie SCAN LABELS --context --output in_the_body.mp4
     python -m visualization.movie SCAN LABELS --organs "left kidney" "right kidney" --output kidneys.gif
 
 The first frame is seen from the front, so the patient's right is at the picture's left.
@@ -21,14 +22,15 @@ from PIL import Image, ImageDraw, ImageFont
 from core.config import DEFAULT_CONFIG, load_organs
 from core.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.files import whole_file
-from core.preprocess import Geometry, read_geometry
+from core.preprocess import Geometry, load_scan, read_geometry
 from dataset import case_id
-from visualization.meshes import organ_mesh
-from visualization.render import Scene, View, backdrop, fitting_scale, render, view_at
+from visualization.meshes import context_meshes, organ_mesh
+from visualization.render import Scene, Veil, View, backdrop, fitting_scale, render, view_at
 from visualization.shown import read_label_maps, title_of
 from visualization.style import FONT, INK, colour_of
 
 FRAMES, SIZE, FRAMES_A_SECOND = 120, (1280, 720), 24
+BONES, SKIN = (0.5, 0.5), (0.04, 0.6)  # opacity of what lies around the organs: facing the camera, and edge on
 CRF = 20  # of H.264: lower is better and larger
 LEGEND = 0.27  # share of the width, at the right
 MARGIN, LINE, TEXT, HEADING = 0.05, 0.044, 0.024, 0.028  # shares of the height
@@ -49,26 +51,37 @@ def make_scene(labels: np.ndarray, chosen: Sequence[int], affine: np.ndarray) ->
     return Scene(found) if found else None
 
 
-def draw_frames(panels: dict[str, Scene | None], background: Image.Image, frames: int) -> Iterator[np.ndarray]:
+def make_veils(voxels: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[Veil]:
+    """Bones and skin of a scan, to be drawn faintly."""
+    meshes = zip(context_meshes(voxels, labels, affine), (BONES, SKIN), strict=True)
+    return [Veil(Scene({1: mesh}), *opacity) for mesh, opacity in meshes if mesh is not None]
+
+
+def draw_frames(
+    panels: dict[str, Scene | None], background: Image.Image, frames: int, veils: Sequence[Veil] = ()
+) -> Iterator[np.ndarray]:
     """Draw one turn: (H, W, 3) uint8 pictures, the first from the front.
 
     Args:
         panels: by title, drawn side by side at one scale left of the legend; None is an empty panel.
         background: what stays: backdrop and legend.
         frames: how many.
+        veils: what the organs are seen through.
     """
     width, height = background.size
     size = int(width * (1 - LEGEND)) // len(panels), height
     scenes = [scene for scene in panels.values() if scene]
     for scene in scenes:  # the same place of the patient in the middle of every panel
         scene.centre_on(scenes[-1].centre)
-    scale = max(fitting_scale(scene, size) for scene in scenes)
+    for veil in veils:
+        veil.scene.centre_on(scenes[-1].centre)
+    scale = max(fitting_scale(scene, size) for scene in (*scenes, *(veil.scene for veil in veils)))
     for number in range(frames):
         view, picture = view_at(360 * number / frames), background.copy()
         for place, (title, scene) in enumerate(panels.items()):
             left = place * size[0]
             if scene:
-                picture.paste(Image.fromarray(render(scene, view, size, scale).colour), (left, 0))
+                picture.paste(Image.fromarray(render(scene, view, size, scale, veils).colour), (left, 0))
             draw = ImageDraw.Draw(picture)
             draw.text((left + MARGIN * height, MARGIN * height), title, INK, font(round(HEADING * height)), "lm")
         draw_mark(ImageDraw.Draw(picture), view, height)
@@ -180,6 +193,7 @@ def make_movie(
     chosen: Sequence[int],
     frames: int = FRAMES,
     size: tuple[int, int] = SIZE,
+    voxels: np.ndarray | None = None,
 ) -> None:
     """Make the movie of a case.
 
@@ -192,6 +206,7 @@ def make_movie(
         chosen: ids of the organs to show.
         frames: of one turn.
         size: width and height in pixels.
+        voxels: (X, Y, Z) HU of the scan, to show its skin and bones faintly; None: organs alone.
 
     Raises:
         OSError, ValueError: when it cannot be written, or no label map has an organ to show.
@@ -199,10 +214,12 @@ def make_movie(
     panels = {name: make_scene(labels, chosen, geometry.ras_affine) for name, labels in label_maps.items()}
     if not any(panels.values()):
         raise ValueError(f"{title}: has none of the organs to show, expected one at least")
-    voxels = [np.bincount(labels.ravel(), minlength=len(organs)) for labels in label_maps.values()]
-    rows = [(organ, organs[organ], [count[organ] * geometry.voxel_ml for count in voxels]) for organ in chosen]
+    counts = [np.bincount(labels.ravel(), minlength=len(organs)) for labels in label_maps.values()]
+    rows = [(organ, organs[organ], [count[organ] * geometry.voxel_ml for count in counts]) for organ in chosen]
     rows = [row for row in rows if any(row[2])]
-    write_movie(output, draw_frames(panels, draw_background(size, title, rows), frames), size)
+    labels = np.maximum.reduce(list(label_maps.values()))  # what any of them calls an organ
+    veils = [] if voxels is None else make_veils(voxels, labels, geometry.ras_affine)
+    write_movie(output, draw_frames(panels, draw_background(size, title, rows), frames, veils), size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -219,9 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = choose_organs(args.organs, organs)
     with refusing(REFUSED):
         paths = {"": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
-        geometry = read_geometry(args.scan)
+        voxels, geometry = load_scan(args.scan) if args.context else (None, read_geometry(args.scan))
         label_maps = read_label_maps(paths, geometry, organs)
-        turn = (args.output, organs, chosen, args.frames, tuple(args.size))
+        turn = (args.output, organs, chosen, args.frames, tuple(args.size), voxels)
         make_movie(title_of(case_id(args.scan)), geometry, label_maps, *turn)
     print(f"wrote {args.output}")
     return DONE
@@ -234,6 +251,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("labels", type=Path, help="its label map, NIfTI")
     parser.add_argument("--output", type=Path, required=True, help="movie to write: .mp4 or .gif")
     parser.add_argument("--truth", type=Path, metavar="LABELS", help="a second label map, drawn beside the first")
+    parser.add_argument("--context", action="store_true", help="show skin and bones faintly (twice the time)")
     parser.add_argument("--organs", nargs="+", metavar="NAME", help="the organs to show (default: all)")
     parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=f"of one turn (default: {FRAMES})")
     parser.add_argument(

@@ -7,6 +7,7 @@ mm are mm everywhere. The organs do not move against each other, so how much of 
 (ambient occlusion) is worked out once for all frames.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ AMBIENT, KEY, FILL, SHINE = 0.5, 0.58, 0.2, 0.09  # strengths of the lights
 GLOSS = 24  # exponent of the highlight
 # Where the lights stand, in the camera's axes: right, up, towards the camera.
 KEY_FROM, FILL_FROM = (-0.5, 0.65, 0.6), (0.8, -0.1, 0.4)
+AWAY_MM = 3000.0  # of the camera's plane from the scene's centre
+VEIL_LIGHT, RIM_FALL = 0.55, 3  # gray of what is seen through, and how fast it clears away from its rim
 GAMMA = 2.2  # of screens; light adds up before it
 BACKDROP = (0.105, 0.03)  # gray at the top and at the bottom, as a screen shows it
 # Places of an edge pixel's four rays, in pixels off its centre (a rotated square).
@@ -116,7 +119,40 @@ def sphere(count: int) -> np.ndarray:
     return np.stack([width * np.cos(turn), width * np.sin(turn), height], axis=1)
 
 
-def render(scene: Scene, view: View, size: tuple[int, int], mm_a_pixel: float | None = None) -> Frame:
+@dataclass(frozen=True)
+class Veil:
+    """A surface that is seen through, brighter where it is seen edge on, so that its outline shows.
+
+    Attributes:
+        scene: of one mesh.
+        flat: opacity where it faces the camera, 0 to 1.
+        rim: opacity where it is seen edge on.
+    """
+
+    scene: Scene
+    flat: float
+    rim: float
+
+    def over(self, light: np.ndarray, start: np.ndarray, view: View, depth_mm: np.ndarray) -> np.ndarray:
+        """(N, 3) light with the veil over it, but where something nearer than the veil, at (N,) depths, sent it."""
+        hit = self.scene.cast(start, -view.back)
+        met = (hit["primID"] >= 0) & (hit["tfar"] < depth_mm)
+        u, v = (hit[name][met, None].astype(float) for name in "uv")
+        a, b, c = self.scene.faces[hit["primID"][met]].T
+        normals, openness = self.scene.normals, self.scene.openness[:, None]
+        normal = (1 - u - v) * normals[a] + u * normals[b] + v * normals[c]
+        open_to = (1 - u - v) * openness[a] + u * openness[b] + v * openness[c]
+        facing = np.abs(normal @ view.back) / np.maximum(np.linalg.norm(normal, axis=1), np.finfo(float).tiny)
+        opacity = (self.flat + (self.rim - self.flat) * (1 - facing) ** RIM_FALL)[:, None]
+        own = shaded(np.full(normal.shape, VEIL_LIGHT), normal, open_to[:, 0], view)
+        veiled = light.copy()
+        veiled[met] = light[met] * (1 - opacity) + own * opacity
+        return veiled
+
+
+def render(
+    scene: Scene, view: View, size: tuple[int, int], mm_a_pixel: float | None = None, veils: Sequence[Veil] = ()
+) -> Frame:
     """Draw a scene.
 
     Args:
@@ -124,6 +160,7 @@ def render(scene: Scene, view: View, size: tuple[int, int], mm_a_pixel: float | 
         view: the camera.
         size: of the picture, width and height in pixels.
         mm_a_pixel: the scale; without it the organs fill the picture, from every side alike.
+        veils: what the organs are seen through, the innermost first; ids and depths are those of the organs.
     """
     width, height = size
     mm = mm_a_pixel or fitting_scale(scene, size)
@@ -140,6 +177,10 @@ def render(scene: Scene, view: View, size: tuple[int, int], mm_a_pixel: float | 
     light[edges] = np.mean(
         [look(scene, view, size, mm, rows[edges] + y, columns[edges] + x, behind)[0] for x, y in SUBPIXELS], axis=0
     )
+    if veils:
+        start = ray_starts(scene, view, size, mm, rows, columns)
+        for veil in veils:
+            light = veil.over(light, start, view, depth_mm)
     colour = np.round(255 * np.clip(light, 0, 1) ** (1 / GAMMA)).astype(np.uint8)
     return Frame(colour.reshape(height, width, 3), organ.reshape(height, width), depth_mm.reshape(height, width))
 
@@ -162,12 +203,10 @@ def look(
 
     `behind` (N, 3) is the light where they meet nothing.
     """
-    away = 2 * np.hypot(*scene.half_mm) + 1  # the camera's plane, in front of everything
-    x, y = (columns - (size[0] - 1) / 2) * mm, ((size[1] - 1) / 2 - rows) * mm
-    start = scene.centre + x[:, None] * view.right + y[:, None] * view.up + away * view.back
+    start = ray_starts(scene, view, size, mm, rows, columns)
     hit = scene.cast(start, -view.back)
     met = hit["primID"] >= 0
-    light, organ, depth_mm = behind.copy(), np.zeros(len(x), np.uint8), np.full(len(x), np.inf, np.float32)
+    light, organ, depth_mm = behind.copy(), np.zeros(len(start), np.uint8), np.full(len(start), np.inf, np.float32)
     faces = hit["primID"][met]
     organ[met], depth_mm[met] = scene.organ[faces], hit["tfar"][met]
     u, v = (hit[name][met, None].astype(float) for name in "uv")
@@ -176,6 +215,14 @@ def look(
     open_to = (1 - u[:, 0] - v[:, 0]) * scene.openness[a] + u[:, 0] * scene.openness[b] + v[:, 0] * scene.openness[c]
     light[met] = shaded(scene.palette[organ[met]], normals, open_to, view)
     return light, organ, depth_mm
+
+
+def ray_starts(
+    scene: Scene, view: View, size: tuple[int, int], mm: float, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """(N, 3): where on the camera's plane, in front of everything, rays through places of the picture start."""
+    x, y = (columns - (size[0] - 1) / 2) * mm, ((size[1] - 1) / 2 - rows) * mm
+    return scene.centre + x[:, None] * view.right + y[:, None] * view.up + AWAY_MM * view.back
 
 
 def shaded(colour: np.ndarray, normals: np.ndarray, openness: np.ndarray, view: View) -> np.ndarray:
