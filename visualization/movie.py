@@ -251,7 +251,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("labels", type=Path, help="its label map, NIfTI")
     parser.add_argument("--output", type=Path, required=True, help="movie to write: .mp4 or .gif")
     parser.add_argument("--truth", type=Path, metavar="LABELS", help="a second label map, drawn beside the first")
-    parser.add_argument("--context", action="store_true", help="show skin and bones faintly (twice the time)")
+    parser.add_argument("--context", action="store_true", help="show skin and bones faintly around the organs")
     parser.add_argument("--organs", nargs="+", metavar="NAME", help="the organs to show (default: all)")
     parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=f"of one turn (default: {FRAMES})")
     parser.add_argument(
