@@ -395,7 +395,7 @@ def test_a_veil_lies_over_what_is_behind_it_alone(patient):
     affine = np.diag([3.0, 3, 3, 1])
     scene = Scene({2: organ_mesh(labels, 2, affine)})
     _, skin = context_meshes(voxels, labels, affine)
-    veil, view, size = Veil(Scene({1: skin}), 0.1, 0.8), view_at(0), (200, 160)
+    veil, view, size = Veil(Scene({1: skin}), 0.1, 0.8), view_at(0), (260, 160)
     veil.scene.centre_on(scene.centre)
     plain = render(scene, view, size, 1.0)
     veiled = render(scene, view, size, 1.0, [veil])
@@ -412,8 +412,8 @@ def test_a_veil_lies_over_what_is_behind_it_alone(patient):
     # What is behind the organ from the front is over it from the back.
     behind = Veil(Scene({1: organ_mesh(np.roll(labels, (0, -14, 0), axis=(0, 1, 2)), 2, affine)}), 0.5, 0.5)
     front, back = (render(scene, view_at(angle), size, 1.0, [behind]) for angle in (0, 180))
-    assert np.array_equal(front.colour[80, 100], render(scene, view_at(0), size, 1.0).colour[80, 100])
-    assert not np.array_equal(back.colour[80, 100], render(scene, view_at(180), size, 1.0).colour[80, 100])
+    assert np.array_equal(front.colour[80, 130], render(scene, view_at(0), size, 1.0).colour[80, 130])
+    assert not np.array_equal(back.colour[80, 130], render(scene, view_at(180), size, 1.0).colour[80, 130])
 
 
 def test_the_command_shows_the_context(patient, tmp_path):
