@@ -22,6 +22,7 @@ import train
 from core.checkpoint import build_network, load_checkpoint, load_network
 from core.config import load_config
 from core.distributed import ALONE
+from core.run_folder import RunFolder
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 
@@ -250,6 +251,11 @@ def test_tensorboard_gets_the_numbers_of_the_log(run, tmp_path):
         assert [step for step, _ in found] == [1, 2, 3]
         assert [value for _, value in found] == pytest.approx([float(row[column]) for row in rows], rel=1e-4)
     assert "dice/liver" in events.Tags()["scalars"]
+    # An epoch that is done again, as after a kill, takes the place of the first.
+    folder = RunFolder(load_config(tmp_path / "run" / "config.yaml"))
+    folder.write_scalars({"epoch": 3, "train_loss": 9.0, "val_loss": math.nan, "val_dice": None})
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")][2:] == [(3, 9.0)]
 
 
 def test_tensorboard_that_is_not_installed_is_said_at_the_start(run, monkeypatch, tmp_path):
