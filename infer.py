@@ -11,6 +11,7 @@ Exit code 0: done, 1: some input or scan was refused (the others are done), 2: w
 """
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -396,7 +397,7 @@ def main() -> int:
         check("precision", arguments.precision, "--precision")
         reading = choose_reading(arguments)
         group = join_group(torch.device("cpu"))  # there is little to tell one another
-        with nullcontext() if group.first else redirect_stderr(None):
+        with nullcontext() if group.first else redirect_stderr(io.StringIO()):
             found, refused = find_inputs(arguments.inputs)
         cases = select_cases(found, arguments.cases) if found else {}
         if found and arguments.series is not None and not any(scan.is_dir() for scan in cases.values()):
@@ -412,9 +413,9 @@ def main() -> int:
     if not found:
         leave_group(group)
         return REFUSED
-    group.wait()  # all have looked at the folder
     if arguments.skip_existing:
         cases = {case: scan for case, scan in cases.items() if not is_finished(output, case, arguments.probabilities)}
+    group.wait()  # until all have looked at the folder, so that all share the same cases out
     own = dict(list(cases.items())[group.rank :: group.size])
 
     config, training_data = checkpoint["config"], checkpoint["training_data"]
@@ -422,27 +423,31 @@ def main() -> int:
     inference = Inference(networks, config, training_data, device, precision, *asked_for)
     failed = segment_into(inference, own, group.first)
     done = {case: scan for case, scan in own.items() if case not in failed}
-    if arguments.report:
-        failed += report_on(inference, done, arguments.checkpoint, checkpoint)
-    else:
-        for path in (path for case in done for path in report_files(output, case)):
-            rename_old(path, f"{path.parent.name}: segmented without --report")
-    failed = sorted(chain(*group.gather(failed)))
-    if group.first:
-        say_how_it_went(output, len(cases), failed, refused, arguments.report)
+    unreported = []
+    with refusing(REFUSED):
+        if arguments.report:
+            unreported = report_on(inference, done, arguments.checkpoint, checkpoint)
+        else:
+            for path in (path for case in done for path in report_files(output, case)):
+                rename_old(path, f"{path.parent.name}: segmented without --report")
+        failed, unreported = (sorted(chain(*group.gather(names))) for names in (failed, unreported))
+        if group.first:
+            print(f"{len(cases) - len(failed)} of {len(cases)} scans segmented into {output}")
+            if arguments.report:
+                list_reports(output)
+            if failed or refused or unreported:
+                names = [*failed, *map(str, refused), *(f"{case} (its report)" for case in unreported)]
+                print(f"error: failed: {', '.join(names)}", file=sys.stderr)
     leave_group(group)
-    return REFUSED if failed or refused else DONE
+    return REFUSED if failed or refused or unreported else DONE
 
 
-def say_how_it_went(output: Path, cases: int, failed: list[str], refused: list[Path], report: bool) -> None:
-    """Count the cases, name those that failed, and list the reports."""
-    print(f"{cases - len(failed)} of {cases} scans segmented into {output}")
-    if report and len(failed) < cases:
-        from visualization.report import write_index
+def list_reports(output: Path) -> None:
+    """Write the page that leads to all reports in the output folder, where there is one."""
+    from visualization.report import write_index
 
+    if (output / REPORTS).is_dir():
         print(f"reports in {write_index(output / REPORTS)}")
-    if failed or refused:
-        print(f"error: failed: {', '.join([*failed, *map(str, refused)])}", file=sys.stderr)
 
 
 def segment_into(inference: Inference, cases: dict[str, Path], show: bool) -> list[str]:

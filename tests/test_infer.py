@@ -1346,12 +1346,13 @@ def test_processes_of_torchrun_share_the_scans_out(checkpoint, tmp_path):
     (tmp_path / "scans" / "case3.nii.gz").write_bytes(b"no scan")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["--checkpoint", checkpoint, "--device", "cpu"]
-    script = ["infer.py", tmp_path / "scans", *flags]
+    script = ["infer.py", tmp_path / "scans", tmp_path / "nowhere", *flags]
     process = start(*launch, *script, "--output", tmp_path / "two", cwd=ROOT)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 1
     assert out.count("4 of 5 scans segmented") == 1
     assert err.count("error: failed: case3") == 1
+    assert (out + err).count("no such file or folder") == 1
     process = start(sys.executable, *script, "--output", tmp_path / "one", cwd=ROOT)
     process.communicate(timeout=240)
     assert process.returncode == 1

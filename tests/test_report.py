@@ -266,9 +266,11 @@ def test_a_report_that_cannot_be_written_is_named_and_the_label_map_stays(checkp
     scan = save(make_voxels(), tmp_path / "c_0000.nii.gz")
     (tmp_path / "out" / "reports").mkdir(parents=True)
     (tmp_path / "out" / "reports" / "c").write_text("in the way")
-    code, _, err = run_main(infer, scan, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--report")
+    code, out, err = run_main(infer, scan, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--report")
     assert code == 1
     assert "case c: no report: " in err
+    assert "1 of 1 scans segmented" in out
+    assert "error: failed: c (its report)" in err
     assert (tmp_path / "out" / "c.nii.gz").is_file()
 
 
