@@ -8,7 +8,6 @@ Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,27 +95,23 @@ def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list
     return cases
 
 
-def find_scans(inputs: Sequence[str | Path]) -> dict[str, Path]:
-    """The scans among files and folders by case id, in order; of a whole data set's folder its `images` are taken.
+def find_scans(path: str | Path) -> dict[str, Path]:
+    """The scan at a path, or those in a folder, by case id and in order; of a whole data set its `images` are taken.
 
     Raises:
-        FileNotFoundError: when an input does not exist, or a folder has no scan.
+        FileNotFoundError: when there is nothing, or no scan in the folder.
         ValueError: when two files mean the same case.
     """
-    found: dict[str, Path] = {}
-    for path in map(Path, inputs):
-        if path.is_dir():
-            files = find_files(path / "images" if (path / "images").is_dir() else path)
-        elif path.exists() or path.is_symlink():  # reading says what is wrong about the link
-            files = {case_id(path): path}
-        else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        if not files:
-            raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
-        for case, file in files.items():
-            if os.path.realpath(found.setdefault(case, file)) != os.path.realpath(file):
-                raise ValueError(f"case {case}: {found[case]} and {file} both mean it; rename one or leave it out")
-    return dict(sorted(found.items()))
+    path = Path(path)
+    if path.is_dir():
+        files = find_files(path / "images" if (path / "images").is_dir() else path)
+    elif path.exists() or path.is_symlink():  # reading says what is wrong about the link
+        files = {case_id(path): path}
+    else:
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not files:
+        raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
+    return dict(sorted(files.items()))
 
 
 def find_label_maps(folder: str | Path) -> dict[str, Path]:

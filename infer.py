@@ -328,7 +328,7 @@ def find_input(path: Path) -> dict[str, Path]:
             return {named_case(path): path}
         if not nifti and any(is_series_folder(folder) for folder in path.iterdir()):
             raise ValueError(f"{path}: its DICOM series are in folders within it; give those, say {path}/*")
-    return find_scans([path])
+    return find_scans(path)
 
 
 def named_case(path: Path) -> str:

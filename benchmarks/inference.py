@@ -238,7 +238,7 @@ def main() -> int:
         network, config = get_network(arguments, device)
         if not arguments.scans:
             write_phantom(Path(folder), arguments.cases, tuple(arguments.shape), seed=0)
-        scans = find_scans([arguments.scans or folder])
+        scans = find_scans(arguments.scans or folder)
         result = measure(network, config, device, scans, arguments.repeats)
     print_result(format_table(result), result, arguments.json)
     return DONE

@@ -196,7 +196,7 @@ def test_inference_without_monai_has_no_ratios(monkeypatch, capsys):
 def test_inference_in_turn_writes_the_label_maps_of_infer(tmp_path):
     write_phantom(tmp_path / "data", 2, (40, 36, 24), seed=0)
     config = replace(SMALL, size=(16, 16, 16))
-    scans = find_scans([tmp_path / "data"])
+    scans = find_scans(tmp_path / "data")
     torch.manual_seed(0)
     contenders = inference.make_contenders(build_network(config).eval(), config, torch.device("cpu"), scans, tmp_path)
     whole, in_turn = contenders[:2]

@@ -373,6 +373,12 @@ def test_two_scans_of_one_case_are_refused(run, scans, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_scan_named_twice_is_one_case(run, scans, tmp_path, monkeypatch):
+    monkeypatch.chdir(scans)
+    code, out, _ = run("one_0000.nii.gz", scans / "one_0000.nii.gz", scans)
+    assert (code, "3 of 3 scans segmented" in out) == (0, True)
+
+
 @pytest.mark.parametrize("output", ["data/images", "data/labels", "link"])
 def test_no_output_into_the_folders_of_the_data(run, scans, tmp_path, output):
     (tmp_path / "data" / "labels").mkdir(parents=True)
