@@ -274,6 +274,20 @@ def test_a_report_that_cannot_be_written_is_named_and_the_label_map_stays(checkp
     assert (tmp_path / "out" / "c.nii.gz").is_file()
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "no JSON", '{"organs": 3}'])
+def test_a_report_that_is_none_is_left_out_of_the_list(compared, tmp_path, capsys, content):
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "report.json").write_bytes((compared / "report.json").read_bytes())
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "report.json").write_text(content)
+    page = Page(report.write_index(tmp_path))
+    assert page.links == ["good/index.html"]
+    assert page.rows[1][1:3] == ["3 of 13", "0.417"]
+    err = capsys.readouterr().err
+    assert f"warning: {tmp_path / 'bad' / 'report.json'}: is no report" in err
+    assert err.count("\n") == 1
+
+
 def test_a_name_that_is_no_text_gets_a_report(checkpoint, tmp_path, run_main):
     name = os.fsdecode(b"sc\xe4n")
     scan = save(make_voxels(), tmp_path / f"{name}.nii.gz")

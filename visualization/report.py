@@ -23,7 +23,7 @@ from tqdm import tqdm
 from core.anatomy import PLAUSIBLE_ML, organs_in, remarks
 from core.checkpoint import load_checkpoint
 from core.config import DEFAULT_CONFIG, config_to_dict, load_organs
-from core.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
+from core.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
 from core.files import whole_file
 from core.flare22 import TOLERANCE_MM, TOLERANCES_MM
 from core.metrics import confusion_matrix, mean_defined, organ_scores
@@ -258,19 +258,14 @@ def write_index(folder: Path) -> Path:
         the page.
 
     Raises:
-        OSError, ValueError: when a report cannot be read, or the page not be written.
+        OSError: when a report cannot be read, or the page not be written.
     """
     lines = []
     for path in sorted(folder.glob(f"*/{REPORT_NUMBERS}")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        found = sum(row["found"] for row in facts["organs"])
-        dice = facts.get("mean_dice")
-        lines.append(
-            f'<tr><td><a href="{quote(os.fsencode(path.parent.name))}/{REPORT_PAGE}">{escaped(facts["case"])}</a></td>'
-            f"<td>{found} of {len(facts['organs'])}</td>"
-            + (f"<td>{number(dice, 3)}</td>" if "mean_dice" in facts else "<td></td>")
-            + f'<td class="text">{"<br>".join(escaped(remark) for remark in facts["remarks"])}</td></tr>'
-        )
+        try:
+            lines.append(index_row(path.parent.name, json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, KeyError, TypeError) as error:
+            print_warning(f"{path}: is no report of this program ({type(error).__name__}); left out of the list")
     head = "<tr><th>case</th><th>organs</th><th>mean Dice</th><th class='text'>to look at</th></tr>"
     body = (
         f"<h1>{len(lines)} {'case' if len(lines) == 1 else 'cases'}</h1>"
@@ -278,6 +273,17 @@ def write_index(folder: Path) -> Path:
     )
     write_page(folder / REPORT_PAGE, make_page("Reports", body))
     return folder / REPORT_PAGE
+
+
+def index_row(folder: str, facts: dict) -> str:
+    """The list's row for a report, by the name of its folder and what its report.json says."""
+    found = sum(row["found"] for row in facts["organs"])
+    return (
+        f'<tr><td><a href="{quote(os.fsencode(folder))}/{REPORT_PAGE}">{escaped(facts["case"])}</a></td>'
+        f"<td>{found} of {len(facts['organs'])}</td>"
+        f"<td>{number(facts['mean_dice'], 3) if 'mean_dice' in facts else ''}</td>"
+        f'<td class="text">{"<br>".join(escaped(remark) for remark in facts["remarks"])}</td></tr>'
+    )
 
 
 def provenance_of(checkpoints: Sequence[str | Path], content: dict) -> dict[str, str]:
