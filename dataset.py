@@ -1,6 +1,6 @@
 """Cases: found on disk, checked, split, resized and cached.
 
-    find_cases -> split_cases -> CaseDataset[i] -> core.loading -> core.augment
+    find_cases -> split_cases -> CaseDataset[i] -> core.training.batches -> core.training.augment
 
 Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE.nii.gz`.
 """
@@ -8,36 +8,29 @@ Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from isal import isal_zlib
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from core.anatomy import organs_in, swapped_sides
 from core.config import Config
-from core.files import whole_file
-from core.nifti import Reading
-from core.preprocess import (
-    DEFAULT_READING,
-    NIFTI_SUFFIXES,
-    check_same_grid,
-    load_labels,
-    load_scan,
-    prepare_image,
-    read_geometry,
-)
-from core.resample import resize_labels
+from core.scans.anatomy import organs_in, swapped_sides
+from core.scans.cache import CACHE_VERSION, CHECKSUM_BYTES, checksum, write_cache
+from core.scans.files import find_files, listed, read_case_ids
+from core.scans.geometry import check_same_grid
+from core.scans.nifti import Reading
+from core.scans.resample import resize_labels
+from core.scans.typical import HU_PERCENTILES, hu_percentiles
+from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_image, read_geometry
+from core.system.exits import leave_signals_to_the_command, print_warning
+from core.system.processes import ALONE, Group
 
 DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
-CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file
-CACHE_VERSION = 4  # to be raised when what is cached for the same scan and settings changes
-BODY_ABOVE_HU = -500  # voxels above it belong to the body; its HU percentiles tell CT from other things
-HU_PERCENTILES = (5, 50, 95)
 
 
 @dataclass(frozen=True)
@@ -93,124 +86,6 @@ def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list
         scan, labels = (read_geometry(path, reading) for path in (case.scan, case.labels))
         check_same_grid(scan, labels, f"case {case.id}")
     return cases
-
-
-def find_scans(path: str | Path) -> dict[str, Path]:
-    """The scan at a path, or those in a folder, by case id and in order; of a whole data set its `images` are taken.
-
-    Raises:
-        FileNotFoundError: when there is nothing, or no scan in the folder.
-        ValueError: when two files mean the same case.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = find_files(path / "images" if (path / "images").is_dir() else path)
-    elif path.exists() or path.is_symlink():  # reading says what is wrong about the link
-        files = {case_id(path): path}
-    else:
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if not files:
-        raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
-    return dict(sorted(files.items()))
-
-
-def find_label_maps(folder: str | Path) -> dict[str, Path]:
-    """The label maps of a folder by case id, in order; the folder may be a whole data set (its `labels` are taken).
-
-    Raises:
-        FileNotFoundError: when there is no such folder, or no label map in it.
-        ValueError: when two files mean the same case.
-    """
-    folder = Path(folder)
-    files = find_files(folder / "labels" if (folder / "labels").is_dir() else folder)
-    files = {case: path for case, path in sorted(files.items()) if not case.endswith("_probabilities")}
-    if not files:
-        raise FileNotFoundError(f"{folder}: no label map in this folder (CASE.nii.gz or CASE.nii)")
-    return files
-
-
-def find_files(folder: str | Path) -> dict[str, Path]:
-    """The NIfTI files of a folder by case id; hidden files are passed over.
-
-    Raises:
-        FileNotFoundError: when there is no such folder.
-        ValueError: when two files mean the same case.
-    """
-    found = {}
-    for case, (path, *others) in list_files(folder).items():
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder with {len(nifti_in(path))} NIfTI files, expected one")
-        if others:
-            raise ValueError(f"case {case}: {path} and {others[0]} both mean it; remove one")
-        found[case] = path
-    return found
-
-
-def list_files(folder: str | Path) -> dict[str, list[Path]]:
-    """All NIfTI files of a folder by case id, also several of a case; hidden files are passed over.
-
-    A folder named like a file stands for the one file in it (labels/X.nii/X.nii), and where there are more, for itself.
-
-    Raises:
-        FileNotFoundError: when there is no such folder.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    found: dict[str, list[Path]] = {}
-    for path in nifti_in(folder):
-        inside = nifti_in(path) if path.is_dir() else []
-        path = inside[0] if len(inside) == 1 else path
-        found.setdefault(case_id(path), []).append(path)
-    return found
-
-
-def nifti_in(folder: Path) -> list[Path]:
-    """What in a folder is named like a NIfTI file, hidden ones left out, in order."""
-    return [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
-
-
-def case_id(path: Path) -> str:
-    """The file's name without its suffix and without the channel number _0000 of FLARE22's scans."""
-    return re.sub(r"(_0000)?(\.nii|\.nii\.gz)$", "", path.name, flags=re.IGNORECASE)
-
-
-def listed(cases: Sequence[str], most: int = 5) -> str:
-    """Case ids for a message, `most` of them at most."""
-    return ", ".join([*cases[:most], *["..."] * (len(cases) > most)])
-
-
-def read_case_ids(given: Sequence[str]) -> list[str]:
-    """Case ids as given, or the lines of a file when one name is given that is a file's.
-
-    Raises:
-        ValueError: when the file lists no case.
-    """
-    if len(given) == 1 and Path(given[0]).is_file():
-        try:
-            text = Path(given[0]).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{given[0]}: is no text, expected one case id a line") from error
-        lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-        if not any(lines):
-            raise ValueError(f"{given[0]}: lists no case, expected one id a line")
-        return [line for line in lines if line]
-    return list(given)
-
-
-def select_cases(found: dict[str, Path], given: Sequence[str] | None) -> dict[str, Path]:
-    """The files of the cases that `given` names (ids or a file of ids), in the order of `found`; all when it is None.
-
-    Raises:
-        ValueError: naming the ids that are not among the cases.
-    """
-    if given is None:
-        return found
-    wanted = read_case_ids(given)
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        raise ValueError(f"--cases: {listed(missing)} not among the {len(found)} cases: {listed(list(found), 3)}")
-    return {case: path for case, path in found.items() if case in wanted}
 
 
 def split_cases(
@@ -375,21 +250,45 @@ def say_nothing(_message: str) -> None:
     """A function, and no lambda, so that it can be handed to the processes that load cases."""
 
 
-def write_cache(path: Path, volumes: np.ndarray, facts: dict) -> None:
-    """Write a cache file: the bytes of the volumes, the scan's facts as JSON, and the checksum of both."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = volumes.tobytes() + json.dumps(facts).encode()
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content + checksum(content))
+def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case], str]:
+    """Training cases, validation cases, and how they were chosen, as the settings say.
+
+    Raises:
+        ValueError: when they cannot be split so.
+    """
+    if not config.folds:
+        return split_cases(cases, config.val_cases, config.val_fraction, config.seed)
+    if config.val_cases is not None:
+        raise ValueError("folds: got val_cases too, expected one of the two; val_cases: null leaves it to the folds")
+    return split_by_fold(cases, config.folds, config.fold, config.seed)
 
 
-def checksum(content: bytes | np.ndarray) -> bytes:
-    """CRC-32 in CHECKSUM_BYTES bytes."""
-    return isal_zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big")
+def case_ids(train_set: CaseDataset, val_set: CaseDataset) -> dict[str, list[str]]:
+    """Which cases a run trains on and which it holds out."""
+    return {"train": [case.id for case in train_set.cases], "val": [case.id for case in val_set.cases]}
 
 
-def hu_percentiles(voxels: np.ndarray) -> list[float]:
-    """HU_PERCENTILES of the body's voxels in HU (of every fourth along each axis); of all where none is body."""
-    sample = voxels[::4, ::4, ::4]
-    body = sample[sample > BODY_ABOVE_HU]
-    return np.percentile(body if body.size else sample, HU_PERCENTILES).tolist()
+def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> dict:
+    """Read every training case once, which fills the cache, and note what infer.py compares new scans with.
+
+    Each process reads its share of them.
+
+    Returns:
+        of each axis' extent in mm, and of each HU percentile of the body, the smallest and the largest.
+    """
+    found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
+    share = range(group.rank, len(dataset), group.size)
+    loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
+    for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
+        for name, values in found.items():
+            values += sample[name].tolist()
+        for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
+            if swapped:
+                print_warning(f"case {case}: {swapped}; mirrored, or ids mixed up? python -m data.doctor tells more")
+    found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
+    ranges = {
+        name: {"min": np.min(values, axis=0).tolist(), "max": np.max(values, axis=0).tolist()}
+        for name, values in found.items()
+        if values
+    }
+    return {"percentiles": list(HU_PERCENTILES), **ranges}

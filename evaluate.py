@@ -12,65 +12,37 @@ Exit code 0: done, 1: some case was missing or refused (the others are scored), 
 """
 
 import argparse
-import csv
-import io
-import json
 import math
-import platform
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from core.config import DEFAULT_CONFIG, check, load_config
-from core.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
-from core.files import whole_file
-from core.flare22 import TOLERANCE_MM, TOLERANCES_MM
-from core.nifti import MAX_GIB, Reading
-from core.parallel import MOST_WORKERS, cores, in_processes
-from core.scoring import COMPARED, DIGITS, SCORE_DEFINITIONS, Rules, Scored, Task, score_case
-from core.summary import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, bootstrap_interval, compare_tables, spread, summarise
-from core.tables import ceiling_table, comparison_table, score_table
-from dataset import find_label_maps, listed, select_cases
-
-# All that a run leaves. What an earlier one left goes first: beside new rows it would pass for theirs.
-RESULTS = ("metrics.csv", "other_metrics.csv", "summary.json", "comparison.json", "scores.png")
-CEILING_RESULTS = ("ceiling.csv", "ceiling.json")
-# What else stands in the JSON files, for whoever reads them.
-INTERVAL = (
-    f"percentile bootstrap over cases, {BOOTSTRAP_SAMPLES} samples, seed {BOOTSTRAP_SEED}; too narrow for few cases, "
-    "null for fewer than two"
+from core.scans.files import find_label_maps, listed, select_cases
+from core.scans.nifti import MAX_GIB, Reading
+from core.scoring.case import Rules, Scored, Task, score_case
+from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM
+from core.scoring.results import (
+    CEILING_RESULTS,
+    DEFINITIONS,
+    RESULTS,
+    comparison_of,
+    csv_text,
+    prepare_output,
+    summary_of,
+    write_json,
 )
-DEFINITIONS = {
-    "summary": {
-        "voxel_accuracy": "share of all voxels of a case with the right id, background included; over the cases",
-        "mean": "over organs, of each organ's mean over the cases where its score is defined; null where infinite",
-        "interval_95": f"95 % interval of mean: {INTERVAL}",
-        "refused": "cases of which a file could not be read or compared, and why; they are in no mean",
-        "extra": "predictions of cases without a reference; they are not looked at",
-        "rounding": f"the rows have {DIGITS} significant digits, and everything else is worked out from those",
-    },
-    "comparison": {
-        "difference": "mean over the pairs of (predictions - against)",
-        "mean": "of each case's mean over the organs that are defined on that side",
-        "n": "pairs where both are defined; n_unpaired: cases where one is",
-        "interval_95": f"95 % interval of difference: {INTERVAL}",
-        "p": "Wilcoxon's signed-rank test, two-sided (scipy's default), 1 where no pair differs; not corrected for the "
-        "number of organs; with fewer than 6 pairs it cannot fall below 0.05",
-        "left_out": "cases that were refused on either side",
-    },
-    "ceiling": {
-        "dice, nsd": "the truth as each organ's share of every voxel of the grid, restored like a network's answer",
-        "dice_as_labels, nsd_as_labels": "the truth as the labels that a network is trained on there, resized back",
-    },
-}
-
+from core.scoring.statistics import (
+    spread,
+)
+from core.scoring.tables import ceiling_table, comparison_table, score_table
+from core.system.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
+from core.system.files import whole_file
+from core.system.parallel import MOST_WORKERS, cores, in_processes
 
 # ---- All cases -------------------------------------------------------------------------------------------------------
 
@@ -105,63 +77,6 @@ def score_all(tasks: Sequence[Task], rules: Rules, workers: int, path: Path) -> 
     with whole_file(path) as temporary:
         temporary.write_text(csv_text(rows, rules.columns, header=True), newline="")
     return in_order
-
-
-def csv_text(rows: Sequence[dict], columns: Sequence[str], header: bool = False) -> str:
-    """Rows as CSV; an empty cell is a score that is not defined, or not known to the protocol."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="")
-    if header:
-        writer.writeheader()
-    for row in rows:
-        writer.writerow({name: format_cell(value) for name, value in row.items()})
-    return text.getvalue()
-
-
-def format_cell(value: str | int | float) -> str | int:
-    """A value as it stands in the CSV file."""
-    if not isinstance(value, float):
-        return value
-    return "" if math.isnan(value) else f"{value:.{DIGITS}g}"
-
-
-def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
-    """What is to be said of all cases that are not refused, and how it came about."""
-    tables = tables_of(results, results, rules)
-    return {
-        "protocol": rules.protocol,
-        **summarise(tables, rules.organs[1:]),
-        "interval_95": {name: bootstrap_interval(tables[name]) for name in COMPARED},
-        "cases": [case for case, scored in results.items() if not scored.refusal],
-        "refused": {case: scored.refusal for case, scored in results.items() if scored.refusal},
-        "tolerances_mm": dict(zip(rules.organs[1:], rules.tolerances_mm[1:], strict=True)),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("numpy", "scipy", "nibabel", "torch")},
-        "definitions": DEFINITIONS["summary"] | SCORE_DEFINITIONS[rules.protocol],
-    }
-
-
-def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) -> dict[str, np.ndarray]:
-    """By score, the table (cases, organs) of those of `cases` that are not refused."""
-    rows = [results[case].rows for case in cases if not results[case].refusal]
-    shape = (len(rows), len(rules.organs) - 1)
-    return {
-        name: np.array([row[name] for of_case in rows for row in of_case], dtype=float).reshape(shape)
-        for name in rules.scores
-    }
-
-
-def comparison_of(results: dict[str, Scored], other: dict[str, Scored], rules: Rules) -> dict:
-    """What comparison.json says of two sets of predictions of the same cases."""
-    cases = [case for case in results if not results[case].refusal and not other[case].refusal]
-    here, there = tables_of(results, cases, rules), tables_of(other, cases, rules)
-    return {
-        "protocol": rules.protocol,
-        **{name: compare_tables(here[name], there[name], rules.organs[1:]) for name in COMPARED},
-        "cases": cases,
-        "left_out": [case for case in results if case not in cases],
-        "definitions": DEFINITIONS["comparison"],
-    }
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -252,25 +167,6 @@ def name_missing(tasks: Sequence[Task], folder: str) -> list[str]:
     for case in missing:
         print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed"))
     return missing
-
-
-def prepare_output(output: Path, results: Sequence[str]) -> None:
-    """Make the folder for the results, without those of an earlier run.
-
-    Raises:
-        OSError: when it cannot be written to.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    # Whoever may not write there learns it now, not after the work.
-    tempfile.TemporaryFile(dir=output).close()
-    for name in results:
-        (output / name).unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file whole."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def draw_picture(output: Path) -> list[str]:

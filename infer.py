@@ -12,12 +12,9 @@ Exit code 0: done, 1: some input or scan was refused (the others are done), 2: w
 
 import argparse
 import io
-import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, starmap
@@ -27,13 +24,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import load_network
+from core.checkpoint import load_networks
 from core.config import Config, check
-from core.distributed import join_group, leave_group, own_device
-from core.exits import DONE, REFUSED, USAGE, is_out_of_memory, print_error, print_warning, refusing, run_command
-from core.files import check_room, whole_file
-from core.nifti import MAX_GIB, Reading
-from core.predictions import (
+from core.inference.inputs import choose_reading, find_inputs, named_case
+from core.inference.output_folder import (
     REPORTS,
     check_inputs_are_elsewhere,
     is_finished,
@@ -45,23 +39,26 @@ from core.predictions import (
     set_aside,
     write_volumes,
 )
-from core.preprocess import (
+from core.inference.stages import Segmentation, attempt, in_thread, stage_thread
+from core.scans.files import select_cases
+from core.scans.geometry import Geometry
+from core.scans.nifti import MAX_GIB, Reading
+from core.scans.resample import logits_to_labels
+from core.scans.typical import differences
+from core.scans.volumes import (
     DEFAULT_READING,
-    Geometry,
     load_scan,
     prepare_image,
     save_label_map,
     save_probabilities,
     warn_of_values,
 )
-from core.resample import logits_to_labels
-from core.step import autocast, choose_device, choose_precision
-from dataset import case_id, find_files, find_scans, hu_percentiles, select_cases
+from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
+from core.system.files import check_room, whole_file
+from core.system.processes import join_group, leave_group, own_device
+from core.training.setup import autocast, choose_device, choose_precision
 from vnet import VNet
 
-EXTENT_TOLERANCE = 0.25  # a scan may be this much smaller or larger than every training case before infer.py warns
-HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may lie outside those of the training cases
-SHARED = ("size", "window_hu", "organs")  # settings that networks must share to be averaged
 PROBABILITY_BYTES = 2  # of a voxel and class, in the file that they lie in before they are compressed
 
 
@@ -92,33 +89,6 @@ class Inference:
     series_uid: str | None = None
 
 
-@dataclass
-class Segmentation:
-    """A scan on its way to a label map; each stage leaves what the next one needs, and drops what it took itself.
-
-    Attributes:
-        case: the scan's id.
-        file: where it is read from; for a DICOM series, its folder.
-        geometry: its geometry, once it is read.
-        image: (X, Y, Z) uint8, what the network is to see.
-        logits: (K, X, Y, Z) float32, what it gave.
-        failure: why no stage can go on with it.
-        out_of_memory: whether that was for want of memory.
-    """
-
-    case: str
-    file: Path
-    geometry: Geometry | None = None
-    image: np.ndarray | None = None
-    logits: torch.Tensor | None = None
-    failure: str | None = None
-    out_of_memory: bool = False
-
-    def named(self, message: str) -> str:
-        """A message that says which scan it is about."""
-        return message if message.startswith(str(self.file)) else f"case {self.case}: {message}"
-
-
 # ---- The three stages ------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +100,7 @@ def read(inference: Inference, file: Path, reading: Reading) -> tuple[np.ndarray
     """
     if not file.is_dir():
         return load_scan(file, reading)
-    from data.dicom import load_series
+    from core.scans.dicom_series import load_series
 
     voxels, geometry = load_series(file, inference.series_uid, reading.warn, reading.max_gib)
     warn_of_values(voxels, reading.warn)
@@ -207,7 +177,9 @@ def segment_all(inference: Inference, scans: dict[str, Path]) -> Iterator[Segmen
     Yields:
         each scan when it is done or has failed; in order, but for those done once more.
     """
-    preparing, predicting, finishing = (partial(attempt, stage, inference) for stage in (prepare, predict, finish))
+    preparing, predicting, finishing = (
+        partial(attempt, partial(stage, inference)) for stage in (prepare, predict, finish)
+    )
     once_more = []
     with stage_thread(inference.device) as reader, stage_thread(inference.device) as writer:
         prepared = in_thread(reader, preparing, starmap(Segmentation, scans.items()))
@@ -221,157 +193,6 @@ def segment_all(inference: Inference, scans: dict[str, Path]) -> Iterator[Segmen
             print("interrupted; what is being written is finished first", file=sys.stderr)
             raise
     yield from map(finishing, map(predicting, map(preparing, once_more)))
-
-
-def attempt(stage: Callable[[Inference, Segmentation], None], inference: Inference, scan: Segmentation) -> Segmentation:
-    """Take a scan through a stage, unless it has failed before; a failure is noted, so that the other scans go on."""
-    if scan.failure:
-        return scan
-    try:
-        stage(inference, scan)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        scan.out_of_memory = is_out_of_memory(error.__cause__ or error)
-        if isinstance(error, RuntimeError) and not scan.out_of_memory:
-            raise
-        # In words, since the error itself would keep alive all that the stage was working on.
-        scan.failure = scan.named(str(error) or type(error).__name__)
-        scan.image = scan.logits = None
-    return scan
-
-
-@contextmanager
-def stage_thread(device: torch.device) -> Iterator[Executor]:
-    """A thread for one stage. When the block ends, it finishes what it is at, but nothing that still waits."""
-    # On a CPU the network has all cores, and more threads beside it would wait for one another. torch keeps this number
-    # thread by thread: the main thread's stays.
-    cores = 1 if device.type == "cpu" else torch.get_num_threads()
-    thread = ThreadPoolExecutor(max_workers=1, initializer=torch.set_num_threads, initargs=(cores,))
-    try:
-        yield thread
-    finally:
-        thread.shutdown(cancel_futures=True)
-
-
-def in_thread(
-    thread: Executor, stage: Callable[[Segmentation], Segmentation], scans: Iterable[Segmentation]
-) -> Iterator[Segmentation]:
-    """Take scans through a stage, in order: the thread is at work on the next one while the caller is on this one."""
-    running = None
-    for scan in scans:
-        following = thread.submit(stage, scan)
-        if running:
-            yield running.result()
-        running = following
-    if running:
-        yield running.result()
-
-
-# ---- What a scan is beside the training cases ------------------------------------------------------------------------
-
-
-def differences(voxels: np.ndarray, geometry: Geometry, training_data: dict) -> list[str]:
-    """In words, what sets a scan apart from all the cases that the network was trained on, theirs in brackets."""
-    found = []
-    extent = training_data["extent_mm"]
-    for axis, mm, low, high in zip("XYZ", geometry.extent_mm, extent["min"], extent["max"], strict=True):
-        if not low * (1 - EXTENT_TOLERANCE) <= mm <= high * (1 + EXTENT_TOLERANCE):
-            found.append(f"it covers {mm:.0f} mm along {axis} ({low:.0f} to {high:.0f})")
-    ranges = training_data["hu_percentiles"]
-    rows = zip(training_data["percentiles"], hu_percentiles(voxels), ranges["min"], ranges["max"], strict=True)
-    for percentile, hu, low, high in rows:
-        if not low - HU_TOLERANCE <= hu <= high + HU_TOLERANCE:
-            found.append(f"{percentile} % of its body lies below {hu:.0f} HU ({low:.0f} to {high:.0f})")
-    return found
-
-
-# ---- The command -----------------------------------------------------------------------------------------------------
-
-
-def find_inputs(inputs: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
-    """The scans of the inputs, ordered by case id, and the inputs that had to be refused, each named on stderr.
-
-    Raises:
-        ValueError: when two inputs mean the same case.
-    """
-    found: dict[str, Path] = {}
-    refused: list[Path] = []
-    for path in map(Path, inputs):
-        try:
-            scans = find_input(path)
-        except (ValueError, OSError) as error:
-            print_error(error)
-            refused.append(path)
-            continue
-        for case, scan in scans.items():
-            if os.path.realpath(found.setdefault(case, scan)) != os.path.realpath(scan):
-                raise ValueError(f"case {case}: {found[case]} and {scan} both mean it; rename one or leave it out")
-    return dict(sorted(found.items())), refused
-
-
-def find_input(path: Path) -> dict[str, Path]:
-    """The scans of one input by case id: a NIfTI file, those of a folder, or the folder itself where it is a series'.
-
-    A folder with files of both kinds is refused: often they are one scan twice, and which is meant is not ours to say.
-
-    Raises:
-        OSError, ValueError: when there is no scan, or it is DICOM and pydicom is not installed.
-    """
-    if path.is_dir() and not (path / "images").is_dir():
-        from data.dicom import is_series_folder
-        from data.dicom_header import import_pydicom
-
-        nifti = find_files(path)
-        if is_series_folder(path):
-            if nifti:
-                raise ValueError(f"{path}: holds DICOM and NIfTI files; give the NIfTI file, or move one kind away")
-            import_pydicom()  # without it, the input is refused
-            return {named_case(path): path}
-        if not nifti and any(is_series_folder(folder) for folder in path.iterdir()):
-            raise ValueError(f"{path}: its DICOM series are in folders within it; give those, say {path}/*")
-    return find_scans(path)
-
-
-def named_case(path: Path) -> str:
-    """The case that an input's name stands for, whether or not it can be read; for a folder, its own name."""
-    return case_id(Path(os.path.abspath(path)))
-
-
-def choose_reading(arguments: argparse.Namespace) -> Reading:
-    """What is accepted of scans, by the command line.
-
-    Raises:
-        ValueError: when --max-gib is no size.
-    """
-    try:
-        max_gib = float(arguments.max_gib)
-    except ValueError:
-        max_gib = math.nan
-    if not 0 < max_gib < math.inf:
-        raise ValueError(f"--max-gib: got {arguments.max_gib}, expected a number above 0")
-    return Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
-
-
-def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[VNet], dict]:
-    """The networks of checkpoints, and what the first checkpoint says, the ranges of training cases those of all.
-
-    Raises:
-        FileNotFoundError, ValueError: when one cannot be read, or does not go together with the first.
-    """
-    networks, contents = zip(*(load_network(path, device) for path in paths), strict=True)
-    first = contents[0]
-    for path, content in zip(paths, contents, strict=True):
-        for key in SHARED:
-            ours, others = getattr(content["config"], key), getattr(first["config"], key)
-            if ours != others:
-                raise ValueError(f"{path}: its {key} is {ours}, that of {paths[0]} {others}; expected the same")
-    merged = dict(first["training_data"])
-    for name in ("extent_mm", "hu_percentiles"):
-        ranges = [content["training_data"][name] for content in contents]
-        merged[name] = {
-            "min": np.min([each["min"] for each in ranges], axis=0).tolist(),
-            "max": np.max([each["max"] for each in ranges], axis=0).tolist(),
-        }
-    return list(networks), first | {"training_data": merged}
 
 
 def choose_inference_precision(name: str, trained_in: str, device: torch.device) -> torch.dtype:

@@ -13,7 +13,6 @@ could not be written; 130, 143 or 138: stopped by one of those signals.
 
 import argparse
 import math
-import os
 import signal
 import sys
 import time
@@ -29,11 +28,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from core.augment import augment
-from core.checkpoint import build_network, load_checkpoint, load_weights
+from core.checkpoint import load_checkpoint, load_weights
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
-from core.distributed import ALONE, Group, join_group, leave_group, own_device
-from core.exits import (
+from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
+from core.system.exits import (
     BY_SIGNAL,
     DONE,
     REFUSED,
@@ -41,34 +39,32 @@ from core.exits import (
     USAGE,
     Stopped,
     StopSignals,
-    leave_signals_to_the_command,
     print_error,
-    print_warning,
     refusing,
     run_command,
 )
-from core.loading import make_loader, naming_dead_workers
-from core.memory import choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
-from core.metrics import confusion_matrix, mean_defined, organ_scores
-from core.run_folder import RunFolder, check_tensorboard
-from core.step import (
-    DTYPES,
-    PLANS,
+from core.system.processes import Group, join_group, leave_group, own_device
+from core.training.augment import augment
+from core.training.batches import make_loader, naming_dead_workers
+from core.training.memory_plans import choose_plan, step_that_fits
+from core.training.run_folder import RunFolder, check_tensorboard
+from core.training.setup import (
     Average,
-    Loss,
-    NotFiniteError,
-    RunningLoss,
     Training,
     choose_device,
-    choose_precision,
-    compile_network,
-    make_optimizer,
-    to_channels_last,
-    training_step,
-    validation_step,
+    start_from_shares,
+    start_training,
 )
-from dataset import HU_PERCENTILES, Case, CaseDataset, find_cases, find_data, reading_of, split_by_fold, split_cases
-from vnet import VNet
+from core.training.step import PLANS, NotFiniteError, RunningLoss, training_step, validation_step
+from dataset import (
+    CaseDataset,
+    case_ids,
+    describe_cases,
+    find_cases,
+    find_data,
+    reading_of,
+    split,
+)
 
 
 @dataclass
@@ -210,107 +206,6 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
     return config.learning_rate * factor
 
 
-def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case], str]:
-    """Training cases, validation cases, and how they were chosen, as the settings say.
-
-    Raises:
-        ValueError: when they cannot be split so.
-    """
-    if not config.folds:
-        return split_cases(cases, config.val_cases, config.val_fraction, config.seed)
-    if config.val_cases is not None:
-        raise ValueError("folds: got val_cases too, expected one of the two; val_cases: null leaves it to the folds")
-    return split_by_fold(cases, config.folds, config.fold, config.seed)
-
-
-def case_ids(train_set: CaseDataset, val_set: CaseDataset) -> dict[str, list[str]]:
-    """Which cases a run trains on and which it holds out."""
-    return {"train": [case.id for case in train_set.cases], "val": [case.id for case in val_set.cases]}
-
-
-def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> dict:
-    """Read every training case once, which fills the cache, and note what infer.py compares new scans with.
-
-    Each process reads its share of them.
-
-    Returns:
-        of each axis' extent in mm, and of each HU percentile of the body, the smallest and the largest.
-    """
-    found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
-    share = range(group.rank, len(dataset), group.size)
-    loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
-    for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
-        for name, values in found.items():
-            values += sample[name].tolist()
-        for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
-            if swapped:
-                print_warning(f"case {case}: {swapped}; mirrored, or ids mixed up? python -m data.doctor tells more")
-    found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
-    ranges = {
-        name: {"min": np.min(values, axis=0).tolist(), "max": np.max(values, axis=0).tolist()}
-        for name, values in found.items()
-        if values
-    }
-    return {"percentiles": list(HU_PERCENTILES), **ranges}
-
-
-def start_training(config: Config, device: torch.device, group: Group) -> Training:
-    """Network, optimiser and the rest as the settings say, before the first step.
-
-    Raises:
-        ValueError: when the settings ask for what the device cannot do, or for what does not go together.
-    """
-    precision = choose_precision(config.precision, device)
-    if group.size > 1 and config.norm == "batch":
-        raise ValueError(
-            f"norm: got batch with {group.size} processes, each of which would have statistics of its own; expected "
-            "instance or group"
-        )
-    if config.accumulate > 1 and config.norm == "batch":
-        raise ValueError(
-            "norm: got batch with accumulate, whose pieces would each have statistics of their own; expected instance "
-            "or group"
-        )
-    be_deterministic(config.deterministic)
-    torch.manual_seed(config.seed)  # the same first weights in every process
-    # Off on purpose: trying cuDNN's algorithms takes gigabytes of workspace and picks other ones in every run.
-    torch.backends.cudnn.benchmark = False
-    network = build_network(config).to(device)
-    if config.channels_last:
-        to_channels_last(network)
-    if config.compile:
-        if config.memory not in ("auto", "off"):
-            raise ValueError(f"compile: got true with memory: {config.memory}, expected false, or memory: auto or off")
-        compile_network(network, device)
-    optimizer = make_optimizer(network, config.learning_rate)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    loss = Loss(config.loss, config.deterministic)
-    return Training(network, loss, optimizer, scaler, precision, clip_norm=config.clip_norm, pieces=config.accumulate)
-
-
-def be_deterministic(wanted: bool) -> None:
-    """Have torch take algorithms that give the same bits each time, or refuse to compute; or the fastest ones."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
-    torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for looking for faults; it takes time
-    torch.backends.cudnn.deterministic = wanted
-
-
-@torch.no_grad()
-def start_from_shares(network: VNet, dataset: CaseDataset, group: Group) -> None:
-    """Set the last convolution's bias so that the network starts from the classes' shares of the training voxels.
-
-    The bias is the logarithm of the shares (Karpathy 2019, "A Recipe for Training Neural Networks"): the first epochs
-    then need not find out that nearly all is background. A class without a voxel counts as having one.
-    """
-    classes = len(network.classify.bias)
-    share = range(group.rank, len(dataset), group.size)
-    counts = sum(torch.bincount(dataset[i]["labels"].flatten(), minlength=classes) for i in share)
-    counts = sum(group.gather(counts + torch.zeros(classes, dtype=torch.long))).clamp(min=1)
-    network.classify.bias.copy_((counts / counts.sum()).log())
-
-
 def resume_training(training: Training, checkpoint: dict, path: str) -> None:
     """Put network, optimiser and scaler back to where the checkpoint's epoch left them."""
     load_weights(training.network, checkpoint, path)
@@ -428,6 +323,8 @@ def main() -> int:
     with refusing(USAGE):
         config = load_config(arguments.config, flags_given(arguments))
         if arguments.plan:
+            from core.training.memory_count import show_plans
+
             return show_plans(config, arguments.card_gib)
         if config.tensorboard:
             check_tensorboard()
@@ -484,21 +381,6 @@ def main() -> int:
     leave_group(group)
     if group.first:
         print(f"the run is in {folder.path}: last.pt, {'best.pt, ' * folder.best.is_file()}log.csv, curves.png")
-    return DONE
-
-
-def show_plans(config: Config, card_gib: float | None) -> int:
-    """Print what a step needs on a GPU under each memory plan, and which would be chosen for a card of that size."""
-    precision = DTYPES["bf16" if config.precision == "auto" else config.precision]
-    needs = [predict(config, plan, precision) for plan in PLANS]
-    print(format_plans(needs))
-    if card_gib is None:
-        return DONE
-    chosen = plan_for(needs, card_gib)
-    if chosen is None:
-        print(f"no plan fits a card of {card_gib:g} GiB; {what_would_fit(config, precision, card_gib)}")
-        return STOPPED
-    print(f"on a card of {card_gib:g} GiB: {chosen.plan}")
     return DONE
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from core.run_folder import git_commit, versions
+from core.training.run_folder import git_commit, versions
 
 CPU_INFO = Path("/proc/cpuinfo")  # Linux only; elsewhere platform tells less
 

@@ -34,10 +34,10 @@ from benchmarks.peers import NO_MONAI, monai_installed
 from benchmarks.train_step import make_training, summarise, watch_memory
 from core.checkpoint import build_network
 from core.config import Config, load_config
-from core.exits import DONE, USAGE, refusing, run_command
-from core.preprocess import load_labels, load_scan, prepare_image, save_label_map
-from core.resample import resize_labels
-from core.step import training_step
+from core.scans.resample import resize_labels
+from core.scans.volumes import load_labels, load_scan, prepare_image, save_label_map
+from core.system.exits import DONE, USAGE, refusing, run_command
+from core.training.step import training_step
 from data.make_phantom import write_phantom
 from dataset import Case, CaseDataset, find_cases
 

@@ -23,9 +23,9 @@ from scipy.ndimage import binary_dilation, binary_erosion, find_objects
 from benchmarks import installed_version, machine, print_result
 from benchmarks.train_step import ratios, summarise, watch_memory
 from core.config import load_config
-from core.exits import DONE, USAGE, refusing, run_command
-from core.metrics import confusion_matrix, divide, organ_scores
-from core.surface import Surfaces, hausdorff_mm, nsd, organ_surfaces, surfaces_of
+from core.scoring.overlap import confusion_matrix, divide, organ_scores
+from core.scoring.surface import Surfaces, hausdorff_mm, nsd, organ_surfaces, surfaces_of
+from core.system.exits import DONE, USAGE, refusing, run_command
 from data.make_phantom import MAX_VOXELS, MIN_SIDE, make_case
 
 SHAPE = (512, 512, 100)
@@ -203,7 +203,7 @@ def surface_by_simpleitk(case: Case) -> Scores:
 
 
 def speckle(case: Case) -> Scores:
-    """One organ, as core.surface does each."""
+    """One organ, as core.scoring.surface does each."""
     masks = case.reference == SPECKLE_ORGAN, case.prediction == SPECKLE_ORGAN
     return surface_scores([surfaces_of(*masks, case.spacing_mm, torch.get_num_threads())])
 

@@ -30,13 +30,15 @@ from benchmarks.peers import NO_MONAI, MonaiPipeline, monai_installed
 from benchmarks.train_step import clock, ratios, summarise
 from core.checkpoint import build_network, load_network
 from core.config import Config, load_config
-from core.exits import DONE, USAGE, refusing, run_command
-from core.preprocess import load_scan, prepare_image, save_label_map
-from core.resample import logits_to_labels
-from core.step import choose_device
+from core.inference.stages import Segmentation
+from core.scans.files import find_scans
+from core.scans.resample import logits_to_labels
+from core.scans.typical import HU_PERCENTILES
+from core.scans.volumes import load_scan, prepare_image, save_label_map
+from core.system.exits import DONE, USAGE, refusing, run_command
+from core.training.setup import choose_device
 from data.make_phantom import write_phantom
-from dataset import HU_PERCENTILES, find_scans
-from infer import Inference, Segmentation, predict, segment_all
+from infer import Inference, predict, segment_all
 from vnet import VNet, check_size
 
 SHAPE = (512, 512, 100)  # voxels of a clinical scan

@@ -23,9 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import machine, print_result
 from benchmarks.peers import NO_MONAI, Predecessor, monai_installed, monai_vnet
 from core.config import Config, load_config
-from core.exits import DONE, USAGE, refusing, run_command
-from core.memory import GIB, predict
-from core.step import PLANS, Loss, Training, gradients
+from core.system.exits import DONE, USAGE, refusing, run_command
+from core.training.losses import Loss
+from core.training.memory_count import predict
+from core.training.memory_plans import GIB
+from core.training.setup import Training
+from core.training.step import PLANS, gradients
 from vnet import check_size
 
 
@@ -41,7 +44,7 @@ class Count:
 def count_plain_step(
     build: Callable[[], nn.Module], size: Sequence[int], precision: torch.dtype, growth: int = 1
 ) -> Count:
-    """Count a step of autocast, cross-entropy, backward pass and Adam, as core/memory.py does for this network.
+    """Count a step of autocast, cross-entropy, backward pass and Adam, as core/training/memory_count.py does.
 
     Args:
         build: makes the network.

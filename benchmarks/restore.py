@@ -27,11 +27,11 @@ from benchmarks.peers import NO_MONAI, monai_installed
 from benchmarks.train_step import clock, ratios, summarise, watch_memory
 from core.checkpoint import load_network
 from core.config import Config, load_config
-from core.exits import DONE, USAGE, refusing, run_command
-from core.memory import GIB
-from core.preprocess import load_scan, prepare_image
-from core.resample import cells_with_boundary, logits_to_labels, resize_labels
-from core.step import choose_device
+from core.scans.resample import cells_with_boundary, logits_to_labels, resize_labels
+from core.scans.volumes import load_scan, prepare_image
+from core.system.exits import DONE, USAGE, refusing, run_command
+from core.training.memory_plans import GIB
+from core.training.setup import choose_device
 from data.make_phantom import make_case
 
 SHAPE = (512, 512, 100)  # voxels of a usual abdominal scan

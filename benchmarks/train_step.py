@@ -28,19 +28,19 @@ from benchmarks.memory import Count, count_plain_step
 from benchmarks.peers import NO_MONAI, monai_installed, monai_vnet
 from core.checkpoint import build_network
 from core.config import Config, load_config
-from core.exits import DONE, USAGE, refusing, run_command
-from core.memory import GIB, Need, predict
-from core.step import (
-    PLANS,
-    Loss,
+from core.system.exits import DONE, USAGE, refusing, run_command
+from core.training.losses import Loss
+from core.training.memory_count import Need, predict
+from core.training.memory_plans import GIB
+from core.training.setup import (
     Training,
     choose_device,
     choose_precision,
     compile_network,
     make_optimizer,
     to_channels_last,
-    training_step,
 )
+from core.training.step import PLANS, training_step
 from vnet import check_size
 
 SIZE = (128, 128, 64)

@@ -9,15 +9,16 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from core.config import Config, config_from_dict, config_to_dict, load_config
-from core.files import check_room, whole_file
+from core.system.files import check_room, whole_file
 from core.torch_file import TensorForm, describe
 from vnet import VNet, check_size
 
@@ -331,3 +332,29 @@ def in_words(form: Any) -> str:
     if not isinstance(form, TensorForm):
         return "no tensor"
     return f"{str(form.dtype).removeprefix('torch.')} of shape {'x'.join(map(str, form.shape)) or '()'}"[:80]
+
+
+SHARED = ("size", "window_hu", "organs")  # settings that networks must share to be averaged
+
+
+def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[VNet], dict]:
+    """The networks of checkpoints, and what the first checkpoint says, the ranges of training cases those of all.
+
+    Raises:
+        FileNotFoundError, ValueError: when one cannot be read, or does not go together with the first.
+    """
+    networks, contents = zip(*(load_network(path, device) for path in paths), strict=True)
+    first = contents[0]
+    for path, content in zip(paths, contents, strict=True):
+        for key in SHARED:
+            ours, others = getattr(content["config"], key), getattr(first["config"], key)
+            if ours != others:
+                raise ValueError(f"{path}: its {key} is {ours}, that of {paths[0]} {others}; expected the same")
+    merged = dict(first["training_data"])
+    for name in ("extent_mm", "hu_percentiles"):
+        ranges = [content["training_data"][name] for content in contents]
+        merged[name] = {
+            "min": np.min([each["min"] for each in ranges], axis=0).tolist(),
+            "max": np.max([each["max"] for each in ranges], axis=0).tolist(),
+        }
+    return list(networks), first | {"training_data": merged}

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from core.files import whole_file
+from core.system.files import whole_file
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "config.yaml"
 MOST_BYTES = 256 * 2**10  # of a settings file; a list of 10,000 case ids takes 150 KB

@@ -21,16 +21,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from core.anatomy import PLAUSIBLE_ML, misplaced, odd_volumes, organs_in, swapped_sides
 from core.config import DEFAULT_CONFIG, check, load_organs
-from core.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.files import whole_file
-from core.nifti import MAX_GIB, Reading
-from core.parallel import MOST_WORKERS, cores, in_processes
-from core.preprocess import Geometry, check_same_grid, load_labels, load_scan, window_hu
-from core.resample import resize_image
-from data.dicom import is_series_folder, load_series
-from dataset import find_data, hu_percentiles, list_files
+from core.scans.anatomy import PLAUSIBLE_ML, misplaced, odd_volumes, organs_in, swapped_sides
+from core.scans.dicom_series import is_series_folder, load_series
+from core.scans.files import list_files
+from core.scans.geometry import Geometry, check_same_grid
+from core.scans.nifti import MAX_GIB, Reading
+from core.scans.resample import resize_image
+from core.scans.typical import hu_percentiles
+from core.scans.volumes import load_labels, load_scan, window_hu
+from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.system.files import whole_file
+from core.system.parallel import MOST_WORKERS, cores, in_processes
+from dataset import find_data
 
 REPORT, SHEET = "doctor.json", "doctor.png"  # in the output folder
 LEAST_CASES = 5  # from which on one can be far off the rest

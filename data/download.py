@@ -29,13 +29,14 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from core.config import load_organs
-from core.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
-from core.files import check_room, gib, naming
-from core.nifti import Reading
-from core.parallel import MOST_WORKERS, cores
+from core.scans.files import find_files
+from core.scans.nifti import Reading
+from core.system.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
+from core.system.files import check_room, gib, naming
+from core.system.parallel import MOST_WORKERS, cores
 from data.doctor import REPORT, diagnose
 from data.unzip import extract
-from dataset import find_data, find_files
+from dataset import find_data
 
 NAME = "FLARE22Train"
 CASES = 50

@@ -26,8 +26,8 @@ from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from core.exits import DONE, USAGE, refusing, run_command
-from core.files import whole_file
+from core.system.exits import DONE, USAGE, refusing, run_command
+from core.system.files import whole_file
 
 VERSION = 1  # raised when the same settings begin to give other voxels, so that an older set is not reused
 

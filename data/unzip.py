@@ -13,7 +13,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from tqdm import tqdm
 
-from core.files import check_room, gib, naming
+from core.system.files import check_room, gib, naming
 
 CHUNK = 2**20  # bytes unpacked at once
 MAX_UNPACKED_BYTES = 128 * 2**30

@@ -17,10 +17,10 @@ from benchmarks import inference, memory, train_step
 from benchmarks.peers import NO_MONAI, Predecessor, monai_installed
 from core.checkpoint import build_network
 from core.config import load_config
-from core.memory import predict
-from core.step import PLANS
+from core.scans.files import find_scans
+from core.training.memory_count import predict
+from core.training.step import PLANS
 from data.make_phantom import write_phantom
-from dataset import find_scans
 
 SMALL = load_config(
     flags={"size": ["32", "32", "16"], "channels": "4", "down_convs": ["1", "1"], "up_convs": ["1"], "device": "cpu"}

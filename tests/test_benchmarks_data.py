@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from benchmarks import data_loading, restore
 from benchmarks.peers import NO_MONAI
 from core.config import load_config
-from core.resample import logits_to_labels
+from core.scans.resample import logits_to_labels
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 

@@ -21,7 +21,7 @@ from core.config import (
     load_organs,
     save_config,
 )
-from core.exits import print_error
+from core.system.exits import print_error
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = DEFAULT_CONFIG.read_text(encoding="utf-8")

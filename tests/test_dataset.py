@@ -18,24 +18,14 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from core.augment import augment, draw_affine, flip_left_right, mirrored_ids, resample
 from core.config import Config, load_config
-from core.loading import EpochBatches
-from core.preprocess import load_labels, load_scan, prepare_image
-from core.resample import resize_labels
-from dataset import (
-    Case,
-    CaseDataset,
-    find_cases,
-    find_data,
-    find_label_maps,
-    find_scans,
-    hu_percentiles,
-    read_case_ids,
-    select_cases,
-    split_by_fold,
-    split_cases,
-)
+from core.scans.files import find_label_maps, find_scans, read_case_ids, select_cases
+from core.scans.resample import resize_labels
+from core.scans.typical import hu_percentiles
+from core.scans.volumes import load_labels, load_scan, prepare_image
+from core.training.augment import augment, draw_affine, flip_left_right, mirrored_ids, resample
+from core.training.batches import EpochBatches
+from dataset import Case, CaseDataset, find_cases, find_data, split_by_fold, split_cases
 
 SHAPE, SPACING_MM, SIZE = (12, 10, 6), (2.0, 3.0, 5.0), (8, 8, 8)
 LABELLED = Path(__file__).parents[1] / ".." / "shared" / "data" / "labelled"

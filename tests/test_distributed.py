@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from core.checkpoint import load_checkpoint
-from core.distributed import ALONE
+from core.system.processes import ALONE
 from data.make_phantom import write_phantom
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are ended by signals of POSIX")

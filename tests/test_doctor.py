@@ -10,9 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from core.anatomy import organs_in, swapped_sides
 from core.config import load_organs
-from core.preprocess import Geometry, load_labels
+from core.scans.anatomy import organs_in, swapped_sides
+from core.scans.geometry import Geometry
+from core.scans.volumes import load_labels
 from data.make_phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 import evaluate
 from core.config import load_organs
-from core.scoring import CEILING_SCORES
-from core.summary import bootstrap_interval, spread
-from core.tables import ceiling_table, comparison_table, score_table
+from core.scoring.case import CEILING_SCORES
+from core.scoring.statistics import bootstrap_interval, spread
+from core.scoring.tables import ceiling_table, comparison_table, score_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE, SPACING_MM, VOXEL_ML = (10, 8, 6), (2.0, 1.5, 3.0), 0.009
@@ -922,7 +922,7 @@ def test_a_killed_worker_stops_the_run_in_one_sentence(slow_cases, tmp_path):
 def test_what_is_under_way_is_not_waited_for():
     """A task of ten minutes beside one that is done, after which the loop is left."""
     code = (
-        "import time\nfrom contextlib import closing\nfrom core.parallel import in_processes\n"
+        "import time\nfrom contextlib import closing\nfrom core.system.parallel import in_processes\n"
         "with closing(in_processes(time.sleep, [0, 600], 2)) as done:\n    print(next(done))"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nifti_bytes import FIELDS, HEADER_BYTES, TYPES, Found, gzip_member, nifti, parse, set_field
 
-from core.preprocess import Reading, load_labels, load_scan, read_geometry
+from core.scans.volumes import Reading, load_labels, load_scan, read_geometry
 
 MAX_GIB = 0.01  # of float32 voxels: 2.7 million
 MOST_MORE_MIB = 150  # that the process may grow by, over all cases

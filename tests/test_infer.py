@@ -20,17 +20,16 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from dicom_files import REAL, make_series, write
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-from test_dicom import REAL, make_series, write
 from torch.nn import functional as F
 
 import infer
 from core.checkpoint import build_network, load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
-from core.files import locked, whole_file
+from core.system.files import locked, whole_file
 from data.make_phantom import write_phantom
-from dataset import CaseDataset, find_cases
-from train import describe_cases
+from dataset import CaseDataset, describe_cases, find_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 SOON = 60  # seconds; only a failing test waits that long
@@ -777,7 +776,7 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
     def no_locks(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("core.files.fcntl.flock", no_locks)
+    monkeypatch.setattr("core.system.files.fcntl.flock", no_locks)
     with locked(tmp_path / "lock"):
         pass
     assert capsys.readouterr().err.startswith(f"warning: {tmp_path / 'lock'}: this file system has no locks")

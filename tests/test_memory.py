@@ -9,11 +9,15 @@ import pytest
 import torch
 
 import train
-from core import memory
 from core.checkpoint import build_network
 from core.config import load_config
-from core.memory import Need, NothingFitsError, choose_plan, plan_for, predict, step_that_fits
-from core.step import PLANS, Loss, Training, gradients, make_optimizer
+from core.training import memory_count
+from core.training import memory_plans as memory
+from core.training.losses import Loss
+from core.training.memory_count import Need, plan_for, predict
+from core.training.memory_plans import NothingFitsError, choose_plan, step_that_fits
+from core.training.setup import Training, make_optimizer
+from core.training.step import PLANS, gradients
 from data.make_phantom import write_phantom
 from vnet import VNet
 
@@ -109,7 +113,7 @@ def out_of_memory_under(plans: set[str], real):
 def test_out_of_memory_does_the_same_step_again_under_the_next_plan(monkeypatch, capsys, norm):
     expected, training = start(norm, "low"), start(norm)
     value = step_that_fits(expected, *batch())
-    monkeypatch.setattr("core.step.gradients", out_of_memory_under({"off"}, gradients))
+    monkeypatch.setattr("core.training.step.gradients", out_of_memory_under({"off"}, gradients))
     assert step_that_fits(training, *batch()) == value
     assert training.plan == "low"
     assert "out of memory under the plan off: the same step again under low" in capsys.readouterr().out
@@ -121,7 +125,7 @@ def test_out_of_memory_does_the_same_step_again_under_the_next_plan(monkeypatch,
 def test_out_of_memory_under_the_smallest_plan_stops(monkeypatch):
     training = start()
     before = copy.deepcopy(training.network.state_dict())
-    monkeypatch.setattr("core.step.gradients", out_of_memory_under(set(PLANS), gradients))
+    monkeypatch.setattr("core.training.step.gradients", out_of_memory_under(set(PLANS), gradients))
     with pytest.raises(NothingFitsError, match="out of memory under the smallest memory plan"):
         step_that_fits(training, *batch())
     assert all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
@@ -150,24 +154,25 @@ def test_auto_keeps_the_first_plan_that_fits_and_changes_nothing(monkeypatch, ca
         return gradients(training, image, labels)
 
     monkeypatch.setattr(memory, "gradients", fake)
-    monkeypatch.setattr(memory, "predict", lambda config, plan, precision: Need(plan, 4.25, 1))
     assert choose_plan(training, SMALL, card) == "low"
     assert tried == ["off", "low"]
-    assert capsys.readouterr().out == "memory plan low (off did not fit): 5.00 of 6.0 GiB, 4.25 counted\n"
+    assert capsys.readouterr().out == "memory plan low (off did not fit): 5.00 of 6.0 GiB\n"
     assert all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
     assert not training.optimizer.state
     assert all(p.grad is None for p in training.network.parameters())
 
 
-def test_auto_stops_with_settings_that_would_fit(monkeypatch, card):
+def test_auto_stops_with_the_command_that_names_settings_that_would_fit(monkeypatch, capsys, card):
     def nothing_fits(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(memory, "gradients", nothing_fits)
     needed = {(256, 256, 128): 8.0, (128, 256, 128): 5.5, (128, 128, 128): 5.0}
-    monkeypatch.setattr(memory, "predict", lambda config, plan, precision: Need(plan, needed[config.size], 1))
-    with pytest.raises(NothingFitsError, match=r"no memory plan fits into the card's 6\.0 GiB; --size 128 128 128"):
+    monkeypatch.setattr(memory_count, "predict", lambda config, plan, precision: Need(plan, needed[config.size], 1))
+    with pytest.raises(NothingFitsError, match=r"no memory plan fits into the card's 6\.0 GiB; train.py --plan --card"):
         choose_plan(start(), load_config(), card)
+    assert memory_count.show_plans(load_config(), 6.0) == 3
+    assert "no plan fits a card of 6 GiB; --size 128 128 128 --batch-size 1 should" in capsys.readouterr().out
 
 
 def test_without_a_card_auto_is_off_and_a_named_plan_is_taken():

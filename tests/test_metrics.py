@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from core import metrics
-from core.metrics import SCORES, confusion_matrix, mean_defined, organ_scores, voxel_accuracy
+from core.scoring import overlap as metrics
+from core.scoring.overlap import SCORES, confusion_matrix, mean_defined, organ_scores, voxel_accuracy
 
 NAN = math.nan
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from core.preprocess import load_labels
+from core.scans.volumes import load_labels
 from visualization import movie
 from visualization.meshes import Mesh, context_meshes, organ_mesh
 from visualization.movie import draw_background, draw_frames, draw_mark, main

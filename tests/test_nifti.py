@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from nifti_bytes import gzip_member, nifti
 
-from core.nifti import Reading
-from core.preprocess import load_labels, load_scan, read_geometry
+from core.scans.nifti import Reading
+from core.scans.volumes import load_labels, load_scan, read_geometry
 
 SHAPE = (6, 5, 4)
 HU = (np.arange(120).reshape(SHAPE) * 10 - 1000).astype(np.int16)

@@ -16,12 +16,12 @@ from scipy import ndimage
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import preprocess, resample
-from core.files import whole_file
-from core.preprocess import (
+from core.scans import resample
+from core.scans import volumes as preprocess
+from core.scans.geometry import Geometry, check_same_grid
+from core.scans.resample import axis_weights, logits_to_labels, resize_image, resize_labels
+from core.scans.volumes import (
     DEFAULT_READING,
-    Geometry,
-    check_same_grid,
     load_labels,
     load_scan,
     prepare_image,
@@ -31,7 +31,7 @@ from core.preprocess import (
     save_probabilities,
     window_hu,
 )
-from core.resample import axis_weights, logits_to_labels, resize_image, resize_labels
+from core.system.files import whole_file
 
 LABELLED = Path(__file__).parents[1] / ".." / "shared" / "data" / "labelled"
 ODD = LABELLED.parent / "odd"

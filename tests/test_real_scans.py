@@ -11,8 +11,8 @@ import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.spatial.transform import Rotation
 
-from core.nifti import Reading
-from core.preprocess import load_labels, load_scan
+from core.scans.nifti import Reading
+from core.scans.volumes import load_labels, load_scan
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"

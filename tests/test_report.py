@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import infer
-from core.anatomy import organs_in, remarks
 from core.checkpoint import build_network, save_checkpoint
 from core.config import load_config, load_organs
-from core.preprocess import Geometry
-from dataset import CaseDataset, find_cases
-from train import describe_cases
+from core.scans.anatomy import organs_in, remarks
+from core.scans.geometry import Geometry
+from dataset import CaseDataset, describe_cases, find_cases
 from visualization import report
 
 ORGANS = load_organs()

@@ -9,25 +9,20 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from core import step
-from core.recompute import features
-from core.step import (
-    PLANS,
+from core.training import step
+from core.training.losses import Loss
+from core.training.low_memory import features
+from core.training.setup import (
     Average,
-    Loss,
-    NotFiniteError,
-    RunningLoss,
     Training,
     autocast,
     choose_device,
     choose_precision,
     compile_network,
     make_optimizer,
-    pieces_of,
     to_channels_last,
-    training_step,
-    validation_step,
 )
+from core.training.step import PLANS, NotFiniteError, RunningLoss, pieces_of, training_step, validation_step
 from vnet import NORMS, VNet
 
 CPU = torch.device("cpu")
@@ -241,8 +236,8 @@ def test_plans_give_the_gradients_of_the_plain_step(plan, norm, loss, monkeypatc
     expected = step_on(plain, image, labels, rate=1e-3, loss=loss)
     # Small enough that a slab is thinner than the volume, and a piece has fewer channels.
     monkeypatch.setattr(step, "SLAB_BYTES", 20_000)
-    monkeypatch.setattr("core.recompute.PIECE_BYTES", 20_000)
-    monkeypatch.setattr("core.recompute.PART_BYTES", 50_000)
+    monkeypatch.setattr("core.training.low_memory.PIECE_BYTES", 20_000)
+    monkeypatch.setattr("core.training.low_memory.PART_BYTES", 50_000)
     found = step_on(frugal, image, labels, rate=1e-3, loss=loss, plan=plan)
     assert found == pytest.approx(expected, rel=1e-9)
     for (name, a), b in zip(plain.named_parameters(), frugal.parameters(), strict=True):

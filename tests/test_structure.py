@@ -8,50 +8,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# What each file may import of ours; None: anything. core.files and core.exits may be imported everywhere.
-MAY_IMPORT = {
-    "vnet.py": set(),
-    "core/files.py": set(),
-    "core/exits.py": set(),
-    "core/config.py": set(),
-    "core/predictions.py": set(),
-    "core/resample.py": set(),
-    "core/nifti.py": set(),
-    "core/preprocess.py": {"core.nifti", "core.resample"},
-    "core/anatomy.py": {"core.preprocess"},
-    "core/metrics.py": set(),
-    "core/surface.py": set(),
-    "core/flare22.py": {"core.surface"},
-    "core/scoring.py": {
-        "core.flare22",
-        "core.metrics",
-        "core.nifti",
-        "core.preprocess",
-        "core.resample",
-        "core.surface",
-    },
-    "core/summary.py": {"core.metrics"},
-    "core/tables.py": set(),
-    "core/parallel.py": set(),
-    "core/torch_file.py": set(),
-    "core/checkpoint.py": {"core.config", "core.torch_file", "vnet"},
-    "core/recompute.py": {"vnet"},
-    "core/step.py": {"core.recompute", "vnet"},
-    "core/distributed.py": set(),
-    "core/memory.py": {"core.checkpoint", "core.config", "core.step", "vnet"},
-    "core/run_folder.py": {"core.checkpoint", "core.config", "vnet"},
-    "core/augment.py": {"core.config"},
-    "core/loading.py": {"core.config", "core.distributed"},
-    "dataset.py": {"core.anatomy", "core.nifti", "core.preprocess", "core.resample", "core.config"},
-    "train.py": {"dataset", "vnet", "core"},
-    "infer.py": {"dataset", "vnet", "core"},
-    "evaluate.py": {"dataset", "core"},
+# Each row may import from the rows above it and from itself, but for rooms side by side in one row.
+LAYERS = (
+    ("vnet", "core.system"),
+    ("core.config",),
+    ("core.network", "core.scans", "core.torch_file"),
+    ("core.checkpoint", "core.scoring", "core.training", "core.inference"),
+    ("dataset",),
+    ("train", "infer", "evaluate", "data", "visualization"),
+    ("benchmarks",),
+)
+# What a room may import of its own row: training and inference load and save checkpoints, training scores validation.
+BESIDE = {
+    "core.training": {"core.checkpoint", "core.scoring"},
+    "core.inference": {"core.checkpoint"},
 }
-FOLDERS_MAY_IMPORT = {"data": {"dataset", "core", "data"}, "visualization": {"dataset", "core", "visualization"}}
-EVERYWHERE = {"core.files", "core.exits"}
-OPTIONAL = {"visualization", "data"}  # imported by a script inside the function that needs it
-OURS = {"vnet", "dataset", "train", "infer", "evaluate", "core", "data", "visualization", "benchmarks"}
 SCRIPTS = ("train.py", "infer.py", "evaluate.py")
+OPTIONAL = {"visualization", "data"}  # imported by a script inside the function that needs it
+ROOMS = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 COMMANDS = [[script] for script in SCRIPTS] + [
     ["-m", f"{folder}.{path.stem}"]
     for folder in ("data", "visualization")
@@ -60,41 +34,38 @@ COMMANDS = [[script] for script in SCRIPTS] + [
 ]
 
 
-def our_imports(path: Path, top_level_only: bool = False) -> set[str]:
+def source_files() -> list[Path]:
+    files = [*ROOT.glob("*.py"), *(p for d in ("core", "data", "visualization") for p in (ROOT / d).rglob("*.py"))]
+    return sorted(path for path in files if path.name != "__init__.py" and "vendor" not in path.parts)
+
+
+def room_of(module: str) -> str | None:
+    """Name the room of a dotted module; None for a module of somebody else."""
+    return next((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), None)
+
+
+def imports_of(path: Path, inside_functions: bool = True) -> set[str]:
     tree = ast.parse(path.read_text())
     names = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
+    for node in ast.walk(tree) if inside_functions else tree.body:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return {name for name in names if name.split(".")[0] in OURS}
-
-
-def allowed_for(path: Path) -> set[str]:
-    name = path.relative_to(ROOT).as_posix()
-    return MAY_IMPORT.get(name) or FOLDERS_MAY_IMPORT.get(name.split("/")[0]) or set()
-
-
-def source_files() -> list[Path]:
-    folders = [ROOT, ROOT / "core", ROOT / "data", ROOT / "visualization"]
-    return [path for folder in folders for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_keep_to_the_table(path):
-    allowed = allowed_for(path) | EVERYWHERE
-    script = path.name in SCRIPTS
-    for name in our_imports(path):
-        inside_a_function = (script or path.parent.name == "data") and name.split(".")[0] in OPTIONAL
-        assert inside_a_function or name in allowed or name.split(".")[0] in allowed, f"{path.name} imports {name}"
-    if script:
-        assert not {name for name in our_imports(path, top_level_only=True) if name.split(".")[0] in OPTIONAL}
-
-
-def test_every_file_of_ours_is_in_the_table():
-    names = {path.relative_to(ROOT).as_posix() for path in source_files()}
-    assert {name for name in names if name.split("/")[0] not in FOLDERS_MAY_IMPORT} == set(MAY_IMPORT)
+def test_each_room_imports_from_those_below_it(path):
+    here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert here, f"{path} is in no room"
+    for name in imports_of(path):
+        room = room_of(name)
+        below = room is None or room == here or ROOMS[room] < ROOMS[here] or room in BESIDE.get(here, ())
+        optional = path.name in SCRIPTS and room in OPTIONAL
+        assert below or optional or (here in OPTIONAL and room in OPTIONAL), f"{here} imports {name}"
+    if path.name in SCRIPTS:
+        assert not {room_of(name) for name in imports_of(path, inside_functions=False)} & OPTIONAL
 
 
 def test_no_error_is_swallowed():

@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.ndimage import gaussian_filter
 from surface_distance.lookup_tables import create_table_neighbour_code_to_surface_area
 
-from core import surface
-from core.surface import (
+from core.scoring import surface
+from core.scoring.surface import (
     Surfaces,
     element_areas_mm2,
     hausdorff_mm,

@@ -20,8 +20,9 @@ import pytest
 import torch
 
 import train
-from core import files, loading
 from core.checkpoint import load_checkpoint
+from core.system import files
+from core.training import batches as loading
 from data.make_phantom import write_phantom
 from dataset import CaseDataset
 
@@ -357,7 +358,7 @@ def test_without_locks_a_run_is_warned_and_goes_on(run, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     run("--epochs", "1")
-    monkeypatch.setattr("core.files.fcntl.flock", no_locks)
+    monkeypatch.setattr("core.system.files.fcntl.flock", no_locks)
     code, _, err = run("--epochs", "1", "--resume")
     assert code == 0
     assert "run.lock: this file system has no locks" in err

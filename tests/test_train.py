@@ -21,8 +21,9 @@ import torch
 import train
 from core.checkpoint import build_network, load_checkpoint, load_network
 from core.config import load_config
-from core.distributed import ALONE
-from core.run_folder import RunFolder
+from core.system.processes import ALONE
+from core.training.run_folder import RunFolder
+from core.training.setup import start_training
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 
@@ -339,8 +340,8 @@ def test_settings_of_the_machine_reach_the_network(monkeypatch, asked):
     small = {"size": ["16", "16", "8"], "channels": "2", "down_convs": ["1", "1"], "up_convs": ["1"]}
     config = load_config(flags=small | {"channels_last": str(asked).lower(), "compile": str(asked).lower()})
     compiled = []
-    monkeypatch.setattr(train, "compile_network", lambda network, device: compiled.append(network))
-    network = train.start_training(config, torch.device("cpu"), ALONE).network
+    monkeypatch.setattr("core.training.setup.compile_network", lambda network, device: compiled.append(network))
+    network = start_training(config, torch.device("cpu"), ALONE).network
     assert network.downs[0].conv.weight.is_contiguous(memory_format=torch.channels_last_3d) == asked
     assert compiled == [network] * asked
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.config import load_organs
-from core.exits import DONE, REFUSED, refusing, run_command
+from core.system.exits import DONE, REFUSED, refusing, run_command
 from visualization.style import INK, apply_style, colour_of, save_figure
 
 # Up to this many points are drawn one by one: a single epoch has no line, and a few are easier to read off.

@@ -20,10 +20,11 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from core.config import DEFAULT_CONFIG, load_organs
-from core.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.files import whole_file
-from core.preprocess import Geometry, load_scan, read_geometry
-from dataset import case_id
+from core.scans.files import case_id
+from core.scans.geometry import Geometry
+from core.scans.volumes import load_scan, read_geometry
+from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.system.files import whole_file
 from visualization.meshes import context_meshes, organ_mesh
 from visualization.render import Scene, Veil, View, backdrop, fitting_scale, render, view_at
 from visualization.shown import read_label_maps, title_of

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from core.config import DEFAULT_CONFIG, load_organs
-from core.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.metrics import confusion_matrix, organ_scores
+from core.scoring.overlap import confusion_matrix, organ_scores
+from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from visualization.shown import read_shown
 from visualization.slices import (
     AROUND,

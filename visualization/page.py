@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.files import whole_file
+from core.system.files import whole_file
 
 FOLDER = Path(__file__).resolve().parent
 STYLE = FOLDER / "page.css"

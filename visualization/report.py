@@ -20,17 +20,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from core.anatomy import PLAUSIBLE_ML, organs_in, remarks
 from core.checkpoint import load_checkpoint
 from core.config import DEFAULT_CONFIG, config_to_dict, load_organs
-from core.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
-from core.files import whole_file
-from core.flare22 import TOLERANCE_MM, TOLERANCES_MM
-from core.metrics import confusion_matrix, mean_defined, organ_scores
-from core.predictions import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
-from core.preprocess import Geometry, load_labels
-from core.run_folder import git_commit, versions
-from core.surface import nsd, organ_surfaces
+from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
+from core.scans.anatomy import PLAUSIBLE_ML, organs_in, remarks
+from core.scans.geometry import Geometry
+from core.scans.volumes import load_labels
+from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM
+from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
+from core.scoring.surface import nsd, organ_surfaces
+from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
+from core.system.files import whole_file
+from core.training.run_folder import git_commit, versions
 from visualization.movie import make_movie
 from visualization.overlay import draw_comparison, draw_contact_sheet, draw_overlay
 from visualization.page import data_url, escaped, make_page, write_page

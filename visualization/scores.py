@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from core.exits import DONE, REFUSED, refusing, run_command
+from core.system.exits import DONE, REFUSED, refusing, run_command
 from visualization.style import INK, PAPER, apply_style, colour_of, save_figure
 
 FIGURE_INCHES = (15.0, 7.6)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from core.preprocess import Geometry, check_same_grid, load_labels, load_scan
-from dataset import case_id
+from core.scans.files import case_id
+from core.scans.geometry import Geometry, check_same_grid
+from core.scans.volumes import load_labels, load_scan
 
 
 @dataclass(frozen=True, eq=False)

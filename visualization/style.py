@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from core.files import whole_file
+from core.system.files import whole_file
 
 ORGAN_COLOURS = (
     "#9d4300",  # 1 liver

@@ -22,8 +22,8 @@ from PIL import Image
 from scipy import ndimage
 
 from core.config import DEFAULT_CONFIG, load_organs
-from core.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.resample import resize_image, resize_labels
+from core.scans.resample import resize_image, resize_labels
+from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from visualization.meshes import Mesh, organ_mesh
 from visualization.overlay import draw_overlay
 from visualization.page import FOLDER, Data, data_url, escaped, make_page, write_page

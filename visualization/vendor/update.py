@@ -17,8 +17,8 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.exits import DONE, REFUSED, refusing, run_command
-from core.files import whole_file
+from core.system.exits import DONE, REFUSED, refusing, run_command
+from core.system.files import whole_file
 
 FOLDER = Path(__file__).resolve().parent
 NAME, MEMBER = "niivue.umd.js", "package/dist/niivue.umd.js"

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from core.exits import print_warning
+from core.system.exits import print_warning
 
 try:
     import fcntl

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from core.preprocess import Geometry
+from core.scans.geometry import Geometry
 
 # Volumes in mL of adults' organs, set generously: wide enough for small and diseased ones and for tubes (aorta,
 # vena cava, esophagus, duodenum) of which a scan shows a part. What lies outside is worth a look, not wrong.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.dicom_pixels import decode_errors
+from core.scans.dicom_pixels import decode_errors
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -22,7 +22,7 @@ from isal import igzip, isal_zlib
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.spatialimages import HeaderDataError
 
-from core.exits import one_line, print_warning
+from core.system.exits import one_line, print_warning
 
 MAX_GIB = 8.0  # of voxels as float32; 1024x1024x1500 take 6
 SPACING_MM = (0.1, 20.0)  # between neighbouring voxels of any CT

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from core.config import Config
-from core.distributed import Group
-from core.exits import leave_signals_to_the_command, print_warning
+from core.system.exits import leave_signals_to_the_command, print_warning
+from core.system.processes import Group
 
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
 

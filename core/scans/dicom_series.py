@@ -22,11 +22,8 @@ from typing import TYPE_CHECKING
 import nibabel as nib
 import numpy as np
 
-from core.exits import print_warning
-from core.nifti import MAX_GIB, SPACING_MM
-from core.preprocess import GRID_TOLERANCE, NIFTI_SUFFIXES, Geometry
-from data import dicom_pixels
-from data.dicom_header import (
+from core.scans import dicom_pixels
+from core.scans.dicom_header import (
     DEFLATED,
     Slice,
     description_of,
@@ -38,7 +35,11 @@ from data.dicom_header import (
     slices_of,
     text,
 )
-from data.dicom_pixels import FAILURE, FRAME, FRAME_SECONDS
+from core.scans.dicom_pixels import FAILURE, FRAME, FRAME_SECONDS
+from core.scans.geometry import GRID_TOLERANCE, Geometry
+from core.scans.nifti import MAX_GIB, SPACING_MM
+from core.scans.volumes import NIFTI_SUFFIXES
+from core.system.exits import print_warning
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -378,7 +379,7 @@ def to_hu(stored: np.ndarray, one: Slice) -> np.ndarray:
 def decoded_frames(slices: Sequence[Slice]) -> Iterator[tuple[Path, int, np.ndarray]]:
     """The stored values of all frames of the slices' files: file, frame and (rows, columns) int32.
 
-    Another process decodes (data/dicom_pixels.py says why).
+    Another process decodes (core/scans/dicom_pixels.py says why).
 
     Raises:
         ValueError: naming the file whose pixels cannot be decoded.

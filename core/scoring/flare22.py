@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.ndimage import find_objects
 
-from core.surface import nsd, surfaces_of, union
+from core.scoring.surface import nsd, surfaces_of, union
 
 # Millimetres by which a surface may be off, for NSD.
 TOLERANCES_MM = {

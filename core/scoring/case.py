@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.flare22 import flare22_scores
-from core.metrics import SCORES, confusion_matrix, organ_scores, voxel_accuracy
-from core.nifti import Reading
-from core.preprocess import DEFAULT_READING, Geometry, check_same_grid, load_labels
-from core.resample import apply_weights, axis_weights, logits_to_labels, resize_labels
-from core.surface import hausdorff_mm, mean_distance_mm, nsd, organ_surfaces
+from core.scans.geometry import Geometry, check_same_grid
+from core.scans.nifti import Reading
+from core.scans.resample import apply_weights, axis_weights, logits_to_labels, resize_labels
+from core.scans.volumes import DEFAULT_READING, load_labels
+from core.scoring.flare22 import flare22_scores
+from core.scoring.overlap import SCORES, confusion_matrix, organ_scores, voxel_accuracy
+from core.scoring.surface import hausdorff_mm, mean_distance_mm, nsd, organ_surfaces
 
 DIGITS = 6  # significant ones of a number in a row; all means are of the numbers as they stand there
 SURFACE_SCORES = ("nsd", "hd95_mm")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from core.metrics import divide
+from core.scoring.overlap import divide
 
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_SAMPLES = 2000

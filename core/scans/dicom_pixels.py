@@ -1,6 +1,6 @@
-"""Decode the pixels of DICOM files in a process of its own; data/dicom.py starts it.
+"""Decode the pixels of DICOM files in a process of its own; core/scans/dicom_series.py starts it.
 
-    python -m data.dicom_pixels < request.json > frames
+    python -m core.scans.dicom_pixels < request.json > frames
 
 Decoders of compressed pixels are C code, and a damaged file can crash them, keep them busy or make them ask for all
 memory. Here that ends this process, and whoever started it refuses the file and goes on.
@@ -78,7 +78,9 @@ def set_alarm(seconds: int) -> None:
 
 def main() -> None:
     """Answer the request on standard input."""
-    parser = argparse.ArgumentParser(description="Decode DICOM files for data/dicom.py: JSON in, frames out.")
+    parser = argparse.ArgumentParser(
+        description="Decode DICOM files for core/scans/dicom_series.py: JSON in, frames out."
+    )
     parser.parse_args()
     request = json.load(sys.stdin)
     # A library that prints must not print into the answer.

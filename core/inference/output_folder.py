@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from core.exits import print_error, print_warning
-from core.files import locked, whole_file
+from core.system.exits import print_error, print_warning
+from core.system.files import locked, whole_file
 
 VOLUMES, VOLUMES_LOCK = "volumes.csv", ".volumes.lock"
 VOLUME_COLUMNS = ["case", "id", "organ", "ml"]

@@ -27,8 +27,8 @@ import torch
 
 from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
-from core.exits import Stopped, one_line, print_warning
-from core.files import lock_file, remove_left_over, whole_file
+from core.system.exits import Stopped, one_line, print_warning
+from core.system.files import lock_file, remove_left_over, whole_file
 from vnet import VNet
 
 # Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.

@@ -1,0 +1,1 @@
+"""Segment new scans: find the inputs, overlap the stages, write the output folder."""

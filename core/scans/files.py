@@ -1,0 +1,125 @@
+"""Find scans and label maps on disk by case id."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.scans.volumes import NIFTI_SUFFIXES
+
+
+def find_scans(path: str | Path) -> dict[str, Path]:
+    """The scan at a path, or those in a folder, by case id and in order; of a whole data set its `images` are taken.
+
+    Raises:
+        FileNotFoundError: when there is nothing, or no scan in the folder.
+        ValueError: when two files mean the same case.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = find_files(path / "images" if (path / "images").is_dir() else path)
+    elif path.exists() or path.is_symlink():  # reading says what is wrong about the link
+        files = {case_id(path): path}
+    else:
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not files:
+        raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
+    return dict(sorted(files.items()))
+
+
+def find_label_maps(folder: str | Path) -> dict[str, Path]:
+    """The label maps of a folder by case id, in order; the folder may be a whole data set (its `labels` are taken).
+
+    Raises:
+        FileNotFoundError: when there is no such folder, or no label map in it.
+        ValueError: when two files mean the same case.
+    """
+    folder = Path(folder)
+    files = find_files(folder / "labels" if (folder / "labels").is_dir() else folder)
+    files = {case: path for case, path in sorted(files.items()) if not case.endswith("_probabilities")}
+    if not files:
+        raise FileNotFoundError(f"{folder}: no label map in this folder (CASE.nii.gz or CASE.nii)")
+    return files
+
+
+def find_files(folder: str | Path) -> dict[str, Path]:
+    """The NIfTI files of a folder by case id; hidden files are passed over.
+
+    Raises:
+        FileNotFoundError: when there is no such folder.
+        ValueError: when two files mean the same case.
+    """
+    found = {}
+    for case, (path, *others) in list_files(folder).items():
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder with {len(nifti_in(path))} NIfTI files, expected one")
+        if others:
+            raise ValueError(f"case {case}: {path} and {others[0]} both mean it; remove one")
+        found[case] = path
+    return found
+
+
+def list_files(folder: str | Path) -> dict[str, list[Path]]:
+    """All NIfTI files of a folder by case id, also several of a case; hidden files are passed over.
+
+    A folder named like a file stands for the one file in it (labels/X.nii/X.nii), and where there are more, for itself.
+
+    Raises:
+        FileNotFoundError: when there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found: dict[str, list[Path]] = {}
+    for path in nifti_in(folder):
+        inside = nifti_in(path) if path.is_dir() else []
+        path = inside[0] if len(inside) == 1 else path
+        found.setdefault(case_id(path), []).append(path)
+    return found
+
+
+def nifti_in(folder: Path) -> list[Path]:
+    """What in a folder is named like a NIfTI file, hidden ones left out, in order."""
+    return [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
+
+
+def case_id(path: Path) -> str:
+    """The file's name without its suffix and without the channel number _0000 of FLARE22's scans."""
+    return re.sub(r"(_0000)?(\.nii|\.nii\.gz)$", "", path.name, flags=re.IGNORECASE)
+
+
+def listed(cases: Sequence[str], most: int = 5) -> str:
+    """Case ids for a message, `most` of them at most."""
+    return ", ".join([*cases[:most], *["..."] * (len(cases) > most)])
+
+
+def read_case_ids(given: Sequence[str]) -> list[str]:
+    """Case ids as given, or the lines of a file when one name is given that is a file's.
+
+    Raises:
+        ValueError: when the file lists no case.
+    """
+    if len(given) == 1 and Path(given[0]).is_file():
+        try:
+            text = Path(given[0]).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{given[0]}: is no text, expected one case id a line") from error
+        lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+        if not any(lines):
+            raise ValueError(f"{given[0]}: lists no case, expected one id a line")
+        return [line for line in lines if line]
+    return list(given)
+
+
+def select_cases(found: dict[str, Path], given: Sequence[str] | None) -> dict[str, Path]:
+    """The files of the cases that `given` names (ids or a file of ids), in the order of `found`; all when it is None.
+
+    Raises:
+        ValueError: naming the ids that are not among the cases.
+    """
+    if given is None:
+        return found
+    wanted = read_case_ids(given)
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise ValueError(f"--cases: {listed(missing)} not among the {len(found)} cases: {listed(list(found), 3)}")
+    return {case: path for case, path in found.items() if case in wanted}

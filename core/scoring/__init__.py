@@ -1,0 +1,1 @@
+"""Compare label maps with references: overlap, surface distances, statistics, tables, results."""

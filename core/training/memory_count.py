@@ -1,0 +1,104 @@
+"""Count what a training step needs under each memory plan, tensor by tensor, without a GPU (train.py --plan).
+
+The count runs the real step on tensors that have shapes but no memory, and adds up what lives at each moment:
+parameters, gradients, Adam's state, activations and temporaries. Not in it: the CUDA context, what the allocator loses
+to fragments, and the workspaces of cuDNN's convolutions.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+from core.checkpoint import build_network
+from core.config import Config
+from core.system.exits import (
+    DONE,
+    STOPPED,
+)
+from core.training.losses import Loss
+from core.training.memory_plans import GIB, blank_batch
+from core.training.setup import DTYPES, Average, Training, make_optimizer, to_channels_last
+from core.training.step import PLANS, training_step
+
+RESERVED_GIB = 0.8  # of a card, for what the count leaves out
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one training step needs under a plan: its peak in GiB, and its arithmetic in floating-point operations."""
+
+    plan: str
+    peak_gib: float
+    flops: int
+
+
+def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
+    """Count one training step, not compiled; takes seconds, allocates next to nothing, needs no GPU."""
+    counter, tracker = FlopCounterMode(display=False), MemTracker()
+    with FakeTensorMode():
+        network = build_network(config)
+        if config.channels_last:
+            to_channels_last(network)
+        optimizer = make_optimizer(network, config.learning_rate)
+        for parameter in network.parameters():  # a step without a network's, so that Adam's state is there
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        image, labels = blank_batch(config, torch.device("cpu"))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        average = Average(network, config.average_decay) if config.average_decay else None
+        training = Training(
+            network, Loss(config.loss), optimizer, scaler, precision, plan, pieces=config.accumulate, average=average
+        )
+        tracker.track_external(network, optimizer, image, labels, *(average.weights.values() if average else ()))
+        with tracker, counter:
+            # The tracker keeps accounts of the network's modules, too, and wants each to be called once.
+            training_step(training, image, labels, after=tracker.reset_mod_stats)
+    peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+    return Need(plan, peak / GIB, counter.get_total_flops())
+
+
+def plan_for(needs: list[Need], card_gib: float) -> Need | None:
+    """The fastest plan that should fit a card of `card_gib` GiB; None when none should."""
+    return next((need for need in needs if need.peak_gib + RESERVED_GIB <= card_gib), None)
+
+
+def format_plans(needs: list[Need]) -> str:
+    """A table of the plans, counted, not measured."""
+    lines = [f"{'plan':<10}{'peak GiB':>10}{'arithmetic':>12}"]
+    lines += [f"{need.plan:<10}{need.peak_gib:>10.2f}{need.flops / needs[0].flops:>12.2f}" for need in needs]
+    lines.append("Counted tensor by tensor for one training step; a card needs")
+    lines.append(f"some {RESERVED_GIB} GiB more for its context and the convolutions' workspaces.")
+    return "\n".join(lines)
+
+
+def what_would_fit(config: Config, precision: torch.dtype, card_gib: float) -> str:
+    """Settings near to `config` whose smallest plan should fit, as flags."""
+    smallest = PLANS[-1]
+    halvings = len(config.up_convs)
+    size, least = list(config.size), 2**halvings
+    while max(size) > least:
+        longest = size.index(max(size))
+        size[longest] = max(least, size[longest] // 2 // least * least)
+        smaller = replace(config, size=tuple(size), batch_size=1)
+        if sum(size) > 3 * least and plan_for([predict(smaller, smallest, precision)], card_gib):
+            return f"--size {' '.join(map(str, size))} --batch-size 1 should"
+    return "its parameters alone are too many; take fewer --channels"
+
+
+def show_plans(config: Config, card_gib: float | None) -> int:
+    """Print what a step needs on a GPU under each memory plan, and which would be chosen for a card of that size."""
+    precision = DTYPES["bf16" if config.precision == "auto" else config.precision]
+    needs = [predict(config, plan, precision) for plan in PLANS]
+    print(format_plans(needs))
+    if card_gib is None:
+        return DONE
+    chosen = plan_for(needs, card_gib)
+    if chosen is None:
+        print(f"no plan fits a card of {card_gib:g} GiB; {what_would_fit(config, precision, card_gib)}")
+        return STOPPED
+    print(f"on a card of {card_gib:g} GiB: {chosen.plan}")
+    return DONE

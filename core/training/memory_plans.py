@@ -1,0 +1,103 @@
+"""Choose the memory plan: try a training step under each on the GPU, and step down when memory runs out later."""
+
+import gc
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from core.config import Config
+from core.training.setup import Training
+from core.training.step import PLANS, gradients, training_step
+from vnet import VNet
+
+GIB = 2**30
+
+
+class NothingFitsError(MemoryError):
+    """Under no memory plan does a step fit."""
+
+
+def choose_plan(training: Training, config: Config, device: torch.device) -> str:
+    """The plan that the settings name; under "auto" on a GPU the fastest that a real step fits in, said in one line.
+
+    Raises:
+        NothingFitsError: when none does, naming the command that tells which settings would.
+    """
+    if config.memory != "auto" or device.type != "cuda":
+        return "off" if config.memory == "auto" else config.memory
+    card_gib = torch.cuda.get_device_properties(device).total_memory / GIB
+    failed = []
+    for plan in PLANS:
+        try:
+            peak_gib = try_step(replace(training, plan=plan), *blank_batch(config, device))
+        except torch.OutOfMemoryError:
+            failed.append(plan)
+        else:
+            why = f"{' and '.join(failed)} did not fit" if failed else "the fastest"
+            print(f"memory plan {plan} ({why}): {peak_gib:.2f} of {card_gib:.1f} GiB", flush=True)
+            return plan
+        free_memory()  # only behind the except clause has the error let go of the step's tensors
+    raise NothingFitsError(
+        f"no memory plan fits into the card's {card_gib:.1f} GiB; train.py --plan --card-gib {card_gib:.1f} with the "
+        "same settings names a --size that would"
+    )
+
+
+def blank_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of the settings' size with nothing in it: image (B, 1, X, Y, Z) float32 and labels (B, X, Y, Z) uint8."""
+    shape = (config.batch_size, *config.size)
+    return torch.zeros(shape, device=device)[:, None], torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
+def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
+    """Work out a step's gradients, with room for Adam's two moments beside, and change nothing; the peak in GiB.
+
+    Raises:
+        torch.OutOfMemoryError: when it does not fit.
+    """
+    parameters = list(training.network.parameters())
+    moments = [] if training.optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
+    buffers = [buffer.clone() for buffer in training.network.buffers()]
+    torch.cuda.reset_peak_memory_stats(image.device)
+    try:
+        gradients(training, image, labels)
+        return torch.cuda.max_memory_allocated(image.device) / GIB
+    finally:
+        training.optimizer.zero_grad(set_to_none=True)
+        restore(training.network, buffers)
+        del moments
+
+
+def step_that_fits(training: Training, image: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a training step; out of memory, the same step again under the next smaller plan, which then stays.
+
+    Raises:
+        NothingFitsError: when it runs out under the smallest.
+    """
+    while True:
+        buffers = [buffer.clone() for buffer in training.network.buffers()]
+        try:
+            return training_step(training, image, labels)
+        except torch.OutOfMemoryError:
+            smaller = PLANS[PLANS.index(training.plan) + 1 :]
+        if not smaller:
+            raise NothingFitsError("out of memory under the smallest memory plan; try a smaller --size or --channels")
+        print(f"out of memory under the plan {training.plan}: the same step again under {smaller[0]}", flush=True)
+        training.plan = smaller[0]
+        free_memory()
+        restore(training.network, buffers)
+
+
+@torch.no_grad()
+def restore(network: VNet, buffers: list[Tensor]) -> None:
+    """Put the running statistics of batch norms back to what they were."""
+    for buffer, before in zip(network.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+
+
+def free_memory() -> None:
+    """Give back what a failed step has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
