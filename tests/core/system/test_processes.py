@@ -17,7 +17,7 @@ from core.system.processes import ALONE
 from data.make_phantom import write_phantom
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are ended by signals of POSIX")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = [
     *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
     *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--device", "cpu", "--augment", "--workers", "0"),

@@ -23,7 +23,7 @@ from core.config import (
 )
 from core.system.exits import print_error
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = DEFAULT_CONFIG.read_text(encoding="utf-8")
 
 # For every key a value other than the default: as typed on the command line, and as the scripts get it.

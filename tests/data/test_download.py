@@ -28,7 +28,7 @@ from data import download, unzip
 from data.make_phantom import write_phantom
 from dataset import find_cases
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CASE_IDS = ("FLARE22_Tr_0001", "FLARE22_Tr_0002")
 DONE, REFUSED, USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
 

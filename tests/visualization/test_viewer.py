@@ -25,7 +25,7 @@ from visualization import viewer
 from visualization.page import Data, make_page
 from visualization.vendor import update
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VENDOR = ROOT / "visualization" / "vendor"
 SHAPE, SPACING_MM = (40, 36, 20), (2.0, 2.0, 5.0)
 ORIGIN_MM = (-30.0, -50.0, 100.0)  # of the voxel (0, 0, 0)

@@ -33,7 +33,7 @@ from core.scans.volumes import (
 )
 from core.system.files import whole_file
 
-LABELLED = Path(__file__).parents[1] / ".." / "shared" / "data" / "labelled"
+LABELLED = Path(__file__).parents[3] / ".." / "shared" / "data" / "labelled"
 ODD = LABELLED.parent / "odd"
 real_scans = pytest.mark.skipif(not LABELLED.is_dir(), reason="the real scans in ../shared/data/labelled are missing")
 

@@ -23,7 +23,7 @@ from visualization.scores import (
 )
 from visualization.style import colour_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ORGANS = load_organs()
 HEADER = "case,id,organ,dice,precision,recall,accuracy,nsd,hd95_mm,reference_ml,predicted_ml\n"
 

@@ -27,7 +27,7 @@ from data.make_phantom import write_phantom
 from dataset import CaseDataset
 
 fcntl = pytest.importorskip("fcntl")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 # A network and a grid on which a step takes some hundredths of a second; last.pt is written after each.
 TINY = [
     *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),

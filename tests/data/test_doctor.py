@@ -16,7 +16,7 @@ from core.scans.geometry import Geometry
 from core.scans.volumes import load_labels
 from data.make_phantom import write_phantom
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LABELLED = ROOT / ".." / "shared" / "data" / "labelled"
 SERIES = ROOT / ".." / "shared" / "data" / "dicom" / "pelvis_jpeg2000"
 ORGANS = load_organs()

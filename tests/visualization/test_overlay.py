@@ -24,7 +24,7 @@ from visualization.overlay import draw_comparison, draw_contact_sheet, draw_over
 from visualization.slices import choose_slices, count_by_slice
 from visualization.style import EXTRA, MISSED, MIXED_UP, ORGAN_COLOURS, colour_of, colour_table, save_figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ORGANS = load_organs()
 
 # What reaches an eye without one kind of cones, on linear RGB: Machado, Oliveira and Fernandes,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CASES, HELD_OUT = 12, 3
 SHAPE = (112, 96, 64)
 GRID = (64, 64, 48)

@@ -18,7 +18,7 @@ from visualization.meshes import Mesh, context_meshes, organ_mesh
 from visualization.movie import draw_background, draw_frames, draw_mark, main
 from visualization.render import Scene, Veil, render, view_at
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LABELLED = ROOT / ".." / "shared" / "data" / "labelled"
 SIZE = (160, 120)
 LIVER, SPLEEN = 1, 3
