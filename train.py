@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from core.augment import augment
-from core.checkpoint import build_network, load_checkpoint, load_weights
+from core.checkpoint import check_same_shapes, load_checkpoint, load_optimizer, load_weights
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
 from core.distributed import ALONE, Group, join_group, leave_group, own_device
 from core.exits import (
@@ -50,6 +50,7 @@ from core.exits import (
 from core.loading import make_loader, naming_dead_workers
 from core.memory import choose_plan, format_plans, plan_for, predict, step_that_fits, what_would_fit
 from core.metrics import confusion_matrix, mean_defined, organ_scores
+from core.network import build_network
 from core.run_folder import RunFolder, check_tensorboard
 from core.step import (
     DTYPES,
@@ -312,13 +313,16 @@ def start_from_shares(network: VNet, dataset: CaseDataset, group: Group) -> None
 
 
 def resume_training(training: Training, checkpoint: dict, path: str) -> None:
-    """Put network, optimiser and scaler back to where the checkpoint's epoch left them."""
+    """Load network, optimizer and scaler from a checkpoint.
+
+    Raises:
+        ValueError: when it belongs to another network.
+    """
     load_weights(training.network, checkpoint, path)
-    for group in checkpoint["optimizer"]["param_groups"]:
-        group["fused"] = True  # a checkpoint from a CPU could have it otherwise once
-    training.optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:  # empty when the run so far was not in fp16
-        training.scaler.load_state_dict(checkpoint["scaler"])
+    load_optimizer(training.optimizer, checkpoint, path, training.scaler)
+    if "average" in checkpoint:
+        parameters = dict(training.network.named_parameters())
+        check_same_shapes(checkpoint["average"], parameters, f"{path}: its average is another network's")
 
 
 def train(

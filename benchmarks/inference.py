@@ -28,9 +28,10 @@ import torch
 from benchmarks import machine, print_result
 from benchmarks.peers import NO_MONAI, MonaiPipeline, monai_installed
 from benchmarks.train_step import clock, ratios, summarise
-from core.checkpoint import build_network, load_network
+from core.checkpoint import load_network
 from core.config import Config, load_config
 from core.exits import DONE, USAGE, refusing, run_command
+from core.network import build_network
 from core.preprocess import load_scan, prepare_image, save_label_map
 from core.resample import logits_to_labels
 from core.step import choose_device

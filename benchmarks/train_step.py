@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from benchmarks import machine, print_result
 from benchmarks.memory import Count, count_plain_step
 from benchmarks.peers import NO_MONAI, monai_installed, monai_vnet
-from core.checkpoint import build_network
 from core.config import Config, load_config
 from core.exits import DONE, USAGE, refusing, run_command
 from core.memory import GIB, Need, predict
+from core.network import build_network
 from core.step import (
     PLANS,
     Loss,

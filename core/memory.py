@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.checkpoint import build_network
 from core.config import Config
+from core.network import build_network
 from core.step import PLANS, Average, Loss, Training, gradients, make_optimizer, to_channels_last, training_step
 from vnet import VNet
 

@@ -15,9 +15,9 @@ from torch import nn
 
 from benchmarks import inference, memory, train_step
 from benchmarks.peers import NO_MONAI, Predecessor, monai_installed
-from core.checkpoint import build_network
 from core.config import load_config
 from core.memory import predict
+from core.network import build_network
 from core.step import PLANS
 from data.make_phantom import write_phantom
 from dataset import find_scans

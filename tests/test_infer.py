@@ -25,9 +25,10 @@ from test_dicom import REAL, make_series, write
 from torch.nn import functional as F
 
 import infer
-from core.checkpoint import build_network, load_checkpoint, load_network, save_checkpoint
+from core.checkpoint import load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
 from core.files import locked, whole_file
+from core.network import build_network
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 from train import describe_cases

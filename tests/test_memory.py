@@ -10,9 +10,9 @@ import torch
 
 import train
 from core import memory
-from core.checkpoint import build_network
 from core.config import load_config
 from core.memory import Need, NothingFitsError, choose_plan, plan_for, predict, step_that_fits
+from core.network import build_network
 from core.step import PLANS, Loss, Training, gradients, make_optimizer
 from data.make_phantom import write_phantom
 from vnet import VNet

@@ -13,8 +13,9 @@ import torch
 
 import infer
 from core.anatomy import organs_in, remarks
-from core.checkpoint import build_network, save_checkpoint
+from core.checkpoint import save_checkpoint
 from core.config import load_config, load_organs
+from core.network import build_network
 from core.preprocess import Geometry
 from dataset import CaseDataset, find_cases
 from train import describe_cases
