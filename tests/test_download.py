@@ -25,6 +25,7 @@ from dataset import find_cases
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "data.download"]
+PART = "FLARE22Train.zip.part"
 DONE, REFUSED, USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -106,6 +107,7 @@ def to(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of the first call
     monkeypatch.setattr(download, "WAITS_SECONDS", (0, 0, 0))
+    (tmp_path / "data").mkdir()
     return tmp_path / "data"
 
 
@@ -122,13 +124,6 @@ def get(run_main, server, to):
         return ended
 
     return get
-
-
-def leave_part(to: Path, content: bytes) -> Path:
-    to.mkdir()
-    part = to / "FLARE22Train.zip.part"
-    part.write_bytes(content)
-    return part
 
 
 def assert_installed(to: Path) -> None:
@@ -161,6 +156,7 @@ def largest_file(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("is_sick", [False, True])
 def test_real_command_downloads_unpacks_and_checks(server, to, is_sick):
     server.content = zip_of(FILES | {SCAN: FILES[SCAN][:5000]}) if is_sick else PAYLOAD
+    to = to / "new/folder"
     command = [*COMMAND, "--to", to, "--url", server.url, "--sha256", sha256(server.content).upper()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == (REFUSED if is_sick else DONE), done.stderr
@@ -188,7 +184,9 @@ def test_second_run_does_nothing_and_an_incomplete_folder_is_refused(get, server
 def test_break_midway_is_continued_without_sending_a_byte_twice(get, server, to, monkeypatch, stalls):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.5)
     server.ends, server.stalls = [HALF, HALF + 1000], stalls
+    started = time.monotonic()
     assert get()[0] == DONE
+    assert time.monotonic() - started < 15, "waited for the server to hang up"
     assert server.ranges == ["bytes=0-", f"bytes={HALF}-", f"bytes={HALF + 1000}-"]
     assert server.sent == len(PAYLOAD)
     assert_installed(to)
@@ -196,7 +194,7 @@ def test_break_midway_is_continued_without_sending_a_byte_twice(get, server, to,
 
 @pytest.mark.parametrize("knows_ranges", [True, False])
 def test_part_of_an_earlier_run(get, server, to, knows_ranges):
-    leave_part(to, PAYLOAD[:1000])
+    (to / PART).write_bytes(PAYLOAD[:1000])
     server.knows_ranges = knows_ranges
     assert get()[0] == DONE
     assert server.ranges == ["bytes=1000-"]
@@ -206,7 +204,7 @@ def test_part_of_an_earlier_run(get, server, to, knows_ranges):
 
 @pytest.mark.parametrize("left", [b"", b"x" * 1000, b"x" * len(PAYLOAD)], ids=["new", "file changed", "other file"])
 def test_wrong_checksum_is_refused_and_removed(get, server, to, left):
-    leave_part(to, left)
+    (to / PART).write_bytes(left)
     server.content = PAYLOAD if left else PAYLOAD[:-1] + b"!"
     assert_ends(get(), REFUSED, server.url, sha256(PAYLOAD), sha256(left + server.content[len(left) :]), "again")
     assert list(to.iterdir()) == []
@@ -217,10 +215,10 @@ def test_wrong_checksum_is_refused_and_removed(get, server, to, left):
 
 @pytest.mark.parametrize(("status", "code", "tries"), [(404, REFUSED, 1), (503, STOPPED, 4)])
 def test_refusing_server_costs_nothing_of_the_part(get, server, to, status, code, tries):
-    part = leave_part(to, PAYLOAD[:HALF])
+    (to / PART).write_bytes(PAYLOAD[:HALF])
     server.statuses = [status] * tries
     assert_ends(get(), code, server.url, status, "--url" if status == 404 else "same command")
-    assert part.read_bytes() == PAYLOAD[:HALF]
+    assert (to / PART).read_bytes() == PAYLOAD[:HALF]
     assert get()[0] == DONE
     assert server.ranges == [f"bytes={HALF}-"] * (tries + 1)
     assert_installed(to)
@@ -235,7 +233,7 @@ def test_interrupted_download_continues(get, server, to):
     server.ends, server.stalls = [HALF], True
     command = [*COMMAND, "--to", to, "--url", server.url, "--no-doctor"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    part = to / "FLARE22Train.zip.part"
+    part = to / PART
     while process.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -261,7 +259,7 @@ def test_room_is_checked_beforehand(get, to, monkeypatch, local):
 
 
 def test_full_disk_and_broken_off_unpacking(get, server, to):
-    part = to / "FLARE22Train.zip.part"
+    part = to / PART
     with largest_file(HALF):
         assert_ends(get(), STOPPED, to, "File too large", "same command")
     assert part.read_bytes() == PAYLOAD[:HALF]
@@ -280,7 +278,6 @@ def test_full_disk_and_broken_off_unpacking(get, server, to):
 @pytest.mark.parametrize("above", ["", "FLARE22Train/", "FLARE22Train/FLARE22Train/"])
 def test_local_zip_of_any_nesting_goes_to_the_same_place_also_behind_a_link(get, to, tmp_path, above):
     (tmp_path / "disk/data").mkdir(parents=True)
-    to.mkdir()
     (to / "FLARE22Train").symlink_to(tmp_path / "disk/data")
     assert get(zip_of(FILES, above))[0] == DONE
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["data"]
@@ -301,9 +298,9 @@ DAMAGED = PAYLOAD.replace(FILES[SCAN], FILES[SCAN][:-1] + b"!")
     ids=["wrong", "cut", "damaged", "empty"],
 )
 def test_unusable_local_zip_is_refused_and_a_download_is_kept(get, to, content, digest, word):
-    part = leave_part(to, b"x")
+    (to / PART).write_bytes(b"x")
     assert_ends(get(content, digest), REFUSED, "mine.zip", word)
-    assert list(to.iterdir()) == [part]
+    assert list(to.iterdir()) == [to / PART]
 
 
 @pytest.mark.parametrize(
