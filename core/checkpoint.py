@@ -262,7 +262,7 @@ def check_resumable(content: dict[str, Any], path: str | Path) -> None:
     Raises:
         ValueError: naming what is missing; best.pt holds no optimiser.
     """
-    needed = ["optimizer", "scaler", "epoch", "cases"] + ["average"] * (content["config"].average_decay > 0)
+    needed = ["optimizer", "scaler", "epoch", "cases"] + ["average"] * (content["config"].ema_decay > 0)
     missing = [key for key in needed if key not in content]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}, so that training cannot go on from it; take last.pt")
