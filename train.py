@@ -246,10 +246,10 @@ def train(
     training.plan = max(plans, key=PLANS.index)  # what fits every card
     if config.compile and training.plan != "off":
         print(f"compile has no effect under the memory plan {training.plan}", flush=True)
-    if config.output_bias and not resumed and config.init_from is None:
+    if config.init_output_bias and not resumed and config.init_from is None:
         start_from_shares(training.network, train_set, group)
-    if config.average_decay:
-        training.average = Average(training.network, config.average_decay)
+    if config.ema_decay:
+        training.average = Average(training.network, config.ema_decay)
         for name, weight in resumed.get("average", {}).items():
             training.average.weights[name].copy_(weight)
     with StopSignals() as signals:

@@ -200,7 +200,7 @@ def load_optimizer(
 
 def check_resumable(content: dict[str, Any], path: str | Path) -> None:
     """Raise a ValueError when a checkpoint lacks what training goes on from; best.pt does."""
-    needed = ["optimizer", "scaler", "epoch", "cases"] + ["average"] * (content["config"].average_decay > 0)
+    needed = ["optimizer", "scaler", "epoch", "cases"] + ["ema"] * (content["config"].ema_decay > 0)
     missing = [key for key in needed if key not in content]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}, so that training cannot go on from it; take last.pt")

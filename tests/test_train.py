@@ -173,8 +173,8 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
 
 @pytest.mark.parametrize("plan", ["off", "lowest"])
 def test_resuming_with_an_average_and_pieces(run, tmp_path, plan):
-    flags = ["--epochs", "3", "--average-decay", "0.8", "--batch-size", "2", "--accumulate", "2", "--memory", plan]
-    flags += ["--output-bias", "--deterministic"]
+    flags = ["--epochs", "3", "--ema-decay", "0.8", "--batch-size", "2", "--accumulation-steps", "2", "--memory", plan]
+    flags += ["--init-output-bias", "--deterministic"]
     assert run(*flags, folder="whole")[0] == 0
     with power_cut(before_epoch=3), pytest.raises(KeyboardInterrupt):
         run(*flags, "--resume", folder="broken")
@@ -274,9 +274,9 @@ def test_tensorboard_that_is_not_installed_is_said_at_the_start(run, monkeypatch
 
 
 def test_batch_norm_in_pieces_is_refused(run):
-    code, _, err = run("--norm", "batch", "--batch-size", "2", "--accumulate", "2")
+    code, _, err = run("--norm", "batch", "--batch-size", "2", "--accumulation-steps", "2")
     assert (code, err.count("\n")) == (2, 1)
-    assert "norm: got batch with accumulate" in err
+    assert "norm: got batch with accumulation_steps" in err
 
 
 def test_resuming_with_other_settings_is_refused_by_name(run, tmp_path):
