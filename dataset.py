@@ -178,6 +178,16 @@ class CaseDataset(Dataset):
     def __len__(self) -> int:
         return len(self.cases)
 
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the cases, in their order."""
+        return [case.id for case in self.cases]
+
+    @property
+    def fingerprint(self) -> list[str]:
+        """A value for each case that changes when its files or the settings of reading them do."""
+        return [self.key(case) for case in self.cases]
+
     def warn_no_more(self) -> None:
         """Read in silence from here on: what a case's files are warned of, they were when it was first read."""
         self.reading = replace(self.reading, warn=say_nothing)
@@ -263,11 +273,6 @@ def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case]
     return split_by_fold(cases, config.folds, config.fold, config.seed)
 
 
-def case_ids(train_set: CaseDataset, val_set: CaseDataset) -> dict[str, list[str]]:
-    """Which cases a run trains on and which it holds out."""
-    return {"train": [case.id for case in train_set.cases], "val": [case.id for case in val_set.cases]}
-
-
 def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> dict:
     """Read every training case once, which fills the cache, and note what infer.py compares new scans with.
 
@@ -291,4 +296,5 @@ def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> 
         for name, values in found.items()
         if values
     }
+    dataset.warn_no_more()  # what a case's files are warned of has been said
     return {"percentiles": list(HU_PERCENTILES), **ranges}

@@ -27,7 +27,7 @@ GROUPS = 8  # of channels that a group norm averages over; fewer where the chann
 
 
 def make_norm(norm: str, channels: int) -> nn.Module:
-    """The normalisation after a convolution of `channels` channels; `norm` is one of NORMS.
+    """Make the normalisation after a convolution of `channels` channels; `norm` is one of NORMS.
 
     Instance norm is the default because volumes come one at a time (batch 1): a batch norm then trains on the
     statistics of single cases but predicts with their running average, which fits none of them.

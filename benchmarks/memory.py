@@ -24,11 +24,11 @@ from benchmarks import machine, print_result
 from benchmarks.peers import NO_MONAI, Predecessor, monai_installed, monai_vnet
 from core.config import Config, load_config
 from core.system.exits import DONE, USAGE, refusing, run_command
-from core.training.losses import Loss
-from core.training.memory_count import predict
+from core.training.losses import LOSSES
+from core.training.memory_count import count_step
 from core.training.memory_plans import GIB
-from core.training.setup import Training
-from core.training.step import PLANS, gradients
+from core.training.setup import PLANS, Training
+from core.training.step import compute_gradients
 from vnet import check_size
 
 
@@ -63,11 +63,13 @@ def count_plain_step(
         image = torch.zeros(1, 1, *size)
         labels = torch.zeros(1, *(growth * n for n in size), dtype=torch.uint8)
         training = Training(
-            network, Loss("cross_entropy"), optimizer, torch.amp.GradScaler("cpu", enabled=False), precision
+            network, LOSSES["cross_entropy"], optimizer, torch.amp.GradScaler("cpu", enabled=False), precision
         )
         tracker.track_external(network, optimizer, image, labels)
         with tracker, counter:
-            gradients(training, image, labels, check=lambda loss: forward_flops.append(counter.get_total_flops()))
+            compute_gradients(
+                training, image, labels, check=lambda loss: forward_flops.append(counter.get_total_flops())
+            )
             optimizer.step()
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
     return Count(peak / GIB, forward_flops[0], counter.get_total_flops())
@@ -79,7 +81,7 @@ def measure(config: Config) -> dict[str, Any]:
     classes, precision = len(config.organs), torch.bfloat16
     result, flops = {}, {}
     for plan in PLANS:
-        need = predict(config, plan, precision)
+        need = count_step(config, plan, precision)
         result[f"project_{plan}_gib"], flops[f"project_{plan}"] = need.peak_gib, need.flops
     monai = count_plain_step(lambda: monai_vnet(classes), config.size, precision) if monai_installed() else None
     predecessor = count_plain_step(Predecessor, config.size, precision, Predecessor.GROWTH)

@@ -29,10 +29,11 @@ from benchmarks.peers import NO_MONAI, monai_installed, monai_vnet
 from core.config import Config, load_config
 from core.network import build_network
 from core.system.exits import DONE, USAGE, refusing, run_command
-from core.training.losses import Loss
-from core.training.memory_count import Need, predict
+from core.training.losses import LOSSES
+from core.training.memory_count import Need, count_step
 from core.training.memory_plans import GIB
 from core.training.setup import (
+    PLANS,
     Training,
     choose_device,
     choose_precision,
@@ -40,7 +41,7 @@ from core.training.setup import (
     make_optimizer,
     to_channels_last,
 )
-from core.training.step import PLANS, training_step
+from core.training.step import training_step
 from vnet import check_size
 
 SIZE = (128, 128, 64)
@@ -73,7 +74,7 @@ def make_training(network: nn.Module, device: torch.device, variant: Sequence[st
         compile_network(network, device)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     return Training(
-        network, Loss("cross_entropy"), make_optimizer(network, 1e-4), scaler, choose_precision("auto", device)
+        network, LOSSES["cross_entropy"], make_optimizer(network, 1e-4), scaler, choose_precision("auto", device)
     )
 
 
@@ -185,7 +186,7 @@ def count_arithmetic(config: Config, precision: torch.dtype) -> dict[str, dict[s
 
 def count_steps(config: Config, precision: torch.dtype) -> dict[str, Need | Count]:
     """Peak in GiB and arithmetic of a step, as benchmarks.memory counts them, parameters and Adam's state included."""
-    counts: dict[str, Need | Count] = {plan: predict(config, plan, precision) for plan in PLANS}
+    counts: dict[str, Need | Count] = {plan: count_step(config, plan, precision) for plan in PLANS}
     if monai_installed():
         counts[PEER] = count_plain_step(lambda: monai_vnet(len(config.organs)), config.size, precision)
     return counts

@@ -23,7 +23,7 @@ from core.scans.files import find_label_maps, find_scans, read_case_ids, select_
 from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import load_labels, load_scan, prepare_image
-from core.training.augment import augment, draw_affine, flip_left_right, mirrored_ids, resample
+from core.training.augment import augment, draw_affine, flip_left_right, mirrored_ids, warp
 from core.training.batches import EpochBatches
 from dataset import Case, CaseDataset, find_cases, find_data, split_by_fold, split_cases
 
@@ -645,7 +645,7 @@ def test_a_right_angle_in_mm_by_hand():
     matrix = draw_affine(
         Fixed(np.array([0, 0, 1]), 0, np.zeros(3)), (80, 40, 40), settings(augment_rotation_degrees=90)
     )
-    image, turned = resample((labels == 1).float()[:, None], labels, matrix[None])
+    image, turned = warp((labels == 1).float()[:, None], labels, matrix[None])
     expected = torch.zeros_like(labels)
     expected[0, 12:28, 12:28, 5:15] = 1
     assert torch.equal(turned, expected)
@@ -669,7 +669,7 @@ def test_rotations_shifts_and_scales_in_mm(axis):
     def changed(angle: float, scale: float, shift: tuple) -> Tensor:
         config = settings(augment_rotation_degrees=20, augment_scale=0.2, augment_shift=0.1)
         draws = Fixed(np.eye(3)[axis] * angle, scale, np.array(shift))
-        image_moved, labels_moved = resample(image, labels, draw_affine(draws, extent_mm, config)[None])
+        image_moved, labels_moved = warp(image, labels, draw_affine(draws, extent_mm, config)[None])
         # The two move together: where the image is bright there is an organ.
         assert ((image_moved[0, 0] > 0.5) == (labels_moved[0] > 0)).float().mean() > 0.995
         return labels_moved[0]
@@ -719,7 +719,7 @@ def test_values_stay_from_0_to_1_and_outside_is_0():
     half = torch.eye(3, 4)
     half[0, 3] = 1
     ones = torch.ones(1, 1, 8, 8, 8)
-    image, moved = resample(ones, ones[:, 0].to(torch.uint8), half[None])
+    image, moved = warp(ones, ones[:, 0].to(torch.uint8), half[None])
     for volume in (image[0, 0], moved[0]):
         assert (volume[:4] == 1).all()
         assert (volume[4:] == 0).all()

@@ -24,7 +24,8 @@ from core.config import load_config
 from core.network import build_network
 from core.system.processes import ALONE
 from core.training.run_folder import RunFolder
-from core.training.setup import start_training
+from core.training.setup import initialise_output_bias
+from core.training.step import PendingLoss
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 
@@ -180,23 +181,23 @@ def test_resuming_with_an_average_and_pieces(run, tmp_path, plan):
         run(*flags, "--resume", folder="broken")
     assert run(*flags, "--resume", folder="broken")[0] == 0
     whole, broken = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "broken"))
-    for part in ("network", "average"):
-        assert all(torch.equal(whole[part][name], broken[part][name]) for name in whole["average"]), part
-    assert not any(torch.equal(whole["average"][name], whole["network"][name]) for name in whole["average"])
+    for part in ("network", "ema"):
+        assert all(torch.equal(whole[part][name], broken[part][name]) for name in whole["ema"]), part
+    assert not any(torch.equal(whole["ema"][name], whole["network"][name]) for name in whole["ema"])
     # best.pt is of the last epoch here, and holds the average.
     assert load_checkpoint(tmp_path / "whole" / "best.pt")["epoch"] == 3
     best = weights(tmp_path / "whole" / "best.pt")
-    assert all(torch.equal(best[name], value) for name, value in whole["average"].items())
+    assert all(torch.equal(best[name], value) for name, value in whole["ema"].items())
     content = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
     (tmp_path / "whole" / "previous.pt").unlink()
-    content["average"]["classify.bias"] = torch.zeros(3)
+    content["ema"]["classify.bias"] = torch.zeros(3)
     torch.save(content, tmp_path / "whole" / "last.pt")
     code, _, err = run(*flags, "--resume", folder="whole")
-    assert (code, "last.pt: its average is another network's (classify.bias is of shape [3]" in err) == (2, True)
-    del content["average"]
+    assert (code, "last.pt: its EMA weights are another network's (classify.bias is of shape [3]" in err) == (2, True)
+    del content["ema"]
     torch.save(content, tmp_path / "whole" / "last.pt")
     code, _, err = run(*flags, "--resume", folder="whole")
-    assert (code, "last.pt: lacks average, so that training cannot go on" in err) == (2, True)
+    assert (code, "last.pt: lacks ema, so that training cannot go on" in err) == (2, True)
 
 
 def test_the_output_starts_from_the_shares_of_the_training_voxels(data, tmp_path):
@@ -204,7 +205,7 @@ def test_the_output_starts_from_the_shares_of_the_training_voxels(data, tmp_path
                                  cache_dir=None)  # fmt: skip
     dataset = CaseDataset(find_cases(data)[:2], config)
     network = build_network(config)
-    train.start_from_shares(network, dataset, ALONE)
+    initialise_output_bias(network, len(config.organs), dataset, ALONE)
     counts = np.zeros(len(config.organs))
     for number in range(2):
         counts += np.bincount(dataset[number]["labels"].numpy().ravel(), minlength=len(counts))
@@ -346,7 +347,7 @@ def test_settings_of_the_machine_reach_the_network(monkeypatch, asked):
     config = load_config(flags=small | {"channels_last": str(asked).lower(), "compile": str(asked).lower()})
     compiled = []
     monkeypatch.setattr("core.training.setup.compile_network", lambda network, device: compiled.append(network))
-    network = start_training(config, torch.device("cpu"), ALONE).network
+    network = train.start_training(config, torch.device("cpu")).network
     assert network.downs[0].conv.weight.is_contiguous(memory_format=torch.channels_last_3d) == asked
     assert compiled == [network] * asked
 
@@ -450,7 +451,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_case(run, tmp_path, monk
 def test_a_loss_is_read_when_the_next_step_is_on_its_way(run, tmp_path, monkeypatch):
     one_step, events = train.step_that_fits, []
 
-    class Watched(train.RunningLoss):
+    class Watched(PendingLoss):
         def read(self) -> float:
             events.append(f"read {self.where.split(', ')[1]}")
             return super().read()
@@ -460,7 +461,7 @@ def test_a_loss_is_read_when_the_next_step_is_on_its_way(run, tmp_path, monkeypa
         return one_step(*args)
 
     monkeypatch.setattr(train, "step_that_fits", watched)
-    monkeypatch.setattr(train, "RunningLoss", Watched)
+    monkeypatch.setattr("core.training.run.PendingLoss", Watched)
     assert run("--epochs", "1")[0] == 0
     assert events == [
         "launch", "launch", "read step 1", "launch", "read step 2", "launch", "read step 3", "read step 4"

@@ -69,7 +69,7 @@ def print_error(error: Exception) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; its type where it says nothing."""
+    """Return an error's message without line breaks, or its type where there is none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -97,7 +97,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number: int, _frame: object) -> None:
-        """The handler of all of them."""
+        """Note the first signal; let a second one end the process."""
         if self.received is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -89,7 +89,7 @@ def remove_left_over(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, as fsync has a file's content, where the system can."""
+    """Sync a directory to disk (fsync), where the system supports it."""
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -109,7 +109,7 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 
 def gib(size: int) -> str:
-    """A number of bytes for a message."""
+    """Format a number of bytes for a message."""
     return f"{size / 2**30:.2f} GiB"
 
 

@@ -84,7 +84,7 @@ def ctrl_c_later() -> Iterator[None]:
 
 
 def start_executor(workers: int) -> ProcessPoolExecutor:
-    """Processes that are copies of a server, and are started as tasks come in."""
+    """Start a pool of processes, forked from a server as tasks come in."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)
     return ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_the_command)

@@ -38,7 +38,7 @@ class Group:
         return self.rank == 0
 
     def gather(self, value: Any) -> list:
-        """The values that all processes give, by rank."""
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -61,8 +61,8 @@ class Group:
             with naming_lost_processes():
                 distributed.barrier(group=self.talk)
 
-    def add_up(self, network: nn.Module, loss: Tensor, weight: float) -> Tensor:
-        """Turn gradients of this process's share of a batch into those of the whole; returns the whole batch's loss.
+    def average_gradients(self, network: nn.Module, loss: Tensor, weight: float) -> Tensor:
+        """Replace gradients of this process's share of a batch by those of the whole; return the whole batch's loss.
 
         Args:
             network: whose gradients are to be replaced.
@@ -87,7 +87,7 @@ ALONE = Group()
 
 @contextmanager
 def naming_lost_processes() -> Iterator[None]:
-    """Say in a sentence when another process cannot be reached.
+    """Say in one sentence that another process cannot be reached.
 
     Raises:
         ConnectionError: then.
@@ -119,7 +119,7 @@ def join_group(device: torch.device) -> Group:
 
 
 def own_device(name: str) -> str:
-    """The device of this process: under torchrun "auto" and "cuda" mean the GPU of its number on the machine."""
+    """Return this process's device name; under torchrun "auto" and "cuda" are the GPU of its local rank."""
     number = os.environ.get("LOCAL_RANK")
     if number is None or name == "cpu" or not torch.cuda.is_available():
         return name
@@ -127,6 +127,6 @@ def own_device(name: str) -> str:
 
 
 def leave_group(group: Group) -> None:
-    """Say good-bye, so that the others do not wait."""
+    """Leave the group, so that the other processes do not wait."""
     if group.size > 1:
         distributed.destroy_process_group()

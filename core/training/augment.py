@@ -1,4 +1,4 @@
-"""Random changes of training samples: turned, scaled, shifted, mirrored, and other values."""
+"""Random augmentation on the device: affine, left-right flip, contrast, brightness, gamma, noise."""
 
 import re
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from core.config import Config
 def augment(
     image: Tensor, labels: Tensor, extent_mm: Tensor, config: Config, epoch: int, positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Change a batch at random, on the device it is on.
+    """Augment a batch at random, on its device.
 
-    What happens to a sample depends on the seed, the epoch and the sample's position in it, and on nothing else.
+    A sample's changes depend only on the seed, the epoch and the sample's position in it.
 
     Args:
         image: (B, 1, X, Y, Z) float32 in 0..1.
@@ -33,12 +33,12 @@ def augment(
     if config.augment_flip:
         image, labels = flip_left_right(image, labels, [rng.random() < 0.5 for rng in draws], config.organs)
     matrices = torch.stack([draw_affine(rng, mm, config) for rng, mm in zip(draws, extent_mm.tolist(), strict=True)])
-    image, labels = resample(image, labels, matrices.to(image.device, non_blocking=True))
+    image, labels = warp(image, labels, matrices.to(image.device, non_blocking=True))
     return torch.stack([change_values(x, rng, config) for x, rng in zip(image, draws, strict=True)]), labels
 
 
 def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Config) -> Tensor:
-    """(3, 4): from places in the new volume to places in the old; axes X, Y, Z, each -1..1 across the volume."""
+    """Draw a matrix (3, 4) from places in the new volume to places in the old; X, Y, Z from -1 to 1."""
     radians = np.radians(rng.uniform(-1, 1, 3) * config.augment_rotation_degrees)
     rotation = np.eye(3)
     for axis, angle in enumerate(radians):
@@ -54,8 +54,8 @@ def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Co
     return torch.from_numpy(np.column_stack([matrix, shift])).float()
 
 
-def resample(image: Tensor, labels: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Move (B, 1, X, Y, Z) images and (B, X, Y, Z) labels by (B, 3, 4) `matrices`; outside is 0 in both."""
+def warp(image: Tensor, labels: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Warp (B, 1, X, Y, Z) images and (B, X, Y, Z) labels by (B, 3, 4) `matrices`; outside is 0 in both."""
     # torch orders coordinates from the last axis to the first: Z, Y, X.
     linear = matrices[:, :, :3].flip(1, 2)
     grid = F.affine_grid(torch.cat([linear, matrices[:, :, 3:].flip(1)], dim=2), image.shape, align_corners=False)
@@ -74,7 +74,7 @@ def flip_left_right(
 
 
 def mirrored_ids(organs: Sequence[str]) -> list[int]:
-    """For each id that of the organ on the other side: "right kidney" for "left kidney", itself where there is none."""
+    """Return for each id that of the organ on the other side, as right kidney for left kidney; itself without one."""
     other = {"right": "left", "left": "right"}
     names = [re.sub(r"\b(right|left)\b", lambda side: other[side[0]], organ) for organ in organs]
     return [organs.index(name) if name in organs else i for i, name in enumerate(names)]

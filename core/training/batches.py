@@ -1,4 +1,4 @@
-"""Samples on their way to the network: an epoch's batches, shared out over processes, and who loads them."""
+"""Data loaders: a reproducible batch order per epoch, split over processes."""
 
 import math
 import os
@@ -18,14 +18,14 @@ SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over sam
 
 
 class EpochBatches(Sampler):
-    """The batches of an epoch, as lists of indices: a permutation that depends on (seed, epoch) alone, cut up.
+    """The batches of an epoch, as lists of indices: a permutation that depends on (seed, epoch) alone.
 
-    A step's batch is shared out over `processes`, `batch_size` cases for each; where the epoch's last one has nothing
-    left for a process, it gets a case of weight 0, since all must take part in every step.
+    A step's batch is split over `processes`, `batch_size` cases each. When the epoch's last batch has none left for a
+    process, that process gets a case of weight 0, since all must take part in every step.
 
     Attributes:
-        epoch: to be set before each epoch.
-        start: number of the first step, for an epoch that was begun before.
+        epoch: its number; set before each epoch.
+        start: number of the first step; above 0 for an epoch that was interrupted.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
@@ -38,7 +38,7 @@ class EpochBatches(Sampler):
         self.start = 0
 
     def __len__(self) -> int:
-        """Steps of a whole epoch."""
+        """Return the number of steps of a whole epoch."""
         return math.ceil(self.length / self.together)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -47,18 +47,18 @@ class EpochBatches(Sampler):
             yield [order[position] for position in self.positions(step)] or order[:1]
 
     def positions(self, step: int) -> range:
-        """Which places in the epoch's order are this process's in that step; none where nothing is left for it."""
+        """Return this process's positions in the epoch's order in that step; none where no case is left for it."""
         first = min(step * self.together + self.rank * self.batch_size, self.length)
         last = min(first + self.batch_size, (step + 1) * self.together, self.length)
         return range(first, last)
 
     def weight(self, step: int) -> float:
-        """The share of a step's cases that are this process's."""
+        """Return this process's share of the step's cases, 0 to 1."""
         return len(self.positions(step)) / min(self.together, self.length - step * self.together)
 
 
 def make_loader(dataset: Dataset, config: Config, device: torch.device, group: Group, train: bool) -> DataLoader:
-    """This process's share: batches in the order that (seed, epoch) gives for training, single cases for validation."""
+    """Return the loader of this process's share: shuffled batches for training, single cases for validation."""
     workers = workers_that_fit(config)
     if train:
         order = {"batch_sampler": EpochBatches(len(dataset), config.batch_size, config.seed, group.rank, group.size)}
@@ -75,7 +75,7 @@ def make_loader(dataset: Dataset, config: Config, device: torch.device, group: G
 
 
 def workers_that_fit(config: Config) -> int:
-    """The number of processes that load cases: as the settings say, or none where shared memory is too small."""
+    """Return the number of loading processes: as the settings say, or none where shared memory is too small."""
     if not (config.workers and SHARED_MEMORY.is_dir()):
         return config.workers
     # Each may have two batches ready beside the one that is in use; a sample is image and labels.
@@ -92,10 +92,10 @@ def workers_that_fit(config: Config) -> int:
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """Say in a sentence what torch says in many when a process that loads cases has died.
+    """Replace torch's long message by one sentence when a process that loads cases has died.
 
     Raises:
-        MemoryError: then; the most likely reason, and the run has to stop in any case.
+        MemoryError: in that case, as the most likely reason.
     """
     try:
         yield

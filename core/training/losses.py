@@ -1,54 +1,67 @@
-"""Losses of logits (B, K, X, Y, Z) for labels (B, X, Y, Z)."""
+"""Loss functions: each maps logits (B, K, X, Y, Z) and labels (B, X, Y, Z) to a scalar; LOSSES lists them by name.
+
+To train with another loss, write such a function, add it to LOSSES, and give its name as `--loss`. A loss that depends
+on the voxels through sums alone can be a `SlabLoss`: it is then computed slab by slab, so that the logits of the whole
+volume never exist at once. Any other function gets the logits of the whole volume, under every memory plan.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# ---- Losses ----------------------------------------------------------------------------------------------------------
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits, labels) -> scalar; logits are float32 or float64
 
 
-class Loss:
-    """Cross-entropy, alone or with the paper's Dice, as a function of sums over voxels.
+@dataclass(frozen=True)
+class SlabLoss:
+    """A loss that is a function of sums over the voxels, so that it can be computed slab by slab.
 
-    Because all that it needs of the voxels are sums, it can be worked out slab by slab.
-
-    Args:
-        name: "cross_entropy" or "dice_cross_entropy" (their sum: cross-entropy moves every voxel, Dice gives small
-            organs their weight).
-        deterministic: whether to leave out the GPU kernels that add up in any order; the others are slower.
+    Attributes:
+        sums: (logits, labels) -> the sums over the voxels of these; those of a volume are the totals over its slabs.
+        of_sums: (sums, number of voxels) -> the loss, a scalar.
     """
 
-    def __init__(self, name: str, deterministic: bool = False):
-        self.with_dice = name == "dice_cross_entropy"
-        self.deterministic = deterministic
+    sums: Callable[[Tensor, Tensor], list[Tensor]]
+    of_sums: Callable[[list[Tensor], int], Tensor]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of logits (B, K, X, Y, Z) for labels (B, X, Y, Z), integers below K: a scalar."""
+        """Return the loss of logits (B, K, X, Y, Z) for labels (B, X, Y, Z), integers below K."""
         return self.of_sums(self.sums(logits, labels), labels.numel())
 
-    def sums(self, logits: Tensor, labels: Tensor) -> list[Tensor]:
-        """What the loss needs of these voxels; that of the whole volume is the total over its parts."""
-        labels = labels.long()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.deterministic:  # cross-entropy of volumes has no such kernel, these have
-            sums = [(logits.logsumexp(dim=1) - logits.gather(1, labels[:, None])[:, 0]).sum()]
-        else:
-            sums = [F.cross_entropy(logits, labels, reduction="sum")]
-        return sums + dice_sums(logits, labels, self.deterministic) if self.with_dice else sums
 
-    def of_sums(self, sums: list[Tensor], voxels: int) -> Tensor:
-        """The loss of `voxels` voxels that have these sums."""
-        mean = sums[0] / voxels
-        return mean + dice_loss(*sums[1:]) if self.with_dice else mean
+def cross_entropy_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return the sum of the cross-entropy over the voxels."""
+    labels = labels.long()
+    if torch.are_deterministic_algorithms_enabled():  # CUDA's cross-entropy of volumes is not, these operations are
+        return [(logits.logsumexp(dim=1) - logits.gather(1, labels[:, None])[:, 0]).sum()]
+    return [F.cross_entropy(logits, labels, reduction="sum")]
 
 
-def dice_sums(logits: Tensor, labels: Tensor, deterministic: bool = False) -> list[Tensor]:
-    """For each sample and class, sum(p g), sum(p^2) and sum(g) over the voxels: three tensors (B, K)."""
+def cross_entropy_of_sums(sums: list[Tensor], voxels: int) -> Tensor:
+    """Return the mean cross-entropy of a voxel."""
+    return sums[0] / voxels
+
+
+def dice_cross_entropy_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return the sums that cross-entropy and the Dice loss need."""
+    return cross_entropy_sums(logits, labels) + dice_sums(logits, labels)
+
+
+def dice_cross_entropy_of_sums(sums: list[Tensor], voxels: int) -> Tensor:
+    """Return cross-entropy plus Dice loss: the first moves every voxel, the second gives small organs their weight."""
+    return cross_entropy_of_sums(sums[:1], voxels) + dice_loss(*sums[1:])
+
+
+def dice_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return, for each sample and class, sum(p g), sum(p^2) and sum(g) over the voxels: three tensors (B, K)."""
     probabilities = logits.softmax(dim=1).flatten(2)  # (B, K, N)
-    ids = labels.flatten(1)  # (B, N)
+    ids = labels.long().flatten(1)  # (B, N)
     # Without a one-hot volume: each voxel adds to its own label's sum.
     own = probabilities.gather(1, ids[:, None])[:, 0]
-    if deterministic:  # scatter_add is not
+    if torch.are_deterministic_algorithms_enabled():  # CUDA's scatter_add is not
         masks = [ids == organ for organ in range(probabilities.shape[1])]
         shared = torch.stack([(own * mask).sum(dim=1) for mask in masks], dim=1)
         in_labels = torch.stack([mask.sum(dim=1) for mask in masks], dim=1).to(own.dtype)
@@ -60,10 +73,10 @@ def dice_sums(logits: Tensor, labels: Tensor, deterministic: bool = False) -> li
 
 
 def dice_loss(shared: Tensor, squares: Tensor, in_labels: Tensor) -> Tensor:
-    """1 - soft Dice as the V-Net paper has it (section 3), the mean over a sample's organs, and over samples.
+    """Return 1 - soft Dice of the V-Net paper (section 3), averaged over a sample's organs and over samples.
 
     D = 2 sum(p g) / (sum p^2 + sum g^2) over the voxels, for each organ; the background is left out. The squares
-    matter: with plain sums below the line, small organs start to be found later (RESULTS.md).
+    matter: with plain sums in the denominator, small organs are found later (RESULTS.md).
 
     Args:
         shared: (B, K) sum(p g), from `dice_sums`, as are the other two.
@@ -73,8 +86,30 @@ def dice_loss(shared: Tensor, squares: Tensor, in_labels: Tensor) -> Tensor:
     Returns:
         a scalar in 0..1; 0 when no sample has any organ.
     """
-    # An organ that is there has at least one voxel; for one that is not, 0 / 0 must not come out.
+    # An organ that is present has at least one voxel; for an absent one the clamp avoids 0 / 0.
     dice = 2 * shared / (squares + in_labels).clamp(min=1)
     present = in_labels[:, 1:] > 0
     of_samples = ((1 - dice[:, 1:]) * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
     return of_samples.mean()
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": SlabLoss(cross_entropy_sums, cross_entropy_of_sums),
+    "dice_cross_entropy": SlabLoss(dice_cross_entropy_sums, dice_cross_entropy_of_sums),
+}
+
+
+def loss_named(name: str) -> Loss:
+    """Return the loss of that name.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss: got {name}, expected one of {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
+def in_full_precision(logits: Tensor) -> Tensor:
+    """Return logits as float32; a loss of bf16 or fp16 logits would round its sums away. float64 stays."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

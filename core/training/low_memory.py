@@ -1,15 +1,15 @@
-"""The network's forward and backward pass with little kept in memory from one to the other.
+"""Run V-Net's forward and backward pass with few activations kept in memory between the two.
 
 A training step of plain autograd keeps, for every convolution, its input, its output, the normed output and the sum
-with the residual. Here the network runs in units (a change of resolution and the stage behind it), each an autograd
-function of its own that keeps its inputs and either
+with the residual. Here the network runs in units (a change of resolution and the stage after it). Each unit is an
+autograd function of its own, which keeps its inputs and either
 
-    keep=True    the outputs of its convolutions; norm, residual and PReLU are done again in the backward pass (cheap)
-    keep=False   nothing more; the convolutions are done again as well (a third more arithmetic)
+    keep=True    the outputs of its convolutions; norm, residual and PReLU are recomputed in the backward pass (cheap)
+    keep=False   nothing more; the convolutions are recomputed as well (a third more arithmetic)
 
-In both, gradients take the place of what they are gradients of as soon as it is not needed any more, and norm, residual
-and PReLU go piece by piece through the channels, so that their temporaries are next to nothing. The gradients are those
-of plain autograd; only roundings differ.
+In both, a gradient overwrites its tensor as soon as that is not needed any more, and norm, residual and PReLU work on a
+few channels at a time, which keeps their temporaries small. The gradients are those of plain autograd; only roundings
+differ.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ PART_BYTES = 128 * 2**20  # of a convolution's input whose gradient is worked ou
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution with the norm and the PReLU behind it."""
+    """A convolution with the norm and the PReLU after it."""
 
     conv: nn.Conv3d | nn.ConvTranspose3d
     norm: nn.Module
@@ -34,20 +34,20 @@ class Layer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """In the order in which their gradients are given back."""
+        """The parameters, in the order in which their gradients are returned."""
         return [*self.conv.parameters(), *self.norm.parameters(), *self.activation.parameters()]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A change of resolution (none before the first stage) and the stage behind it."""
+    """A change of resolution (none before the first stage) and the stage after it."""
 
     resample: Layer | None
     stage: tuple[Layer, ...]
 
     @classmethod
     def of(cls, resample: Down | Up | None, stage: ResidualStage) -> "Unit":
-        """The unit of two modules of vnet.py."""
+        """Make the unit of two modules of vnet.py."""
         first = None if resample is None else Layer(resample.conv, resample.norm, resample.activation)
         return cls(first, tuple(map(Layer, stage.convs, stage.norms, stage.activations)))
 
@@ -57,8 +57,13 @@ class Unit:
         return self.stage if self.resample is None else (self.resample, *self.stage)
 
 
+def is_supported(network: nn.Module) -> bool:
+    """Return True when the plans low and lowest can run the network: they know the stages of V-Net."""
+    return isinstance(network, VNet)
+
+
 def features(network: VNet, image: Tensor, precision: torch.dtype, keep: bool) -> Tensor:
-    """All of the network but its last 1x1x1 convolution: (B, 1, X, Y, Z) -> (B, 2C, X, Y, Z) in `precision`."""
+    """Run the network without its last 1x1x1 convolution: (B, 1, X, Y, Z) -> (B, 2C, X, Y, Z) in `precision`."""
 
     def run(resample: Down | Up | None, stage: ResidualStage, h: Tensor, skip: Tensor | None = None) -> Tensor:
         unit = Unit.of(resample, stage)
@@ -75,7 +80,7 @@ def features(network: VNet, image: Tensor, precision: torch.dtype, keep: bool) -
 
 
 class UnitFunction(torch.autograd.Function):
-    """A unit as autograd sees it: what it keeps, and which gradients it gives back."""
+    """A unit as an autograd function: what it keeps, and which gradients it returns."""
 
     @staticmethod
     def forward(ctx, unit: Unit, keep: bool, h: Tensor, skip: Tensor | None, *_: nn.Parameter) -> Tensor:
@@ -87,7 +92,7 @@ class UnitFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
-        """The gradients of h, the skip and the parameters; `gradient`, which nobody else needs, is overwritten."""
+        """Return the gradients of h, the skip and the parameters; overwrite `gradient`, which nobody else needs."""
         h, skip, *outputs = ctx.saved_tensors
         needs_h = ctx.needs_input_grad[2]
         of_h, of_skip, of_parameters = unit_backward(ctx.unit, h, skip, outputs, gradient, needs_h)
@@ -95,7 +100,7 @@ class UnitFunction(torch.autograd.Function):
 
 
 def unit_forward(unit: Unit, h: Tensor, skip: Tensor | None, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """A unit's result, and the outputs of its convolutions if they are kept."""
+    """Return a unit's result, and the outputs of its convolutions if they are kept."""
     outputs = []
 
     def run(layer: Layer, h: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -116,7 +121,7 @@ def unit_forward(unit: Unit, h: Tensor, skip: Tensor | None, keep: bool) -> tupl
 def unit_backward(
     unit: Unit, h: Tensor, skip: Tensor | None, outputs: list[Tensor], gradient: Tensor, needs_h: bool
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
-    """The gradients of a unit's input, its skip and its parameters.
+    """Return the gradients of a unit's input, its skip and its parameters.
 
     Args:
         unit: as it ran.
@@ -167,7 +172,7 @@ def unit_backward(
 
 
 def join(h: Tensor, skip: Tensor | None) -> Tensor:
-    """The channels of both, or `h` itself where there is no skip."""
+    """Concatenate the channels of both; return `h` itself where there is no skip."""
     return h if skip is None else torch.cat([h, skip], dim=1)
 
 
@@ -175,7 +180,7 @@ def join(h: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def convolve(conv: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
-    """`conv` in the type of `x`."""
+    """Apply `conv` in the type of `x`."""
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     run = F.conv_transpose3d if isinstance(conv, nn.ConvTranspose3d) else F.conv3d
     return run(x, conv.weight.to(x.dtype), bias, conv.stride, conv.padding)
@@ -184,7 +189,7 @@ def convolve(conv: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
 def convolve_backward(
     conv: nn.Conv3d | nn.ConvTranspose3d, x: Tensor, gradient: Tensor, add_to: Tensor | None
 ) -> list[Tensor]:
-    """The gradients of the weight and, if there is one, the bias, given that of the output.
+    """Return the gradients of the weight and, if there is one, the bias, given that of the output.
 
     The gradient of `x` is added to `add_to`, if that is not None: a part of the channels after the other, so that it
     never lies in memory whole beside it.
@@ -228,29 +233,29 @@ def pieces(norm: nn.Module, x: Tensor) -> list[slice]:
 
 
 def group_width(norm: nn.Module) -> int:
-    """How many channels share their statistics."""
+    """Return how many channels share their statistics."""
     return norm.num_channels // norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
 
 
 def spread(norm: nn.Module, x: Tensor) -> Tensor:
-    """A piece (B, c, X, Y, Z) for arithmetic: a copy (B, groups, width, N) in float32, or float64 where `x` is."""
+    """Copy a piece (B, c, X, Y, Z) for arithmetic, to (B, groups, width, N) in float32, or float64 where `x` is."""
     width = group_width(norm)
     wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     return wide.view(x.shape[0], x.shape[1] // width, width, -1)
 
 
 def per_channel(norm: nn.Module, values: Tensor) -> Tensor:
-    """Values of a piece's channels, (c,), to be multiplied with (B, groups, width, N)."""
+    """Reshape values of a piece's channels, (c,), for multiplication with (B, groups, width, N)."""
     return values.view(1, -1, group_width(norm), 1)
 
 
 def together(norm: nn.Module) -> tuple[int, ...]:
-    """The axes of (B, groups, width, N) over which a norm takes its statistics."""
+    """Return the axes of (B, groups, width, N) over which a norm takes its statistics."""
     return (0, 2, 3) if isinstance(norm, nn.BatchNorm3d) else (2, 3)
 
 
 def standardise(norm: nn.Module, piece: Tensor, channels: slice) -> tuple[Tensor, Tensor | float]:
-    """A piece with mean 0 and variance 1, in place, and what it was multiplied by; as it is where there is no norm."""
+    """Standardise a piece in place; return it and the factor it was multiplied by. Without a norm it is unchanged."""
     if isinstance(norm, nn.Identity):
         return piece, 1.0
     if isinstance(norm, nn.BatchNorm3d) and not norm.training:
@@ -262,7 +267,7 @@ def standardise(norm: nn.Module, piece: Tensor, channels: slice) -> tuple[Tensor
 
 
 def before_activation(norm: nn.Module, normed: Tensor, channels: slice, residual: Tensor | None) -> Tensor:
-    """What the PReLU gets: the standardised piece, scaled and shifted by the norm, and the residual."""
+    """Return the PReLU's input: the standardised piece, scaled and shifted by the norm, plus the residual."""
     total = normed.clone()
     if not isinstance(norm, nn.Identity):
         total.mul_(per_channel(norm, norm.weight[channels])).add_(per_channel(norm, norm.bias[channels]))
@@ -270,7 +275,7 @@ def before_activation(norm: nn.Module, normed: Tensor, channels: slice, residual
 
 
 def activate(layer: Layer, output: Tensor, residual: Tensor | None = None, *, into: Tensor) -> Tensor:
-    """PReLU(norm(output) + residual), written `into` a tensor like `output`, or into itself."""
+    """Write PReLU(norm(output) + residual) `into` a tensor like `output`, or into itself, and return it."""
     norm = layer.norm
     residual = None if residual is None else residual.expand_as(output)
     for channels in pieces(norm, output):
@@ -282,7 +287,7 @@ def activate(layer: Layer, output: Tensor, residual: Tensor | None = None, *, in
 
 
 def activate_backward(layer: Layer, output: Tensor, residual: Tensor | None, gradient: Tensor) -> list[Tensor]:
-    """The gradients of the norm's and the PReLU's parameters, given that of the result.
+    """Return the gradients of the norm's and the PReLU's parameters, given that of the result.
 
     Overwrites `output` by its own gradient, and `gradient` by that of the residual.
     """
@@ -309,7 +314,7 @@ def activate_backward(layer: Layer, output: Tensor, residual: Tensor | None, gra
 
 
 def update_running_statistics(norm: nn.Module, output: Tensor) -> None:
-    """What a batch norm notes in training for prediction, once a step; other norms note nothing."""
+    """Update the running statistics of a batch norm, once a step; other norms have none."""
     if not (isinstance(norm, nn.BatchNorm3d) and norm.training):
         return
     norm.num_batches_tracked += 1

@@ -18,10 +18,10 @@ from core.system.exits import (
     DONE,
     STOPPED,
 )
-from core.training.losses import Loss
-from core.training.memory_plans import GIB, blank_batch
-from core.training.setup import DTYPES, Average, Training, make_optimizer, to_channels_last
-from core.training.step import PLANS, training_step
+from core.training.losses import loss_named
+from core.training.memory_plans import GIB, blank_batch, plans_for
+from core.training.setup import DTYPES, EMA, Training, make_optimizer, to_channels_last
+from core.training.step import training_step
 
 RESERVED_GIB = 0.8  # of a card, for what the count leaves out
 
@@ -35,7 +35,7 @@ class Need:
     flops: int
 
 
-def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
+def count_step(config: Config, plan: str, precision: torch.dtype) -> Need:
     """Count one training step, not compiled; takes seconds, allocates next to nothing, needs no GPU."""
     counter, tracker = FlopCounterMode(display=False), MemTracker()
     with FakeTensorMode():
@@ -43,38 +43,44 @@ def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
         if config.channels_last:
             to_channels_last(network)
         optimizer = make_optimizer(network, config.learning_rate)
-        for parameter in network.parameters():  # a step without a network's, so that Adam's state is there
+        for parameter in network.parameters():  # a step of zeros creates Adam's state
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
         image, labels = blank_batch(config, torch.device("cpu"))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        average = Average(network, config.ema_decay) if config.ema_decay else None
+        ema = EMA(network, config.ema_decay) if config.ema_decay else None
         training = Training(
             network,
-            Loss(config.loss),
+            loss_named(config.loss),
             optimizer,
             scaler,
             precision,
-            plan,
-            pieces=config.accumulation_steps,
-            average=average,
+            accumulation_steps=config.accumulation_steps,
+            plan=plan,
+            ema=ema,
         )
-        tracker.track_external(network, optimizer, image, labels, *(average.weights.values() if average else ()))
+        tracker.track_external(network, optimizer, image, labels, *(ema.weights.values() if ema else ()))
         with tracker, counter:
-            # The tracker keeps accounts of the network's modules, too, and wants each to be called once.
+            # The tracker also tracks modules, and allows one call of each between resets.
             training_step(training, image, labels, after=tracker.reset_mod_stats)
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
     return Need(plan, peak / GIB, counter.get_total_flops())
 
 
+def supported_plans(config: Config) -> tuple[str, ...]:
+    """Return the plans that can run the network of these settings."""
+    with FakeTensorMode():
+        return plans_for(build_network(config))
+
+
 def plan_for(needs: list[Need], card_gib: float) -> Need | None:
-    """The fastest plan that should fit a card of `card_gib` GiB; None when none should."""
+    """Return the fastest plan that should fit a card of `card_gib` GiB; None when none should."""
     return next((need for need in needs if need.peak_gib + RESERVED_GIB <= card_gib), None)
 
 
 def format_plans(needs: list[Need]) -> str:
-    """A table of the plans, counted, not measured."""
+    """Return a table of the plans: counted figures, none measured."""
     lines = [f"{'plan':<10}{'peak GiB':>10}{'arithmetic':>12}"]
     lines += [f"{need.plan:<10}{need.peak_gib:>10.2f}{need.flops / needs[0].flops:>12.2f}" for need in needs]
     lines.append("Counted tensor by tensor for one training step; a card needs")
@@ -83,15 +89,15 @@ def format_plans(needs: list[Need]) -> str:
 
 
 def what_would_fit(config: Config, precision: torch.dtype, card_gib: float) -> str:
-    """Settings near to `config` whose smallest plan should fit, as flags."""
-    smallest = PLANS[-1]
+    """Return flags of settings near to `config` whose smallest plan should fit."""
+    smallest = supported_plans(config)[-1]
     halvings = len(config.up_convs)
     size, least = list(config.size), 2**halvings
     while max(size) > least:
         longest = size.index(max(size))
         size[longest] = max(least, size[longest] // 2 // least * least)
         smaller = replace(config, size=tuple(size), batch_size=1)
-        if sum(size) > 3 * least and plan_for([predict(smaller, smallest, precision)], card_gib):
+        if sum(size) > 3 * least and plan_for([count_step(smaller, smallest, precision)], card_gib):
             return f"--size {' '.join(map(str, size))} --batch-size 1 should"
     return "its parameters alone are too many; take fewer --channels"
 
@@ -99,7 +105,7 @@ def what_would_fit(config: Config, precision: torch.dtype, card_gib: float) -> s
 def show_plans(config: Config, card_gib: float | None) -> int:
     """Print what a step needs on a GPU under each memory plan, and which would be chosen for a card of that size."""
     precision = DTYPES["bf16" if config.precision == "auto" else config.precision]
-    needs = [predict(config, plan, precision) for plan in PLANS]
+    needs = [count_step(config, plan, precision) for plan in supported_plans(config)]
     print(format_plans(needs))
     if card_gib is None:
         return DONE

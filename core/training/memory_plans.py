@@ -4,12 +4,12 @@ import gc
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config import Config
-from core.training.setup import Training
-from core.training.step import PLANS, gradients, training_step
-from vnet import VNet
+from core.training.low_memory import is_supported
+from core.training.setup import PLANS, Training
+from core.training.step import compute_gradients, training_step
 
 GIB = 2**30
 
@@ -19,7 +19,7 @@ class NothingFitsError(MemoryError):
 
 
 def choose_plan(training: Training, config: Config, device: torch.device) -> str:
-    """The plan that the settings name; under "auto" on a GPU the fastest that a real step fits in, said in one line.
+    """Return the plan of the settings; under "auto" on a GPU try a step under each and return the fastest that fits.
 
     Raises:
         NothingFitsError: when none does, naming the command that tells which settings would.
@@ -28,7 +28,7 @@ def choose_plan(training: Training, config: Config, device: torch.device) -> str
         return "off" if config.memory == "auto" else config.memory
     card_gib = torch.cuda.get_device_properties(device).total_memory / GIB
     failed = []
-    for plan in PLANS:
+    for plan in plans_for(training.network):
         try:
             peak_gib = try_step(replace(training, plan=plan), *blank_batch(config, device))
         except torch.OutOfMemoryError:
@@ -44,14 +44,19 @@ def choose_plan(training: Training, config: Config, device: torch.device) -> str
     )
 
 
+def plans_for(network: nn.Module) -> tuple[str, ...]:
+    """Return the plans that can run a network, from the fastest to the smallest."""
+    return PLANS if is_supported(network) else PLANS[:1]
+
+
 def blank_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of the settings' size with nothing in it: image (B, 1, X, Y, Z) float32 and labels (B, X, Y, Z) uint8."""
+    """Return a batch of zeros: image (B, 1, X, Y, Z) float32 and labels (B, X, Y, Z) uint8."""
     shape = (config.batch_size, *config.size)
     return torch.zeros(shape, device=device)[:, None], torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
-    """Work out a step's gradients, with room for Adam's two moments beside, and change nothing; the peak in GiB.
+    """Compute a step's gradients with memory for Adam's two moments allocated, change nothing, return the peak in GiB.
 
     Raises:
         torch.OutOfMemoryError: when it does not fit.
@@ -61,7 +66,7 @@ def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
     buffers = [buffer.clone() for buffer in training.network.buffers()]
     torch.cuda.reset_peak_memory_stats(image.device)
     try:
-        gradients(training, image, labels)
+        compute_gradients(training, image, labels)
         return torch.cuda.max_memory_allocated(image.device) / GIB
     finally:
         training.optimizer.zero_grad(set_to_none=True)
@@ -70,17 +75,21 @@ def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
 
 
 def step_that_fits(training: Training, image: Tensor, labels: Tensor) -> Tensor:
-    """The loss of a training step; out of memory, the same step again under the next smaller plan, which then stays.
+    """Run `training_step` and return its loss; out of memory, repeat it under the next smaller plan, which then stays.
 
     Raises:
-        NothingFitsError: when it runs out under the smallest.
+        NothingFitsError: when memory runs out under the smallest plan.
+        torch.OutOfMemoryError: when the plan may not change (several processes).
     """
     while True:
         buffers = [buffer.clone() for buffer in training.network.buffers()]
         try:
             return training_step(training, image, labels)
         except torch.OutOfMemoryError:
-            smaller = PLANS[PLANS.index(training.plan) + 1 :]
+            if not training.may_step_down:
+                raise
+            plans = plans_for(training.network)
+            smaller = plans[plans.index(training.plan) + 1 :]
         if not smaller:
             raise NothingFitsError("out of memory under the smallest memory plan; try a smaller --size or --channels")
         print(f"out of memory under the plan {training.plan}: the same step again under {smaller[0]}", flush=True)
@@ -90,14 +99,14 @@ def step_that_fits(training: Training, image: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def restore(network: VNet, buffers: list[Tensor]) -> None:
-    """Put the running statistics of batch norms back to what they were."""
+def restore(network: nn.Module, buffers: list[Tensor]) -> None:
+    """Restore the running statistics of batch norms."""
     for buffer, before in zip(network.buffers(), buffers, strict=True):
         buffer.copy_(before)
 
 
 def free_memory() -> None:
-    """Give back what a failed step has left."""
+    """Free the memory of a failed step."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its settings, checkpoints, log and where it all came from.
+"""The run folder: settings, checkpoints, log, and the provenance of a run.
 
 config.yaml   the merged settings             last.pt       everything to go on from
 log.csv       a row per epoch                 previous.pt   the last.pt before, should that be damaged
@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,12 +24,12 @@ from typing import IO, Any
 import nibabel
 import numpy as np
 import torch
+from torch import nn
 
 from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.system.exits import Stopped, one_line, print_warning
 from core.system.files import lock_file, remove_left_over, whole_file
-from vnet import VNet
 
 # Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
 MAY_CHANGE = (
@@ -53,10 +53,12 @@ class RunFolder:
 
     Args:
         config: of the run; its run_dir is the folder.
+        draw: draws curves.png, given the paths of log.csv and of the picture, and the organs.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, draw: Callable[[Path, Path, Sequence[str]], None] = lambda *_: None):
         self.config = config
+        self.draw = draw
         self.path = Path(config.run_dir)
         self.last = self.path / "last.pt"
         self.previous = self.path / "previous.pt"
@@ -68,6 +70,7 @@ class RunFolder:
         self.rows: list[dict[str, str]] | None = None  # of log.csv, once it has been read
         self.lock_file: IO | None = None
         self.last_is_damaged = False
+        self.can_draw = True
         self.unwritten: OSError | None = None  # why the latest results are not in the folder
 
     @property
@@ -119,7 +122,7 @@ class RunFolder:
             remove_left_over(self.path / name)
 
     def find_run(self, resume: bool, overwrite: bool, extend: bool = False) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None for a run from the start; changes nothing.
+        """Return the checkpoint to go on from, or None for a new run; change nothing.
 
         Where last.pt is damaged it is the one before. With `extend` the run may go on for more epochs.
 
@@ -139,7 +142,7 @@ class RunFolder:
         return checkpoint
 
     def newest_checkpoint(self) -> dict[str, Any] | None:
-        """What last.pt holds, or previous.pt where that cannot be read, which is said; None when there is neither.
+        """Load last.pt, or previous.pt with a warning where that cannot be read; return None when there is neither.
 
         Raises:
             ValueError: when none of those that are there can be read.
@@ -221,7 +224,7 @@ class RunFolder:
 
     @contextmanager
     def noting_the_end(self) -> Iterator[None]:
-        """A block that trains: run.json tells how and when it ended; after a kill it still says under way."""
+        """Record in run.json how and when the block ended; after a kill it still says "under way"."""
         self.note(outcome="under way", ended=None)
         try:
             yield
@@ -243,7 +246,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A block that writes results: on a full disk it warns, and the run goes on; `unwritten` keeps the reason."""
+        """Turn an OSError of the block, such as a full disk, into a warning, and keep it in `unwritten`."""
         try:
             yield
         except OSError as error:
@@ -252,19 +255,42 @@ class RunFolder:
         else:
             self.unwritten = None
 
-    def save_last(self, network: VNet, **state: Any) -> None:
+    def save_last(self, network: nn.Module, **state: Any) -> None:
         """Write last.pt; the one before becomes previous.pt, unless it is damaged."""
-        save_checkpoint(self.last, network, self.config, None if self.last_is_damaged else self.previous, **state)
-        self.last_is_damaged = False
+        with self.writing():
+            save_checkpoint(self.last, network, self.config, None if self.last_is_damaged else self.previous, **state)
+            self.last_is_damaged = False
 
-    def save_best(self, network: VNet, **state: Any) -> None:
-        """Write best.pt."""
-        save_checkpoint(self.best, network, self.config, **state)
+    def save_best(self, network: nn.Module, **state: Any) -> bool:
+        """Write best.pt; return True when it was written."""
+        with self.writing():
+            save_checkpoint(self.best, network, self.config, **state)
+        return self.unwritten is None
+
+    def log_epoch(self, row: dict[str, Any]) -> None:
+        """Add an epoch's row to log.csv and to TensorBoard's files if asked for, and draw curves.png."""
+        with self.writing():
+            self.append_log(row)
+            if self.config.tensorboard:
+                self.write_scalars(row)
+            self.draw_curves()
+
+    def draw_curves(self) -> None:
+        """Draw curves.png from log.csv; without matplotlib, warn once and go on."""
+        if not self.can_draw:
+            return
+        try:
+            self.draw(self.log, self.curves, self.config.organs)
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+            self.can_draw = False
+            print_warning("no curves.png, since matplotlib is not installed (pip install matplotlib)")
 
     def append_log(self, row: dict[str, Any]) -> None:
-        """Add an epoch's row to log.csv; a row of the same or a later epoch, of a run that broke off, goes.
+        """Add an epoch's row to log.csv in place of rows of the same or a later epoch, which a stopped run left.
 
-        A value that is None or NaN becomes an empty cell.
+        None and NaN become empty cells.
         """
         if self.rows is None:
             self.rows = []
@@ -288,6 +314,29 @@ class RunFolder:
                     writer.add_scalar(f"dice/{rest}" if group == "dice" else name, value, row["epoch"])
 
 
+class SilentRunFolder(RunFolder):
+    """The run folder in a process that is not the first: it finds the checkpoint to go on from, and writes nothing."""
+
+    def lock(self) -> None:
+        """Do nothing."""
+
+    def start(self, *_: object) -> None:
+        """Do nothing."""
+
+    def note(self, **_: object) -> None:
+        """Do nothing."""
+
+    def save_last(self, *_: object, **__: object) -> None:
+        """Do nothing."""
+
+    def save_best(self, *_: object, **__: object) -> bool:
+        """Do nothing; the first process writes it."""
+        return True
+
+    def log_epoch(self, *_: object) -> None:
+        """Do nothing."""
+
+
 def check_tensorboard() -> None:
     """Raise a ValueError when the package that writes for TensorBoard is not installed."""
     try:
@@ -299,7 +348,7 @@ def check_tensorboard() -> None:
 
 
 def how_it_ended(error: BaseException | None) -> str:
-    """What to say of a run that ended with this error, or without one."""
+    """Describe how a run ended: with this error, or without one."""
     if error is None:
         return "done"
     if isinstance(error, KeyboardInterrupt):
@@ -314,7 +363,7 @@ def format_cell(value: float | int | None) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run's numbers depend on."""
+    """Return the versions that a run's numbers depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -325,7 +374,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with "+" behind it when files were changed since; None outside a git checkout."""
+    """Return the commit of this checkout, with "+" appended when files have changed; None outside a git checkout."""
     git = shutil.which("git")
     if git is None:
         return None

@@ -18,8 +18,8 @@ from benchmarks.peers import NO_MONAI, Predecessor, monai_installed
 from core.config import load_config
 from core.network import build_network
 from core.scans.files import find_scans
-from core.training.memory_count import predict
-from core.training.step import PLANS
+from core.training.memory_count import count_step
+from core.training.setup import PLANS
 from data.make_phantom import write_phantom
 
 SMALL = load_config(
@@ -60,7 +60,7 @@ def test_memory_answers_in_json_with_the_numbers_of_the_plans(monkeypatch, capsy
     keys = {"project_off_gib", "project_low_gib", "project_lowest_gib", "monai_gib", "predecessor_gib", "machine"}
     assert keys <= set(result)
     for plan in PLANS:
-        assert result[f"project_{plan}_gib"] == predict(SMALL, plan, torch.bfloat16).peak_gib
+        assert result[f"project_{plan}_gib"] == count_step(SMALL, plan, torch.bfloat16).peak_gib
     assert result["monai_gib"] is None
     assert NO_MONAI in result["notes"]
     assert result["predecessor_gib"] > 0
@@ -78,7 +78,7 @@ def test_a_plain_step_is_counted_as_the_plan_off_is():
     config = replace(SMALL, loss="cross_entropy", batch_size=1)
     count, need = (
         memory.count_plain_step(lambda: build_network(config), config.size, torch.bfloat16),
-        predict(config, "off", torch.bfloat16),
+        count_step(config, "off", torch.bfloat16),
     )
     assert (count.peak_gib, count.flops) == (need.peak_gib, need.flops)
     assert 0 < count.forward_flops < count.flops

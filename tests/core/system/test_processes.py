@@ -135,7 +135,7 @@ def test_one_process_does_nothing():
     network(torch.ones(1, 2)).sum().backward()
     gradient = network.weight.grad.clone()
     loss = torch.tensor(3.0)
-    assert ALONE.add_up(network, loss, 1.0) is loss
+    assert ALONE.average_gradients(network, loss, 1.0) is loss
     assert torch.equal(network.weight.grad, gradient)
     assert ALONE.gather("x") == ["x"]
     assert (ALONE.any(False), ALONE.any(True), ALONE.first) == (False, True, True)

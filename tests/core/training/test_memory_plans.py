@@ -13,11 +13,11 @@ from core.config import load_config
 from core.network import build_network
 from core.training import memory_count
 from core.training import memory_plans as memory
-from core.training.losses import Loss
-from core.training.memory_count import Need, plan_for, predict
+from core.training.losses import LOSSES
+from core.training.memory_count import Need, count_step, plan_for
 from core.training.memory_plans import NothingFitsError, choose_plan, step_that_fits
-from core.training.setup import Training, make_optimizer
-from core.training.step import PLANS, gradients
+from core.training.setup import PLANS, Training, make_optimizer
+from core.training.step import compute_gradients
 from data.make_phantom import write_phantom
 from vnet import VNet
 
@@ -30,7 +30,7 @@ def start(norm: str = "instance", plan: str = "off") -> Training:
     torch.manual_seed(0)
     network = VNet(5, channels=3, down_convs=(1, 2), up_convs=(1,), norm=norm)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Training(network, Loss("cross_entropy"), make_optimizer(network, 1e-2), scaler, torch.float32, plan)
+    return Training(network, LOSSES["cross_entropy"], make_optimizer(network, 1e-2), scaler, torch.float32, plan=plan)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_default_network_fits_small_cards():
     # The figures of README: the whole V-Net on 256x256x128 voxels.
-    needs = [predict(load_config(), plan, torch.bfloat16) for plan in PLANS]
+    needs = [count_step(load_config(), plan, torch.bfloat16) for plan in PLANS]
     off, low, lowest = needs
     assert off.peak_gib == pytest.approx(7.7, abs=0.15)
     assert low.peak_gib < 4.5
@@ -55,15 +55,15 @@ def test_default_network_fits_small_cards():
 
 
 def test_count_grows_with_the_settings():
-    base = predict(SMALL, "off", torch.float32)
-    assert predict(replace(SMALL, batch_size=2), "off", torch.float32).flops == 2 * base.flops
-    assert predict(replace(SMALL, size=(64, 32, 32)), "off", torch.float32).peak_gib > 1.5 * base.peak_gib
+    base = count_step(SMALL, "off", torch.float32)
+    assert count_step(replace(SMALL, batch_size=2), "off", torch.float32).flops == 2 * base.flops
+    assert count_step(replace(SMALL, size=(64, 32, 32)), "off", torch.float32).peak_gib > 1.5 * base.peak_gib
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_batch_in_pieces_takes_the_memory_of_a_piece(plan):
     alone, whole, cut = (
-        predict(replace(SMALL, batch_size=batch, accumulation_steps=pieces), plan, torch.float32)
+        count_step(replace(SMALL, batch_size=batch, accumulation_steps=pieces), plan, torch.float32)
         for batch, pieces in ((1, 1), (4, 1), (4, 4))
     )
     assert cut.flops == pytest.approx(whole.flops)
@@ -78,7 +78,7 @@ def weights_gib() -> float:
 
 
 def test_an_average_takes_the_memory_of_the_weights():
-    base, averaged = (predict(replace(SMALL, ema_decay=d), "lowest", torch.float32).peak_gib for d in (0.0, 0.9))
+    base, averaged = (count_step(replace(SMALL, ema_decay=d), "lowest", torch.float32).peak_gib for d in (0.0, 0.9))
     assert averaged - base == pytest.approx(weights_gib(), rel=0.05)
 
 
@@ -86,7 +86,7 @@ def test_count_is_of_what_lives():
     # Parameters, Adam's two moments and gradients are 4 times the weights; a step cannot need less.
     weights_gib = sum(p.numel() for p in VNet(14, 4, (1, 2, 2), (2, 1)).parameters()) * 4 / 2**30
     for plan in PLANS:
-        assert predict(SMALL, plan, torch.float32).peak_gib > 4 * weights_gib
+        assert count_step(SMALL, plan, torch.float32).peak_gib > 4 * weights_gib
 
 
 def test_plan_for_a_card():
@@ -113,7 +113,7 @@ def out_of_memory_under(plans: set[str], real):
 def test_out_of_memory_does_the_same_step_again_under_the_next_plan(monkeypatch, capsys, norm):
     expected, training = start(norm, "low"), start(norm)
     value = step_that_fits(expected, *batch())
-    monkeypatch.setattr("core.training.step.gradients", out_of_memory_under({"off"}, gradients))
+    monkeypatch.setattr("core.training.step.compute_gradients", out_of_memory_under({"off"}, compute_gradients))
     assert step_that_fits(training, *batch()) == value
     assert training.plan == "low"
     assert "out of memory under the plan off: the same step again under low" in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_out_of_memory_does_the_same_step_again_under_the_next_plan(monkeypatch,
 def test_out_of_memory_under_the_smallest_plan_stops(monkeypatch):
     training = start()
     before = copy.deepcopy(training.network.state_dict())
-    monkeypatch.setattr("core.training.step.gradients", out_of_memory_under(set(PLANS), gradients))
+    monkeypatch.setattr("core.training.step.compute_gradients", out_of_memory_under(set(PLANS), compute_gradients))
     with pytest.raises(NothingFitsError, match="out of memory under the smallest memory plan"):
         step_that_fits(training, *batch())
     assert all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
@@ -151,9 +151,9 @@ def test_auto_keeps_the_first_plan_that_fits_and_changes_nothing(monkeypatch, ca
         tried.append(training.plan)
         if training.plan == "off":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradients(training, image, labels)
+        return compute_gradients(training, image, labels)
 
-    monkeypatch.setattr(memory, "gradients", fake)
+    monkeypatch.setattr(memory, "compute_gradients", fake)
     assert choose_plan(training, SMALL, card) == "low"
     assert tried == ["off", "low"]
     assert capsys.readouterr().out == "memory plan low (off did not fit): 5.00 of 6.0 GiB\n"
@@ -166,9 +166,9 @@ def test_auto_stops_with_the_command_that_names_settings_that_would_fit(monkeypa
     def nothing_fits(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(memory, "gradients", nothing_fits)
+    monkeypatch.setattr(memory, "compute_gradients", nothing_fits)
     needed = {(256, 256, 128): 8.0, (128, 256, 128): 5.5, (128, 128, 128): 5.0}
-    monkeypatch.setattr(memory_count, "predict", lambda config, plan, precision: Need(plan, needed[config.size], 1))
+    monkeypatch.setattr(memory_count, "count_step", lambda config, plan, precision: Need(plan, needed[config.size], 1))
     with pytest.raises(NothingFitsError, match=r"no memory plan fits into the card's 6\.0 GiB; train.py --plan --card"):
         choose_plan(start(), load_config(), card)
     assert memory_count.show_plans(load_config(), 6.0) == 3

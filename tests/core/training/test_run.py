@@ -23,6 +23,7 @@ import train
 from core.checkpoint import load_checkpoint
 from core.system import files
 from core.training import batches as loading
+from core.training.run import Run
 from data.make_phantom import write_phantom
 from dataset import CaseDataset
 
@@ -247,21 +248,35 @@ def no_file_larger_than(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def during_epochs(monkeypatch, context) -> None:
+    """Run the steps of each epoch, and what finishes it, in `context(epoch)`."""
+
+    def wrapped(function):
+        def call(run, *others):
+            with context(run.epoch):
+                return function(run, *others)
+
+        return call
+
+    monkeypatch.setattr(train, "train_one_epoch", wrapped(train.train_one_epoch))
+    monkeypatch.setattr(Run, "finish_epoch", wrapped(Run.finish_epoch))
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(run, whole, tmp_path, monkeypatch):
-    one_epoch = train.one_epoch
-    written = {}
+    written = []
 
-    def disk_fills(run, *others):
-        if run.epoch == 2:
-            written["last"] = (tmp_path / "run" / "last.pt").read_bytes()
-            with no_file_larger_than(4096):
-                row = one_epoch(run, *others)
-            assert (tmp_path / "run" / "last.pt").read_bytes() == written["last"]
-            assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
-            return row
-        return one_epoch(run, *others)
+    @contextmanager
+    def disk_fills(epoch: int):
+        if epoch != 2:
+            yield
+            return
+        written.append((tmp_path / "run" / "last.pt").read_bytes())
+        with no_file_larger_than(4096):
+            yield
+        assert (tmp_path / "run" / "last.pt").read_bytes() == written[0]
+        assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
-    monkeypatch.setattr(train, "one_epoch", disk_fills)
+    during_epochs(monkeypatch, disk_fills)
     code, _, err = run()
     assert code == 0, err
     assert f"warning: {tmp_path / 'run' / 'last.pt'}: cannot be written" in err
@@ -278,13 +293,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(run, whole, t
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_a_failure(run, tmp_path, monkeypatch):
-    one_epoch = train.one_epoch
-
-    def disk_fills(run, *others):
-        with no_file_larger_than(4096):
-            return one_epoch(run, *others)
-
-    monkeypatch.setattr(train, "one_epoch", disk_fills)
+    during_epochs(monkeypatch, lambda epoch: no_file_larger_than(4096))
     code, _, err = run("--epochs", "1")
     assert code == 3
     assert "error:" in err.splitlines()[-1]
@@ -437,14 +446,14 @@ def test_too_little_shared_memory_means_no_workers(run, monkeypatch):
 def test_a_scan_that_vanishes_is_named(run, data, tmp_path, monkeypatch):
     mine = tmp_path / "mine"
     write_phantom(mine, cases=2, shape=(40, 36, 28), seed=0)
-    one_epoch = train.one_epoch
+    one_epoch = train.train_one_epoch
 
     def vanishing(run, *others):
         for scan in (mine / "images").iterdir():
             scan.unlink()
         return one_epoch(run, *others)
 
-    monkeypatch.setattr(train, "one_epoch", vanishing)
+    monkeypatch.setattr(train, "train_one_epoch", vanishing)
     code, _, err = run("--data-dir", mine, "--cache-dir", "null")
     assert code == 1
     assert f"{mine / 'images'}" in err

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from core.training import step
-from core.training.losses import Loss
+from core.training import slabs
+from core.training.losses import LOSSES, Loss, loss_named
 from core.training.low_memory import features
 from core.training.setup import (
-    Average,
+    EMA,
+    PLANS,
     Training,
     autocast,
     choose_device,
@@ -22,7 +23,7 @@ from core.training.setup import (
     make_optimizer,
     to_channels_last,
 )
-from core.training.step import PLANS, NotFiniteError, RunningLoss, pieces_of, training_step, validation_step
+from core.training.step import NotFiniteError, PendingLoss, micro_batches, training_step, validation_step
 from vnet import NORMS, VNet
 
 CPU = torch.device("cpu")
@@ -33,11 +34,12 @@ def sharp_logits(labels: torch.Tensor, classes: int, sureness: float = 50.0) -> 
 
 
 def start(
-    network: VNet, rate: float = 1e-2, plan: str = "off", loss: str = "cross_entropy", scaled: bool = False
+    network: nn.Module, rate: float = 1e-2, plan: str = "off", loss: str | Loss = "cross_entropy", scaled: bool = False
 ) -> Training:
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     precision = next(network.parameters()).dtype
-    return Training(network, Loss(loss), make_optimizer(network, rate), scaler, precision, plan)
+    loss = LOSSES.get(loss, loss)
+    return Training(network, loss, make_optimizer(network, rate), scaler, precision, plan=plan)
 
 
 def step_on(network: VNet, image: torch.Tensor, labels: torch.Tensor, rate: float = 1e-2, **settings: str) -> float:
@@ -45,7 +47,7 @@ def step_on(network: VNet, image: torch.Tensor, labels: torch.Tensor, rate: floa
 
 
 def dice_part(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return (Loss("dice_cross_entropy")(logits, labels) - Loss("cross_entropy")(logits, labels)).item()
+    return (LOSSES["dice_cross_entropy"](logits, labels) - LOSSES["cross_entropy"](logits, labels)).item()
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -54,7 +56,7 @@ def dice_part(logits: torch.Tensor, labels: torch.Tensor) -> float:
 def test_cross_entropy_is_torchs_own():
     logits, labels = torch.randn(2, 5, 4, 3, 6), torch.randint(5, (2, 4, 3, 6))
     expected = nn.functional.cross_entropy(logits, labels).item()
-    assert Loss("cross_entropy")(logits, labels.to(torch.uint8)).item() == pytest.approx(expected, rel=1e-6)
+    assert LOSSES["cross_entropy"](logits, labels.to(torch.uint8)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_dice_loss_by_hand():
@@ -88,7 +90,7 @@ def test_dice_loss_of_a_batch_is_the_mean_of_its_samples():
 def test_dice_loss_without_organs_is_zero_and_has_a_gradient():
     logits = torch.zeros(1, 3, 2, 2, 2, requires_grad=True)
     labels = torch.zeros(1, 2, 2, 2, dtype=torch.long)
-    loss = Loss("dice_cross_entropy")(logits, labels)
+    loss = LOSSES["dice_cross_entropy"](logits, labels)
     loss.backward()
     assert dice_part(logits.detach(), labels) == 0
     assert torch.isfinite(logits.grad).all()
@@ -97,7 +99,7 @@ def test_dice_loss_without_organs_is_zero_and_has_a_gradient():
 def test_dice_cross_entropy_is_their_sum():
     logits, labels = torch.zeros(1, 4, 2, 2, 2), torch.ones(1, 2, 2, 2, dtype=torch.long)
     # Every class has 1/4: cross-entropy ln 4; Dice of organ 1 is 2 * 8/4 / (8/16 + 8) = 8/17.
-    assert Loss("dice_cross_entropy")(logits, labels).item() == pytest.approx(math.log(4) + 9 / 17, abs=1e-6)
+    assert LOSSES["dice_cross_entropy"](logits, labels).item() == pytest.approx(math.log(4) + 9 / 17, abs=1e-6)
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def test_mixed_precision_runs_convolutions_in_bf16_and_the_loss_in_float32():
     network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
     with autocast(CPU, torch.bfloat16):
         logits = network(torch.rand(1, 1, 8, 8, 8))
-        loss = Loss("dice_cross_entropy")(logits, torch.zeros(1, 8, 8, 8, dtype=torch.long))
+        loss = LOSSES["dice_cross_entropy"](logits, torch.zeros(1, 8, 8, 8, dtype=torch.long))
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
 
@@ -156,7 +158,7 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(plan, loss, pieces):
     labels = torch.randint(5, (3, 8, 8, 12), dtype=torch.uint8)
     expected = training_step(start(whole, plan=plan, loss=loss), image, labels)
     training = start(cut, plan=plan, loss=loss)
-    training.pieces = pieces
+    training.accumulation_steps = pieces
     seen = []
     found = training_step(training, image, labels, check=seen.append)
     assert len(seen) == min(pieces, 3)
@@ -165,16 +167,16 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(plan, loss, pieces):
         assert (a.grad - b.grad).norm() <= 1e-9 * a.grad.norm(), name
 
 
-def test_pieces_of_a_batch():
-    assert pieces_of(5, 2) == [(slice(0, 2), 0.4), (slice(2, 5), 0.6)]
-    assert pieces_of(1, 4) == [(slice(0, 1), 1.0)]
+def test_micro_batches_of_a_batch():
+    assert micro_batches(5, 2) == [(slice(0, 2), 0.4), (slice(2, 5), 0.6)]
+    assert micro_batches(1, 4) == [(slice(0, 1), 1.0)]
 
 
 def test_average_of_the_weights_by_hand():
     network = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         network.weight.fill_(1.0)
-    average = Average(network, 0.75)
+    average = EMA(network, 0.75)
     for weight in (5.0, 9.0):
         with torch.no_grad():
             network.weight.fill_(weight)
@@ -200,11 +202,11 @@ def test_each_step_moves_the_average():
     torch.manual_seed(0)
     network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
     training = start(network, rate=1e-2)
-    training.average = Average(network, 0.9)
-    before = copy.deepcopy(training.average.weights)
+    training.ema = EMA(network, 0.9)
+    before = copy.deepcopy(training.ema.weights)
     training_step(training, torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8)))
     for name, parameter in network.named_parameters():
-        torch.testing.assert_close(training.average.weights[name], 0.9 * before[name] + 0.1 * parameter)
+        torch.testing.assert_close(training.ema.weights[name], 0.9 * before[name] + 0.1 * parameter)
 
 
 # ---- The deterministic loss ------------------------------------------------------------------------------------------
@@ -215,7 +217,13 @@ def test_the_deterministic_loss_is_the_same(name):
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 4, 3, 6, dtype=torch.double, requires_grad=True)
     labels = torch.randint(4, (2, 4, 3, 6))  # one class is in none
-    losses = [Loss(name, deterministic)(logits, labels) for deterministic in (False, True)]
+    losses = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            losses.append(LOSSES[name](logits, labels))
+        finally:
+            torch.use_deterministic_algorithms(False)
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-12)
     first, second = (torch.autograd.grad(loss, logits)[0] for loss in losses)
     torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-14)
@@ -224,7 +232,13 @@ def test_the_deterministic_loss_is_the_same(name):
 # ---- Memory plans: other ways to the same gradients ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "dice_cross_entropy"])
+def hardest_half(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A loss that no sums over voxels give: the mean over the hardest half of the voxels."""
+    losses = nn.functional.cross_entropy(logits, labels.long(), reduction="none").flatten()
+    return losses.topk(losses.numel() // 2).values.mean()
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice_cross_entropy", hardest_half])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("plan", PLANS[1:])
 def test_plans_give_the_gradients_of_the_plain_step(plan, norm, loss, monkeypatch):
@@ -235,7 +249,7 @@ def test_plans_give_the_gradients_of_the_plain_step(plan, norm, loss, monkeypatc
     labels = torch.randint(5, (2, 16, 8, 12), dtype=torch.uint8)
     expected = step_on(plain, image, labels, rate=1e-3, loss=loss)
     # Small enough that a slab is thinner than the volume, and a piece has fewer channels.
-    monkeypatch.setattr(step, "SLAB_BYTES", 20_000)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 20_000)
     monkeypatch.setattr("core.training.low_memory.PIECE_BYTES", 20_000)
     monkeypatch.setattr("core.training.low_memory.PART_BYTES", 50_000)
     found = step_on(frugal, image, labels, rate=1e-3, loss=loss, plan=plan)
@@ -282,11 +296,11 @@ def test_step_whose_loss_is_not_finite_is_left_out(plan, bad, scaled):
     loss = training_step(training, torch.full_like(image, bad), labels)
     assert not math.isfinite(loss)
     with pytest.raises(NotFiniteError, match=r"^epoch 2, step 3, case x: the loss is nan; a lower "):
-        RunningLoss(loss, "epoch 2, step 3, case x").read()
+        PendingLoss(loss, "epoch 2, step 3, case x").read()
     torch.testing.assert_close((network.state_dict(), training.optimizer.state_dict()["state"]), before, rtol=0, atol=0)
     # The next step goes on from there, as if the one that was left out had never been.
     loss = training_step(training, image, labels)
-    assert RunningLoss(loss, "").read() == loss.item()
+    assert PendingLoss(loss, "").read() == loss.item()
     assert all(state["step"] == 2 for state in training.optimizer.state.values())
 
 
@@ -311,7 +325,7 @@ def test_a_loss_on_a_gpu_is_copied_at_once_and_waited_for_when_read(monkeypatch)
     order = []
 
     class OnGpu:
-        """As much of a scalar on a GPU as RunningLoss touches, and of its stream, the event, and the copy."""
+        """As much of a scalar on a GPU as PendingLoss touches, and of its stream, the event, and the copy."""
 
         is_cuda, device = True, torch.device("cuda:1")
 
@@ -331,7 +345,7 @@ def test_a_loss_on_a_gpu_is_copied_at_once_and_waited_for_when_read(monkeypatch)
             return 0.5
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: order.append(f"stream of {device}") or OnGpu())
-    running = RunningLoss(OnGpu(), "")
+    running = PendingLoss(OnGpu(), "")
     assert order == ["copy to cpu without waiting", "stream of cuda:1", "record"]
     assert running.read() == 0.5
     assert order[3:] == ["wait", "read"]
@@ -387,6 +401,27 @@ def test_compiled_network_gives_the_same_gradients():
         assert (a.grad - b.grad).norm() <= 1e-3 * a.grad.norm(), name
 
 
+@pytest.mark.parametrize("loss", ["dice_cross_entropy", hardest_half])
+def test_another_network_is_trained_and_validated_whole(loss):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.PReLU(), nn.Conv3d(4, 3, 1))
+    image, labels = torch.rand(2, 1, 8, 6, 5), torch.randint(3, (2, 8, 6, 5), dtype=torch.uint8)
+    training = start(network, loss=loss)
+    training.accumulation_steps = 2
+    before = training_step(training, image, labels).item()
+    assert training_step(training, image, labels).item() < before
+    network.eval()
+    value, predicted = validation_step(training, image, labels)
+    logits = network(image)
+    assert value == pytest.approx(training.loss(logits, labels).item(), rel=1e-6)
+    assert torch.equal(predicted, logits.argmax(dim=1).to(torch.uint8))
+
+
+def test_an_unknown_loss_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="loss: got hinge, expected one of cross_entropy, dice_cross_entropy"):
+        loss_named("hinge")
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_validation_step_is_the_network_in_slabs(norm, monkeypatch):
     torch.manual_seed(0)
@@ -396,7 +431,7 @@ def test_validation_step_is_the_network_in_slabs(norm, monkeypatch):
     training = start(network.eval(), loss="dice_cross_entropy")
     logits = network(image)
     before = copy.deepcopy(network.state_dict())
-    monkeypatch.setattr(step, "SLAB_BYTES", 20_000)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 20_000)
     loss, predicted = validation_step(training, image, labels.to(torch.uint8))
     assert loss == pytest.approx(training.loss(logits, labels).item(), rel=1e-9)
     assert torch.equal(predicted, logits.argmax(dim=1).to(torch.uint8))
