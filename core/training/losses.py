@@ -19,6 +19,8 @@ class Loss:
     """
 
     def __init__(self, name: str, deterministic: bool = False):
+        if name not in ("cross_entropy", "dice_cross_entropy"):
+            raise ValueError(f"loss: got {name}, expected one of cross_entropy, dice_cross_entropy")
         self.with_dice = name == "dice_cross_entropy"
         self.deterministic = deterministic
 
