@@ -19,8 +19,9 @@ import pytest
 import torch
 
 import train
-from core.checkpoint import build_network, load_checkpoint, load_network
+from core.checkpoint import load_checkpoint, load_network
 from core.config import load_config
+from core.network import build_network
 from core.system.processes import ALONE
 from core.training.run_folder import RunFolder
 from core.training.setup import start_training
@@ -187,9 +188,13 @@ def test_resuming_with_an_average_and_pieces(run, tmp_path, plan):
     best = weights(tmp_path / "whole" / "best.pt")
     assert all(torch.equal(best[name], value) for name, value in whole["average"].items())
     content = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    (tmp_path / "whole" / "previous.pt").unlink()
+    content["average"]["classify.bias"] = torch.zeros(3)
+    torch.save(content, tmp_path / "whole" / "last.pt")
+    code, _, err = run(*flags, "--resume", folder="whole")
+    assert (code, "last.pt: its average is another network's (classify.bias is of shape [3]" in err) == (2, True)
     del content["average"]
     torch.save(content, tmp_path / "whole" / "last.pt")
-    (tmp_path / "whole" / "previous.pt").unlink()
     code, _, err = run(*flags, "--resume", folder="whole")
     assert (code, "last.pt: lacks average, so that training cannot go on" in err) == (2, True)
 

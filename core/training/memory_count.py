@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.checkpoint import build_network
 from core.config import Config
+from core.network import build_network
 from core.system.exits import (
     DONE,
     STOPPED,

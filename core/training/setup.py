@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from core.checkpoint import build_network
 from core.config import Config
+from core.network import build_network
 from core.system.processes import Group
 from core.training.losses import Loss
 from vnet import VNet

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train
-from core.checkpoint import build_network
 from core.config import load_config
+from core.network import build_network
 from core.training import memory_count
 from core.training import memory_plans as memory
 from core.training.losses import Loss
