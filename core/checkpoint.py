@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.config import Config, config_from_dict, config_to_dict, load_config
+from core.config import Config, config_from_dict, config_to_dict
 from core.network import build_network
 from core.system.files import check_room, whole_file
 
@@ -84,9 +84,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     for name, tensor in named_tensors(content):
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite numbers; take another checkpoint")
-    # A checkpoint from before a setting existed lacks it; the default in config.yaml is what was done then.
-    settings = config_to_dict(load_config()) | content["config"]
-    return content | {"config": config_from_dict(settings, str(path))}
+    # A checkpoint from before a setting existed lacks it; the setting's default is what was done then.
+    return content | {"config": config_from_dict(content["config"], str(path))}
 
 
 def read_content(file: BinaryIO, device: torch.device | str) -> Any:

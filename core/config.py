@@ -1,90 +1,37 @@
-"""Settings: config.yaml, overridden by command-line flags, checked once, frozen.
+"""Settings: the table of them, settings files, flags.
 
-The defaults live in config.yaml and nowhere else, so every key must be there. Every key is also a flag of train.py,
-underscores as dashes: `learning_rate: 1e-4` in the file is `--learning-rate 1e-4` on the command line.
+Every setting is one field of Config, with its default, the rule for its values and its help text. config.yaml lists all
+of them for users (tests/core/test_config.py keeps it equal to the table). Another settings file may hold only the keys
+that differ from the defaults. Every key is also a flag of train.py, with dashes for underscores: `learning_rate: 1e-4`
+in a file is `--learning-rate 1e-4` on the command line.
 """
 
 import argparse
 import difflib
-import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from core.system.files import whole_file
+from core.system.yaml_files import dump_yaml, parse_value, read_yaml, shorten, show_value
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "config.yaml"
-MOST_BYTES = 256 * 2**10  # of a settings file; a list of 10,000 case ids takes 150 KB
-MOST_SHOWN = 200  # characters of a wrong key or value in an error
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of a training run; config.yaml says what each is."""
-
-    data_dir: str
-    run_dir: str
-    cache_dir: str | None
-    val_cases: tuple[str, ...] | None
-    val_fraction: float
-    folds: int
-    fold: int
-    size: tuple[int, int, int]
-    window_hu: tuple[float, float]
-    max_gib: float
-    assume_ras: bool
-    replace_nonfinite: bool
-    organs: tuple[str, ...]
-    channels: int
-    down_convs: tuple[int, ...]
-    up_convs: tuple[int, ...]
-    norm: str
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    loss: str
-    schedule: str
-    precision: str
-    memory: str
-    compile: bool
-    channels_last: bool
-    val_interval: int
-    checkpoint_minutes: float
-    max_grad_norm: float
-    accumulation_steps: int
-    ema_decay: float
-    init_output_bias: bool
-    deterministic: bool
-    tensorboard: bool
-    augment: bool
-    augment_rotation_degrees: float
-    augment_scale: float
-    augment_shift: float
-    augment_contrast: float
-    augment_brightness: float
-    augment_gamma: float
-    augment_noise: float
-    augment_flip: bool
-    init_from: str | None
-    seed: int
-    workers: int
-    device: str
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be: a Python type, one value or a row of them, a condition, and both in words."""
+    """The values that a setting may take."""
 
-    kind: type
-    words: str
-    holds: Callable[[Any], bool] = lambda value: True
-    row: bool = False
-    optional: bool = False
+    kind: type  # of the value, or of each item of a list
+    words: str  # the allowed values, for errors and --help
+    holds: Callable[[Any], bool] = lambda value: True  # condition on the value, or on the tuple of items
+    is_list: bool = False
+    optional: bool = False  # null is allowed
+    is_path: bool = False  # a leading ~ means the home folder
 
 
 def whole_number(minimum: int) -> Rule:
@@ -99,75 +46,143 @@ def one_of(*choices: str) -> Rule:
     return Rule(str, f"one of {', '.join(choices)}", lambda value: value in choices)
 
 
-def row_of_counts(words: str) -> Rule:
-    return Rule(int, words, lambda values: len(values) > 0 and min(values) >= 1, row=True)
+def are_class_names(names: tuple[str, ...]) -> bool:
+    """Return True for names that can be told apart, also as columns of log.csv, and whose ids fit into uint8."""
+    distinct = {name.replace(" ", "_") for name in names}
+    return 2 <= len(names) <= 256 and len(distinct) == len(names) and all(n.strip() and n.isprintable() for n in names)
 
 
-RULES = {
-    "data_dir": Rule(str, "a folder", bool),
-    "run_dir": Rule(str, "a folder", bool),
-    "cache_dir": Rule(str, "a folder, or null for no cache", bool, optional=True),
-    "val_cases": Rule(
-        str, "case ids (in quotes if all digits), a file of them, or null", bool, row=True, optional=True
-    ),
-    "val_fraction": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
-    "folds": Rule(int, "0 for none, or a whole number of 2 or more", lambda value: value == 0 or value >= 2),
-    "fold": whole_number(0),
-    "size": Rule(int, "three whole numbers", lambda values: len(values) == 3 and min(values) >= 1, row=True),
-    "window_hu": Rule(
-        float, "two numbers, the lower first", lambda values: len(values) == 2 and values[0] < values[1], row=True
-    ),
-    "max_gib": Rule(float, "a number of GiB above 0", lambda value: value > 0),
-    "assume_ras": Rule(bool, "true or false"),
-    "replace_nonfinite": Rule(bool, "true or false"),
-    "organs": Rule(
-        str,
-        "two names or more, no name twice, all printable, at most 256, the first for background",
-        lambda values: (
-            2 <= len(values) <= 256
-            and all(v.strip() and v.isprintable() for v in values)
-            and len({v.replace(" ", "_") for v in values}) == len(values)
-        ),
-        row=True,
-    ),
-    "channels": whole_number(1),
-    "down_convs": row_of_counts("whole numbers of 1 or more, one for each stage"),
-    "up_convs": row_of_counts("whole numbers of 1 or more, one for each stage, one stage fewer than down_convs"),
-    "norm": one_of("instance", "batch", "group", "none"),
-    "epochs": whole_number(1),
-    "batch_size": whole_number(1),
-    "learning_rate": Rule(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1),
-    "loss": one_of("cross_entropy", "dice_cross_entropy"),
-    "schedule": one_of("constant", "cosine", "poly"),
-    "precision": one_of("auto", "float32", "bf16", "fp16"),
-    "memory": one_of("auto", "off", "low", "lowest"),
-    "compile": Rule(bool, "true or false"),
-    "channels_last": Rule(bool, "true or false"),
-    "val_interval": whole_number(1),
-    "checkpoint_minutes": Rule(float, "a number of minutes, 0 or more", lambda value: value >= 0),
-    "max_grad_norm": Rule(float, "a number, 0 or more", lambda value: value >= 0),
-    "accumulation_steps": whole_number(1),
-    "ema_decay": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
-    "init_output_bias": Rule(bool, "true or false"),
-    "deterministic": Rule(bool, "true or false"),
-    "tensorboard": Rule(bool, "true or false"),
-    "augment": Rule(bool, "true or false"),
-    "augment_rotation_degrees": number(0, 180),
-    "augment_scale": number(0, 0.9),
-    "augment_shift": number(0, 1),
-    "augment_contrast": number(0, 0.9),
-    "augment_brightness": number(0, 1),
-    "augment_gamma": number(0, 0.9),
-    "augment_noise": number(0, 1),
-    "augment_flip": Rule(bool, "true or false"),
-    "init_from": Rule(str, "a checkpoint, or null", bool, optional=True),
-    "seed": Rule(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
-    "workers": whole_number(0),
-    "device": Rule(str, "auto, cpu, cuda or cuda:N", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)),
-}
+FOLDER = Rule(str, "a folder", bool, is_path=True)
+BOOLEAN = Rule(bool, "true or false")
+FRACTION = Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+NOT_NEGATIVE = Rule(float, "a number, 0 or more", lambda value: value >= 0)
+VAL_CASES = Rule(
+    str, "case ids (in quotes if all digits), a file of them, or null", bool, is_list=True, optional=True, is_path=True
+)
+SIZE = Rule(int, "three whole numbers", lambda values: len(values) == 3 and min(values) >= 1, is_list=True)
+WINDOW = Rule(
+    float, "two numbers, the lower first", lambda values: len(values) == 2 and values[0] < values[1], is_list=True
+)
+ORGANS = Rule(
+    str, "2 to 256 names, all different and printable, the first for background", are_class_names, is_list=True
+)
+COUNTS = Rule(
+    int, "whole numbers of 1 or more, one for each stage", lambda values: values and min(values) >= 1, is_list=True
+)
 
 
-# Settings by their old names, which are refused with the new one.
+def setting(default: Any, rule: Rule, text: str) -> Any:
+    """Return a field of Config with its default, its rule and its help text."""
+    return field(default=default, metadata={"rule": rule, "help": text})
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a training run."""
+
+    # Data
+    data_dir: str = setting("data/FLARE22Train", FOLDER, "folder with images/CASE_0000.nii.gz and labels/CASE.nii.gz")
+    run_dir: str = setting("runs/vnet", FOLDER, "output folder of the run: checkpoints, log.csv, curves.png, run.json")
+    cache_dir: str | None = setting("cache", replace(FOLDER, words="a folder, or null", optional=True),
+        "folder for resized cases (16 MiB each at the default size); null: resize them in every epoch")
+    val_cases: tuple[str, ...] | None = setting(None, VAL_CASES,
+        "ids of the validation cases, or a file with one id per line; null: the cases of data/val_cases.txt, or a "
+        "val_fraction of the cases if the data has none of them")
+    val_fraction: float = setting(0.2, FRACTION,
+        "share of the cases that seed draws for validation where val_cases does not decide; 0: no validation")
+    folds: int = setting(0, Rule(int, "0 or a whole number of 2 or more", lambda value: value == 0 or value >= 2),
+        "number of parts that seed splits the cases into for cross-validation; 0: no cross-validation")
+    fold: int = setting(0, whole_number(0), "part used for validation, from 0 to folds - 1")
+    size: tuple[int, int, int] = setting((256, 256, 128), SIZE,
+        "voxels X Y Z of the network's input; multiples of 16 with five stages")
+    window_hu: tuple[float, float] = setting((-160.0, 240.0), WINDOW,
+        "range in HU that is scaled to 0..1; values outside are clipped")
+    max_gib: float = setting(8.0, Rule(float, "a number of GiB above 0", lambda value: value > 0),
+        "largest scan accepted, in GiB as float32")
+    assume_ras: bool = setting(False, BOOLEAN, "read files that state no orientation as RAS+; false: refuse them")
+    replace_nonfinite: bool = setting(False, BOOLEAN,
+        "replace NaN and infinite voxels of scans by air; false: refuse such scans")
+    organs: tuple[str, ...] = setting(
+        ("background", "liver", "right kidney", "spleen", "pancreas", "aorta", "inferior vena cava",
+         "right adrenal gland", "left adrenal gland", "gallbladder", "esophagus", "stomach", "duodenum", "left kidney"),
+        ORGANS, "class names in the order of the ids in the label files; the first is the background")
+
+    # Network (vnet.py)
+    channels: int = setting(16, whole_number(1), "channels of the first stage; each stage down doubles them")
+    down_convs: tuple[int, ...] = setting((1, 2, 3, 3, 3), COUNTS,
+        "number of 5x5x5 convolutions in each stage down; the last is the bottom stage")
+    up_convs: tuple[int, ...] = setting((3, 3, 2, 1), COUNTS,
+        "number of 5x5x5 convolutions in each stage up, one stage fewer than down; the first is the lowest stage")
+    norm: str = setting("instance", one_of("instance", "batch", "group", "none"),
+        "normalization after each convolution; batch needs a batch_size above 1 to work well")
+
+    # Training
+    epochs: int = setting(50, whole_number(1), "passes over the training cases")
+    batch_size: int = setting(1, whole_number(1), "cases per training step, over all processes")
+    learning_rate: float = setting(1e-4, Rule(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1),
+        "learning rate of Adam")
+    loss: str = setting("cross_entropy", Rule(str, "the name of a loss", bool),
+        "name of a loss in core/training/losses.py, such as cross_entropy or dice_cross_entropy (the sum of both)")
+    schedule: str = setting("constant", one_of("constant", "cosine", "poly"),
+        "learning rate during the run; cosine and poly decrease it to 0 at the last step")
+    precision: str = setting("auto", one_of("auto", "float32", "bf16", "fp16"),
+        "number type of mixed precision; auto: bf16 on a GPU that supports it, fp16 on others, float32 on a CPU")
+    memory: str = setting("auto", one_of("auto", "off", "low", "lowest"),
+        "plan that saves GPU memory (see train.py --plan); auto: the fastest plan that fits; off on a CPU")
+    compile: bool = setting(False, BOOLEAN,
+        "compile the network with torch.compile if the memory plan is off; delays the first step by a minute or more; "
+        "needs a C++ compiler on a CPU; not measured on a GPU yet")
+    channels_last: bool = setting(False, BOOLEAN,
+        "store volumes with the channels as the last axis in memory; not measured on a GPU yet")
+    val_interval: int = setting(1, whole_number(1),
+        "number of epochs from one validation to the next; the last epoch is always validated")
+    checkpoint_minutes: float = setting(15.0, replace(NOT_NEGATIVE, words="a number of minutes, 0 or more"),
+        "minutes from one last.pt to the next within an epoch; each epoch also ends with one; 0: after every step")
+    max_grad_norm: float = setting(0.0, NOT_NEGATIVE,
+        "clip the gradient of all weights together to this norm; 0: no clipping")
+    accumulation_steps: int = setting(1, whole_number(1),
+        "parts that each batch is split into, computed one after the other; 4 with batch_size 4 needs the memory of "
+        "one case and gives the gradient of all four")
+    ema_decay: float = setting(0.0, FRACTION,
+        "decay of an exponential moving average (EMA) of the weights, which is then validated and becomes best.pt; "
+        "0.99 averages over about 100 steps; 0: none")
+    init_output_bias: bool = setting(False, BOOLEAN,
+        "initialize the output bias so that training starts from each class's share of the training voxels")
+    deterministic: bool = setting(False, BOOLEAN,
+        "use only operations that give the same weights for the same seed; slower on a GPU and not tested there yet; "
+        "has no effect on a CPU, where this always holds")
+    tensorboard: bool = setting(False, BOOLEAN,
+        "write the numbers of log.csv for TensorBoard too (pip install tensorboard)")
+    init_from: str | None = setting(None, Rule(str, "a checkpoint, or null", bool, optional=True, is_path=True),
+        "checkpoint of another run whose weights this run starts from; null: random weights")
+
+    # Augmentation
+    augment: bool = setting(False, BOOLEAN, "augment the training cases at random")
+    augment_rotation_degrees: float = setting(10.0, number(0, 180), "rotation about each axis, in degrees")
+    augment_scale: float = setting(0.1, number(0, 0.9), "scaling of the volume; 0.1: by a factor of 0.9 to 1.1")
+    augment_shift: float = setting(0.05, number(0, 1), "shift along each axis, as a share of the volume's length")
+    augment_contrast: float = setting(0.2, number(0, 0.9), "contrast about the mean; 0.2: by a factor of 0.8 to 1.2")
+    augment_brightness: float = setting(0.1, number(0, 1),
+        "brightness added to all voxels, as a share of the HU window")
+    augment_gamma: float = setting(0.2, number(0, 0.9), "exponent of the voxel values; 0.2: 0.8 to 1.2")
+    augment_noise: float = setting(0.03, number(0, 1),
+        "standard deviation of Gaussian noise, as a share of the HU window")
+    augment_flip: bool = setting(False, BOOLEAN,
+        "swap left and right with probability 0.5, also the ids of paired organs")
+
+    # Machine
+    seed: int = setting(0, Rule(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
+        "seed of everything random")
+    workers: int = setting(2, whole_number(0),
+        "processes that load cases during training; 0: the training process loads them")
+    device: str = setting("auto", Rule(str, "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
+        "device of the training; auto: the first GPU, or the CPU if there is none")
+# fmt: on
+
+
+RULES: dict[str, Rule] = {field.name: field.metadata["rule"] for field in fields(Config)}
+# Old names of settings, which are refused with the new name.
 RENAMED = {
     "average_decay": "ema_decay",
     "accumulate": "accumulation_steps",
@@ -176,110 +191,24 @@ RENAMED = {
 }
 
 
-class Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number (PyYAML wants 1.0e-4), and a key twice is an error.
-
-    Aliases are refused: no setting needs one, and nested ones stand for billions of values in a few lines.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node, refusing an alias."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            problem = f"the alias *{shorten(event.anchor)} stands for another value; write the value itself"
-            raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """The mapping of a node, refusing a key that stands there twice."""
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                problem = "a key that is a list or a mapping, expected a word"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                problem = f"the key {shorten(key)} stands there twice"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-class Dumper(yaml.SafeDumper):
-    """The inverse: puts quotes round a word, such as a case 1e-4, that Loader would take for a number."""
-
-
-SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-for side in (Loader, Dumper):
-    side.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
-
-
 def load_config(path: str | Path = DEFAULT_CONFIG, flags: dict[str, Any] | None = None) -> Config:
-    """Read settings from a YAML file; `flags`, each key with the text or texts typed for it, win over the file.
+    """Load the settings of a YAML file; `flags`, the text or texts typed for each key, override the file.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: naming the key that is unknown, missing, mistyped or out of range, and what is allowed.
+        FileNotFoundError: if the file does not exist.
+        ValueError: naming the key that is unknown or whose value is not allowed, and what is allowed.
     """
-    settings = read_yaml(path)
-    check_keys(settings, str(path))
-    for key, typed in (flags or {}).items():
-        settings[key] = parse_flag(key, typed)
-    where = {key: flag_of(key) for key in flags or {}}
-    return Config(**{key: check(key, settings[key], where.get(key, f"{path}: {key}")) for key in RULES})
+    config = config_from_dict(read_yaml(path), str(path))
+    typed = {key: check(key, parse_flag(key, text), flag_of(key)) for key, text in (flags or {}).items()}
+    return replace(config, **typed)
 
 
 def config_from_dict(settings: dict[str, Any], source: str) -> Config:
-    """The inverse of `config_to_dict`, checking everything as for a file; `source` is named in errors."""
-    check_keys(settings, source)
-    return Config(**{key: check(key, settings[key], f"{source}: {key}") for key in RULES})
-
-
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Settings as plain dict, lists and scalars, for YAML, JSON and checkpoints."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-
-
-def save_config(config: Config, path: str | Path) -> None:
-    """Write settings as YAML that `load_config` reads."""
-    with whole_file(path) as temporary:
-        temporary.write_text(yaml.dump(config_to_dict(config), Dumper=Dumper, sort_keys=False, default_flow_style=None))
-
-
-def load_organs(path: str | Path = DEFAULT_CONFIG) -> tuple[str, ...]:
-    """The organ names of a settings file; the index of a name is its id, 0 is the background.
+    """Return checked settings, the inverse of `config_to_dict`; a missing key has its default.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_config`.
+        ValueError: as `load_config`; its sentence begins with `source`.
     """
-    return load_config(path).organs
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, unchecked; errors as `load_config`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such settings file")
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES} bytes")
-        settings = yaml.load(content.decode(), Loader)
-    except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: its values are nested too deeply, expected lines of 'key: value'") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-01
-        raise ValueError(f"{path}: cannot be read as YAML ({error})") from error
-    if not isinstance(settings, dict):
-        got = "nothing" if settings is None else f"a {type(settings).__name__}"
-        raise ValueError(f"{path}: got {got}, expected lines of 'key: value'")
-    return settings
-
-
-def check_keys(settings: dict[str, Any], source: str) -> None:
-    """Check that every key is there and none besides; `source` opens the error's sentence."""
     for key in settings:
         if key in RENAMED:
             raise ValueError(f"{source}: unknown key {key}; it is {RENAMED[key]} now")
@@ -287,87 +216,85 @@ def check_keys(settings: dict[str, Any], source: str) -> None:
             close = difflib.get_close_matches(shorten(key), RULES, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(RULES)}"
             raise ValueError(f"{source}: unknown key {shorten(key)}; {hint}")
-    missing = [key for key in RULES if key not in settings]
-    if missing:
-        raise ValueError(f"{source}: missing key {missing[0]}, expected {RULES[missing[0]].words}")
+    return Config(**{key: check(key, value, f"{source}: {key}") for key, value in settings.items()})
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Return the settings as a plain dict of lists and scalars, for YAML, JSON and checkpoints."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Save all settings as YAML for `load_config`."""
+    with whole_file(path) as temporary:
+        temporary.write_text(dump_yaml(config_to_dict(config)))
+
+
+def load_organs(path: str | Path = DEFAULT_CONFIG) -> tuple[str, ...]:
+    """Load the class names of a settings file; the index of a name is its id. Raises as `load_config`."""
+    return load_config(path).organs
 
 
 def parse_flag(key: str, typed: str | list[str]) -> Any:
-    """Text from the command line as the value that YAML would make of it; words stay words where they are wanted."""
+    """Return typed text as the value that it would be in a YAML file; a setting of words keeps its text."""
     if isinstance(typed, list):
         return None if typed == ["null"] else [parse_flag(key, text) for text in typed]
     if RULES[key].kind is str:
         return None if typed == "null" and RULES[key].optional else typed
-    try:
-        return yaml.load(typed, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return typed
+    return parse_value(typed)
 
 
 def check(key: str, value: Any, where: str) -> Any:
-    """A value as the type that RULES gives its key; `where` opens the error's sentence."""
+    """Return a value converted to the type of its setting.
+
+    Raises:
+        ValueError: if the rule of the setting does not allow the value; the sentence begins with `where`.
+    """
     rule = RULES[key]
     if value is None and rule.optional:
         return None
-    values = value if rule.row and isinstance(value, list | tuple) else [value]
-    typed = tuple(rule.kind(item) for item in values if is_a(item, rule.kind))
-    fits = len(typed) == len(values) and (rule.row or len(typed) == 1)
-    if not fits or not rule.holds(typed if rule.row else typed[0]):
-        raise ValueError(f"{where}: got {as_yaml(value)}, expected {rule.words}")
-    return typed if rule.row else typed[0]
+    items = value if rule.is_list and isinstance(value, list | tuple) else [value]
+    typed = tuple(rule.kind(item) for item in items if is_a(item, rule.kind))
+    if rule.is_path:
+        typed = tuple(map(os.path.expanduser, typed))
+    if len(typed) != len(items) or not rule.holds(typed if rule.is_list else typed[0]):
+        raise ValueError(f"{where}: got {show_value(value)}, expected {rule.words}")
+    return typed if rule.is_list else typed[0]
 
 
 def is_a(value: Any, kind: type) -> bool:
-    """Whether a value can be of that type without loss; a truth value is no number, though Python says so."""
+    """Return True if a value converts to a type without loss; a bool is not a number here."""
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
-        return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # no NaN, nothing infinite
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # neither NaN nor infinite
     return isinstance(value, kind)
 
 
-def as_yaml(value: Any) -> str:
-    """A value as it would stand in the file: null, true, [1, 2]; only its type where it is none for a file."""
-    try:
-        text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
-    except (yaml.YAMLError, RecursionError):
-        return f"a {type(value).__name__}"
-    return shorten(text.removesuffix("...\n").strip())
+def flag_of(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
-def shorten(value: Any) -> str:
-    """The first characters of a value's text, for an error."""
-    text = str(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+class RenamedFlag(argparse.Action):
+    """The old name of a flag, which ends the command with exit code 2 and the new name."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        parser.error(f"unknown flag {self.option_strings[0]}; it is {self.const} now")
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` a flag for every key; `flags_given` reads them back."""
-    for key, rule in RULES.items():
-        # A truth value may also stand alone: --augment is --augment true.
-        shape = {"nargs": "+"} if rule.row else {"nargs": "?", "const": "true"} if rule.kind is bool else {}
-        parser.add_argument(flag_of(key), help=rule.words, metavar="VALUE", **shape)
-
+    """Add a flag for every setting; `flags_given` reads them back."""
+    group = parser.add_argument_group("settings")
+    for item in fields(Config):
+        rule, default = RULES[item.name], show_value(config_to_dict(Config())[item.name])
+        # A bool needs no value: --augment is --augment true.
+        shape = {"nargs": "+"} if rule.is_list else {"nargs": "?", "const": "true"} if rule.kind is bool else {}
+        text = f"{item.metadata['help']} ({rule.words}; default: {default})"
+        group.add_argument(flag_of(item.name), help=text, metavar="VALUE", **shape)
     for old, new in RENAMED.items():
         parser.add_argument(flag_of(old), action=RenamedFlag, const=flag_of(new), nargs="*", help=argparse.SUPPRESS)
 
 
-class RenamedFlag(argparse.Action):
-    """A flag by its old name: end with the new one."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        """End with exit code 2."""
-        parser.error(f"unknown flag {self.option_strings[0]}; it is {self.const} now")
-
-
-def flag_of(key: str) -> str:
-    """The flag of a setting."""
-    return f"--{key.replace('_', '-')}"
-
-
-def flags_given(arguments: argparse.Namespace, keys: Iterable[str] = RULES) -> dict[str, Any]:
-    """The settings typed on the command line, as `load_config` takes them."""
-    return {key: getattr(arguments, key) for key in keys if getattr(arguments, key) is not None}
-
-
-assert [field.name for field in fields(Config)] == list(RULES), "every field of Config has its rule, in its order"
+def flags_given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings typed on the command line, as `load_config` takes them."""
+    return {key: getattr(arguments, key) for key in RULES if getattr(arguments, key) is not None}

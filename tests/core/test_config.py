@@ -2,16 +2,15 @@
 
 import argparse
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from core.config import (
     DEFAULT_CONFIG,
-    RENAMED,
     RULES,
     Config,
     add_config_flags,
@@ -23,11 +22,12 @@ from core.config import (
     save_config,
 )
 from core.system.exits import print_error
+from core.system.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = DEFAULT_CONFIG.read_text(encoding="utf-8")
 
-# For every key a value other than the default: as typed on the command line, and as the scripts get it.
+# For every key a value other than its default: as typed on the command line, and as the scripts get it.
 CHANGES = {
     "data_dir": ("other data", "other data"),
     "run_dir": ("runs/2024-01-01", "runs/2024-01-01"),
@@ -49,7 +49,7 @@ CHANGES = {
     "epochs": ("3", 3),
     "batch_size": ("2", 2),
     "learning_rate": ("1e-3", 0.001),
-    "loss": ("dice_cross_entropy", "dice_cross_entropy"),
+    "loss": ("focal", "focal"),  # the rule takes any name: core/training/losses.py has the losses
     "schedule": ("cosine", "cosine"),
     "precision": ("float32", "float32"),
     "memory": ("lowest", "lowest"),
@@ -89,13 +89,9 @@ def from_command_line(*typed: str, path: Path = DEFAULT_CONFIG) -> Config:
     return load_config(path, flags_given(parser.parse_args(typed)))
 
 
-def changed(tmp_path: Path, key: str, text: str) -> Path:
-    """The default settings with one key's value replaced by other text."""
-    lines = DEFAULTS.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"{key}:"))
-    end = next(i for i in range(start + 1, len(lines) + 1) if i == len(lines) or not lines[i].startswith("  "))
+def settings_file(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "settings.yaml"
-    path.write_text("\n".join([*lines[:start], f"{key}: {text}", *lines[end:]]), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -114,11 +110,48 @@ def test_the_default_run_is_the_one_promised():
     assert len(config.organs) == 14
 
 
+def comment_of(key: str) -> str:
+    """Return the comment of a key in config.yaml, which may go on over lines that hold nothing else."""
+    first, more = re.search(rf"^{key}:[^#\n]*# (.*)\n((?: +# .*\n)*)", DEFAULTS, re.MULTILINE).groups()
+    return " ".join([first, *(line.strip(" #") for line in more.splitlines())])
+
+
+def test_config_yaml_states_every_default():
+    assert list(read_yaml(DEFAULT_CONFIG)) == [field.name for field in dataclasses.fields(Config)]
+    assert load_config() == Config()
+
+
+def test_config_yaml_and_help_explain_every_setting_in_the_same_words():
+    parser = argparse.ArgumentParser(prog="train.py")
+    add_config_flags(parser)
+    printed = "".join(parser.format_help().split())
+    for field in dataclasses.fields(Config):
+        text, words = field.metadata["help"], RULES[field.name].words
+        assert comment_of(field.name) in (text, f"{words}; {text}")
+        assert "".join(f"{text} ({words}; default: ".split()) in printed
+        assert flag(field.name) in printed
+
+
+def test_what_a_settings_file_leaves_out_has_its_default(tmp_path):
+    path = settings_file(tmp_path, "epochs: 7\nschedule: poly\n")
+    assert load_config(path) == dataclasses.replace(load_config(), epochs=7, schedule="poly")
+    assert from_command_line("--epochs", "3", path=path).epochs == 3
+    assert config_from_dict({}, "last.pt") == load_config()
+
+
+@pytest.mark.parametrize("key", ["data_dir", "run_dir", "cache_dir", "init_from", "val_cases"])
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/me")
+    expected = ("/home/me/x",) if key == "val_cases" else "/home/me/x"
+    assert getattr(load_config(settings_file(tmp_path, f"{key}: ~/x\n")), key) == expected
+    assert getattr(from_command_line(flag(key), "~/x"), key) == expected
+
+
 @pytest.mark.parametrize("key", RULES)
 def test_every_key_has_a_flag_that_wins_over_the_file(key):
     typed, expected = CHANGES[key]
     default = getattr(load_config(), key)
-    words = typed.split() if RULES[key].row else [typed]
+    words = typed.split() if RULES[key].is_list else [typed]
     value = getattr(from_command_line(flag(key), *words), key)
     assert value == expected != default
     assert type(value) is type(expected)
@@ -128,50 +161,35 @@ def test_a_flag_changes_its_own_key_and_no_other():
     assert from_command_line("--epochs", "3") == dataclasses.replace(load_config(), epochs=3)
 
 
-def test_a_flag_wins_over_another_file(tmp_path):
-    path = changed(tmp_path, "epochs", "7")
-    assert from_command_line(path=path).epochs == 7
-    assert from_command_line("--epochs", "3", path=path).epochs == 3
-
-
 def test_settings_cannot_be_changed_later():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config().epochs = 3
 
 
-@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "+1e-4"])
-def test_1e_4_is_a_number_in_the_file_and_as_a_flag(tmp_path, text):
-    assert load_config(changed(tmp_path, "learning_rate", text)).learning_rate == 1e-4
-    assert from_command_line("--learning-rate", text).learning_rate == 1e-4
+@pytest.mark.parametrize(
+    ("key", "texts", "expected"),
+    [
+        ("learning_rate", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "+1e-4"], 1e-4),
+        ("learning_rate", ["1"], 1.0),
+        ("augment", ["true", "True", "yes"], True),
+        ("augment", ["false", "no"], False),
+        ("cache_dir", ["null"], None),
+        ("val_cases", ["null"], None),
+        ("init_from", ["null"], None),
+        ("val_cases", ["runs/vnet/val_cases.txt"], ("runs/vnet/val_cases.txt",)),
+    ],
+)
+def test_a_text_means_the_same_in_the_file_and_as_a_flag(tmp_path, key, texts, expected):
+    for text in texts:
+        in_file = getattr(load_config(settings_file(tmp_path, f"{key}: {text}")), key)
+        as_flag = getattr(from_command_line(flag(key), text), key)
+        assert in_file == as_flag == expected
+        assert type(in_file) is type(as_flag) is type(expected)
 
 
-def test_a_whole_number_will_do_where_a_number_is_wanted(tmp_path):
-    rate = load_config(changed(tmp_path, "learning_rate", "1")).learning_rate
-    assert rate == 1
-    assert type(rate) is float
-
-
-@pytest.mark.parametrize(("text", "expected"), [("true", True), ("false", False), ("True", True), ("no", False)])
-def test_truth_values(tmp_path, text, expected):
-    assert load_config(changed(tmp_path, "augment", text)).augment is expected
-    assert from_command_line("--augment", text).augment is expected
-
-
-def test_a_truth_value_may_stand_alone():
+def test_a_bool_flag_needs_no_value():
     assert from_command_line("--augment").augment is True
     assert from_command_line("--augment", "--epochs", "3").epochs == 3
-
-
-@pytest.mark.parametrize("key", ["cache_dir", "val_cases", "init_from"])
-def test_null_is_nothing_in_the_file_and_as_a_flag(tmp_path, key):
-    assert getattr(load_config(changed(tmp_path, key, "null")), key) is None
-    assert getattr(from_command_line(flag(key), "null"), key) is None
-
-
-def test_one_case_or_a_file_of_cases_needs_no_brackets(tmp_path):
-    assert load_config(changed(tmp_path, "val_cases", "runs/vnet/val_cases.txt")).val_cases == (
-        "runs/vnet/val_cases.txt",
-    )
 
 
 def test_what_is_saved_is_read_back_the_same(tmp_path):
@@ -197,6 +215,7 @@ def test_a_checkpoint_gets_plain_values_and_gives_the_settings_back():
 
 # ---- What is refused: one sentence with the key, what came and what is allowed
 
+CLASS_NAMES = "expected 2 to 256 names, all different and printable, the first for background"
 REFUSED = [
     ("epochs", "0", "got 0, expected a whole number of 1 or more"),
     ("epochs", "2.5", "got 2.5, expected a whole number of 1 or more"),
@@ -214,20 +233,19 @@ REFUSED = [
     ("augment_scale", "0.95", "got 0.95, expected a number from 0 to 0.9"),
     ("augment", "2", "got 2, expected true or false"),
     ("augment", "maybe", "got maybe, expected true or false"),
-    ("loss", "focal", "got focal, expected one of cross_entropy, dice_cross_entropy"),
+    ("schedule", "linear", "got linear, expected one of constant, cosine, poly"),
+    ("folds", "1", "got 1, expected 0 or a whole number of 2 or more"),
     ("norm", "null", "got null, expected one of instance, batch, group, none"),
     ("device", "gpu", "got gpu, expected auto, cpu, cuda or cuda:N"),
     ("data_dir", "''", "got '', expected a folder"),
-]
-REFUSED_ROWS = [
-    ("size", ["64", "64"], "got [64, 64], expected three whole numbers"),
-    ("size", ["64", "64", "0"], "got [64, 64, 0], expected three whole numbers"),
-    ("size", ["64", "64", "1.5"], "got [64, 64, 1.5], expected three whole numbers"),
-    ("size", ["64", "64", "deep"], "got [64, 64, deep], expected three whole numbers"),
-    ("window_hu", ["240", "-160"], "got [240, -160], expected two numbers, the lower first"),
-    ("organs", ["background"], "got [background], expected two names or more"),
-    ("organs", ["background", "liver", "liver"], "got [background, liver, liver], expected two names or more, no name"),
-    ("down_convs", ["1", "0"], "got [1, 0], expected whole numbers of 1 or more, one for each stage"),
+    ("size", "[64, 64]", "got [64, 64], expected three whole numbers"),
+    ("size", "[64, 64, 0]", "got [64, 64, 0], expected three whole numbers"),
+    ("size", "[64, 64, 1.5]", "got [64, 64, 1.5], expected three whole numbers"),
+    ("size", "[64, 64, deep]", "got [64, 64, deep], expected three whole numbers"),
+    ("window_hu", "[240, -160]", "got [240, -160], expected two numbers, the lower first"),
+    ("organs", "[background]", f"got [background], {CLASS_NAMES}"),
+    ("organs", "[background, liver, liver]", f"got [background, liver, liver], {CLASS_NAMES}"),
+    ("down_convs", "[1, 0]", "got [1, 0], expected whole numbers of 1 or more, one for each stage"),
 ]
 
 
@@ -238,66 +256,53 @@ def sentence(error: pytest.ExceptionInfo) -> str:
 
 
 @pytest.mark.parametrize(("key", "text", "complaint"), REFUSED)
-def test_a_value_is_refused_in_the_file(tmp_path, key, text, complaint):
-    path = changed(tmp_path, key, text)
+def test_a_value_is_refused_in_the_file_and_as_a_flag(tmp_path, key, text, complaint):
+    path = settings_file(tmp_path, f"{key}: {text}")
     with pytest.raises(ValueError, match=" ") as error:
         load_config(path)
     assert sentence(error).startswith(f"{path}: {key}: ")
     assert sentence(error).endswith(complaint)
-
-
-@pytest.mark.parametrize(("key", "text", "complaint"), [row for row in REFUSED if row[1] not in ("null", "''")])
-def test_a_value_is_refused_as_a_flag(key, text, complaint):
-    with pytest.raises(ValueError, match=" ") as error:
-        from_command_line(flag(key), text)
-    assert sentence(error).startswith(f"{flag(key)}: ")
-    assert sentence(error).endswith(complaint)
+    if text not in ("null", "''"):  # which are words on the command line
+        with pytest.raises(ValueError, match=" ") as error:
+            from_command_line(flag(key), *text.strip("[]").split(", "))
+        assert sentence(error).startswith(f"{flag(key)}: ")
+        assert sentence(error).endswith(complaint)
 
 
 def test_a_date_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"settings\.yaml: cannot be read as YAML \(month must be in 1\.\.12\)"):
-        load_config(changed(tmp_path, "run_dir", "2024-13-01"))
+        load_config(settings_file(tmp_path, "run_dir: 2024-13-01"))
     with pytest.raises(ValueError, match="--epochs: got '2024-13-01', expected a whole number"):
         from_command_line("--epochs", "2024-13-01")
     assert from_command_line("--run-dir", "2024-13-01").run_dir == "2024-13-01"
 
 
-@pytest.mark.parametrize(("key", "texts", "complaint"), REFUSED_ROWS)
-def test_a_row_is_refused_in_the_file_and_as_a_flag(tmp_path, key, texts, complaint):
-    path = changed(tmp_path, key, f"[{', '.join(texts)}]")
-    with pytest.raises(ValueError, match=" ") as error:
-        load_config(path)
-    assert sentence(error).startswith(f"{path}: {key}: {complaint}")
-    with pytest.raises(ValueError, match=" ") as error:
-        from_command_line(flag(key), *texts)
-    assert sentence(error).startswith(f"{flag(key)}: {complaint}")
-
-
 def test_256_classes_fit_into_a_byte_and_257_do_not(tmp_path):
     names = [f"organ {i}" for i in range(257)]
     assert len(from_command_line("--organs", *names[:256]).organs) == 256
-    with pytest.raises(ValueError, match="at most 256"):
+    with pytest.raises(ValueError, match="expected 2 to 256 names"):
         from_command_line("--organs", *names)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
-    path = tmp_path / "settings.yaml"
-    path.write_text(DEFAULTS + "\nlearning_rat: 1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"unknown key learning_rat; did you mean learning_rate\?$"):
-        load_config(path)
-    path.write_text(DEFAULTS + "\nxyz: 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"settings\.yaml: unknown key learning_rat; did you mean learning_rate\?$"):
+        load_config(settings_file(tmp_path, "epochs: 1\nlearning_rat: 1\n"))
     with pytest.raises(ValueError, match=r"unknown key xyz; the keys are data_dir, run_dir, .*device$"):
-        load_config(path)
+        load_config(settings_file(tmp_path, "xyz: 1\n"))
 
 
-@pytest.mark.parametrize("old", RENAMED)
-def test_an_old_name_is_refused_with_the_new_one(tmp_path, capsys, old):
-    new = {"clip_norm": "max_grad_norm", "accumulate": "accumulation_steps", "average_decay": "ema_decay",
-           "output_bias": "init_output_bias"}[old]  # fmt: skip
-    path = tmp_path / "settings.yaml"
-    path.write_text(f"{DEFAULTS}\n{old}: 1\n", encoding="utf-8")
+NEW_NAMES = {
+    "average_decay": "ema_decay",
+    "accumulate": "accumulation_steps",
+    "clip_norm": "max_grad_norm",
+    "output_bias": "init_output_bias",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), NEW_NAMES.items())
+def test_an_old_name_is_refused_with_the_new_one(tmp_path, capsys, old, new):
     with pytest.raises(ValueError, match=rf"settings\.yaml: unknown key {old}; it is {new} now$"):
-        load_config(path)
+        load_config(settings_file(tmp_path, f"epochs: 1\n{old}: 1\n"))
     with pytest.raises(ValueError, match=rf"^last\.pt: unknown key {old}; it is {new} now$"):
         config_from_dict(config_to_dict(load_config()) | {old: 1}, "last.pt")
     for value in ([], ["1"]):
@@ -307,33 +312,16 @@ def test_an_old_name_is_refused_with_the_new_one(tmp_path, capsys, old):
         assert capsys.readouterr().err.endswith(f"error: unknown flag {flag(old)}; it is {flag(new)} now\n")
 
 
-@pytest.mark.parametrize("key", RULES)
-def test_a_missing_key_is_named_with_what_it_may_be(tmp_path, key):
-    settings = yaml.safe_load(DEFAULTS)
-    del settings[key]
-    path = tmp_path / "settings.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    with pytest.raises(ValueError, match=" ") as error:
-        load_config(path)
-    assert sentence(error) == f"{path}: missing key {key}, expected {RULES[key].words}"
-
-
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"epochs: 1\nseed: 2\nepochs: 3\n", "line 3: the key epochs stands there twice"),
-        (b"1: 2\n0x1: 3\n", "line 2: the key 1 stands there twice"),
-        (b"a: &a [1, 2]\nb: *a\n", "line 2: the alias *a stands for another value; write the value itself"),
-        (b"a: &a {k: 1}\nb: {<<: [*a, *a]}\n", "line 2: the alias *a stands for another value"),
-        (b"epochs: &e [*e]\n", "line 1: the alias *e stands for another value"),
-        (b"? [1, 2]\n: 3\n", "line 1: a key that is a list or a mapping, expected a word"),
-        (b"epochs: " + b"[" * 20000, "its values are nested too deeply"),
-        (b"epochs: " + b"{a: " * 20000, "its values are nested too deeply"),
-        (b"seed: 1\n" + b"#" * 2**18, "it has more than 262144 bytes"),
+        (b"epochs: 1\nseed: 2\nepochs: 3\n", "line 3: the key epochs is given twice"),
+        (b"1: 2\n0x1: 3\n", "line 2: the key 1 is given twice"),
+        (b"? [1, 2]\n: 3\n", "line 1: found unhashable key"),
+        (b"epochs: " + b"[" * 20000, "cannot be read as YAML (maximum recursion depth"),
         (b"x" * 1000 + b": 1\n", "unknown key " + "x" * 200 + "...; the keys are"),
-        (DEFAULTS.replace("epochs: 50", "epochs: " + "9" * 5000).encode(), "cannot be read as YAML (Exceeds the limit"),
-        (DEFAULTS.replace("epochs: 50", "epochs: " + "x" * 10**5).encode(), "epochs: got " + "x" * 200 + "..., exp"),
-        (DEFAULTS.replace("- liver", '- "liver\\e[2J"').encode(), "all printable"),
+        (b"epochs: " + b"x" * 1000, "epochs: got " + "x" * 200 + "..., exp"),
+        (b'organs: [background, "liver\\e[2J"]', "all different and printable"),
         (b"epochs: [1, 2\n", "line 2: expected ',' or ']'"),
         (b"", "got nothing, expected lines of 'key: value'"),
         (b"# only a remark\n", "got nothing, expected lines of 'key: value'"),
@@ -356,20 +344,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path, capsys, content, complaint)
     assert printed.count("\n") == 1
 
 
-def test_aliases_that_stand_for_billions_of_values_take_no_time(tmp_path):
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40)]
-    (tmp_path / "settings.yaml").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"settings\.yaml: line 2: the alias \*a0 stands for another value"):
-        load_config(tmp_path / "settings.yaml")
-
-
-def test_a_flag_that_is_nested_too_deeply_is_refused():
-    with pytest.raises(ValueError, match=r"^--seed: got '\[\[") as error:
-        load_config(flags={"seed": "[" * 20000})
-    assert len(str(error.value)) < 400
-
-
 def test_a_missing_file_and_a_folder_are_no_settings(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(FileNotFoundError, match=f"^{path}: no such settings file$"):
@@ -380,8 +354,8 @@ def test_a_missing_file_and_a_folder_are_no_settings(tmp_path):
     ("flags", "complaint"),
     [
         (["--learning-rate", "fast"], "error: --learning-rate: got fast, expected a number above 0 and at most 1\n"),
-        (["--config", "nowhere.yaml"], "error: nowhere.yaml: no such settings file\n"),
-        (["--learning-rat3", "1"], "unrecognized arguments: --learning-rat3 1\n"),
+        (["--clip-norm", "1"], "train.py: error: unknown flag --clip-norm; it is --max-grad-norm now\n"),
+        (["--loss", "focal"], "error: loss: got focal, expected one of cross_entropy, dice_cross_entropy\n"),
     ],
 )
 def test_the_script_ends_with_2_and_a_sentence(tmp_path, flags, complaint):
@@ -391,27 +365,3 @@ def test_the_script_ends_with_2_and_a_sentence(tmp_path, flags, complaint):
     assert result.stderr.endswith(complaint)
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
-
-
-# ---- How an error is printed
-
-
-def test_the_last_line_of_a_message_does_not_stand_for_all_of_it(capsys):
-    print_error(ValueError("scan.nii: cannot be read\n - could the file be damaged?"))
-    assert capsys.readouterr().err == "error: scan.nii: cannot be read - could the file be damaged?\n"
-
-
-def test_an_error_without_a_message_is_named(capsys):
-    print_error(EOFError())
-    assert capsys.readouterr().err == "error: EOFError\n"
-
-
-def test_a_loading_process_error_is_printed_without_its_traceback(capsys):
-    message = (
-        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        '  File "dataset.py", line 1, in load\nValueError: inner\n\nThe above exception was the direct cause:\n\n'
-        'Traceback (most recent call last):\n  File "dataset.py", line 2, in load\n'
-        "ValueError: case 0001: cannot be read (ValueError: inner)\n"
-    )
-    print_error(ValueError(message))
-    assert capsys.readouterr().err == "error: case 0001: cannot be read (ValueError: inner)\n"
