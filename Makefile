@@ -1,20 +1,28 @@
-# make demo: the whole job on made-up CT, from nothing to a table and a picture.
-# make test: style and tests.   make test-long: the slow tests too.
+# make help lists the targets. Everything is installed in .venv, with the Python that PYTHON names: 3.11 or newer.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
-# Not the default run: a small V-Net and a fast recipe, so that two CPU cores are done in minutes.
+# Not the default run: a small network and a fast recipe, which take two CPU cores a few minutes.
 DEMO_TRAINING := --size 64 64 48 --channels 8 --down-convs 1 1 1 1 1 --up-convs 1 1 1 1 \
 	--loss dice_cross_entropy --learning-rate 5e-3 --schedule poly --augment --epochs 24 --val-interval 4 --workers 0
 
-# One thread each, since the tests that compare bits need it and the others are no slower; a file's tests stay together,
-# since they share what took long to make.
+# One thread per process: tests that compare bits need it. --dist loadfile keeps the tests of a file in one process, where
+# they share their fixtures.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-long
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long
+
+help:
+	@echo "make demo       make phantom scans, train a small network, segment, score and draw them: runs/demo (minutes)"
+	@echo "make test       check style, run the tests without the slow ones"
+	@echo "make test-long  run all tests"
+	@echo "make .venv/installed      only install requirements.txt, as make demo does"
+	@echo "make .venv/installed-dev  install requirements-dev.txt too, as make test does"
+	@echo "PYTHON=python3.12 chooses the Python of a new .venv"
 
 demo: $(VENV)/installed
 	$(RUN) -m data.make_phantom $(DEMO)/data --cases 20
@@ -30,12 +38,12 @@ demo: $(VENV)/installed
 		--truth $(DEMO)/data/labels/$$case.nii.gz --checkpoint $(DEMO)/train/best.pt --output $(DEMO)/pictures/report
 	@echo "Everything is in $(DEMO): data, train (checkpoints, curves.png), predictions, scores, pictures (report/index.html)."
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(PYTEST) -m "not slow"
 
-test-long: $(VENV)/installed
+test-long: $(VENV)/installed-dev
 	$(PYTEST)
 
 $(VENV)/installed: requirements.txt
@@ -43,4 +51,8 @@ $(VENV)/installed: requirements.txt
 		{ echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
