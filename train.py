@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
+from core.config import Config, add_config_flags, config_from_flags
 from core.network import build_network
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.system.exits import REFUSED, USAGE, refusing, run_command
@@ -136,7 +136,7 @@ def main() -> int:
     """Read the settings, find and split the cases, train."""
     arguments = parse_arguments()
     with refusing(USAGE):
-        config = load_config(arguments.config, flags_given(arguments))
+        config = config_from_flags(arguments)
         if arguments.plan:
             from core.training.memory_count import show_plans
 
@@ -159,7 +159,6 @@ def parse_arguments() -> argparse.Namespace:
         description="Train a V-Net on labelled CT scans.",
         epilog="Every setting of config.yaml is a flag; flags override the file.",
     )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings (default: config.yaml)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir; start it if none")
     parser.add_argument("--extend", action="store_true", help="with --resume: go on for more --epochs than the run had")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir")

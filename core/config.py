@@ -283,7 +283,8 @@ class RenamedFlag(argparse.Action):
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting; `flags_given` reads them back."""
+    """Add --config and a flag for every setting; `config_from_flags` reads them back."""
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings (default: config.yaml)")
     group = parser.add_argument_group("settings")
     for item in fields(Config):
         rule, default = RULES[item.name], show_value(config_to_dict(Config())[item.name])
@@ -295,6 +296,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag_of(old), action=RenamedFlag, const=flag_of(new), nargs="*", help=argparse.SUPPRESS)
 
 
-def flags_given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings typed on the command line, as `load_config` takes them."""
-    return {key: getattr(arguments, key) for key in RULES if getattr(arguments, key) is not None}
+def config_from_flags(arguments: argparse.Namespace) -> Config:
+    """Load the settings file of --config and override it by the flags typed; errors as `load_config`."""
+    typed = {key: getattr(arguments, key) for key in RULES if getattr(arguments, key) is not None}
+    return load_config(arguments.config, typed)

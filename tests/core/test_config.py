@@ -15,8 +15,8 @@ from core.config import (
     Config,
     add_config_flags,
     config_from_dict,
+    config_from_flags,
     config_to_dict,
-    flags_given,
     load_config,
     load_organs,
     save_config,
@@ -86,7 +86,7 @@ def flag(key: str) -> str:
 def from_command_line(*typed: str, path: Path = DEFAULT_CONFIG) -> Config:
     parser = argparse.ArgumentParser()
     add_config_flags(parser)
-    return load_config(path, flags_given(parser.parse_args(typed)))
+    return config_from_flags(parser.parse_args(["--config", str(path), *typed]))
 
 
 def settings_file(tmp_path: Path, text: str) -> Path:
