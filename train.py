@@ -28,7 +28,7 @@ from core.training.losses import loss_named
 from core.training.memory_plans import step_that_fits
 from core.training.run import Run
 from core.training.setup import Training, check_settings, choose_precision, fit_network, make_optimizer, seed_torch
-from core.training.step import NotFiniteError, validation_step
+from core.training.step import validation_step
 from dataset import CaseDataset, describe_cases, find_cases, find_data, reading_of, split
 
 
@@ -93,7 +93,6 @@ def validate(run: Run, batches: DataLoader) -> dict[str, float]:
     """Return loss and Dice over the held-out cases, on the network's grid (evaluate.py scores on the scans' own grids).
 
     Raises:
-        NotFiniteError: when the loss is NaN or infinite.
         Stopped: when a signal asked for it; last.pt is written.
     """
     organs = run.config.organs
@@ -105,8 +104,6 @@ def validate(run: Run, batches: DataLoader) -> dict[str, float]:
             matrix = confusion_matrix(labels.cpu().numpy(), predicted.cpu().numpy(), len(organs))
             rows.append((place, loss, organ_scores(matrix)["dice"][1:]))
         _, losses, dice = zip(*run.gather(rows), strict=True)
-    if not np.isfinite(losses).all():
-        raise NotFiniteError(f"epoch {run.epoch}: the validation loss is {np.mean(losses)}; it was not saved")
     scores = {organ: mean_defined(column)[0] for organ, column in zip(organs[1:], np.transpose(dice), strict=True)}
     columns = {f"dice_{organ.replace(' ', '_')}": score for organ, score in scores.items()}
     return {"val_loss": float(np.mean(losses)), "val_dice": mean_defined(scores.values())[0], **columns}

@@ -282,7 +282,12 @@ class Run:
 
         Args:
             scores: of the validation; empty where there was none.
+
+        Raises:
+            NotFiniteError: when the validation loss is NaN or infinite; nothing is written then.
         """
+        if not np.isfinite(scores.get("val_loss", 0)):
+            raise NotFiniteError(f"epoch {self.epoch}: the validation loss is {scores['val_loss']}; it was not saved")
         folder = self.folder
         row = dict.fromkeys(folder.log_columns) | {"epoch": self.epoch, "train_loss": float(np.mean(self.losses))}
         row |= scores | {"seconds": time.perf_counter() - self.epoch_started, "data_seconds": self.waited}
