@@ -21,13 +21,12 @@ from pathlib import Path
 from core.config import check, load_config
 from core.scans.files import find_label_maps, select_cases
 from core.scans.nifti import MAX_GIB, Reading
-from core.scoring.case import Rules, Scored, Task
-from core.scoring.cases import name_extra, name_missing, pair_up, score_cases
+from core.scoring.case import Rules, Task
+from core.scoring.cases import name_unpaired, pair_up, score_cases
 from core.scoring.ceiling import score_ceiling
 from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM
-from core.scoring.organ_list import choose_organs, load_given, print_note
-from core.scoring.results import RESULTS, comparison_of, prepare_output, summary_of, write_json
-from core.scoring.statistics import spread
+from core.scoring.organ_list import choose_organs, load_given
+from core.scoring.results import RESULTS, prepare_output, write_comparison, write_summary
 from core.scoring.tables import comparison_text, score_table
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.system.parallel import MOST_WORKERS, cores
@@ -60,39 +59,25 @@ def score_predictions(
     """Score the predictions, and those of --against; write, draw and print the results; return the exit code."""
     output, markdown = Path(arguments.output), arguments.table == "md"
     prepare_output(output, RESULTS)
-    name_extra(extra, arguments.predictions)
-    missing = name_missing(tasks, arguments.predictions)
+    missing = name_unpaired(tasks, extra, arguments.predictions)
     results = score_cases(tasks, rules, workers, output / "metrics.csv")
-    summary = summary_of(results, rules) | {
-        "voxel_accuracy": spread([scored.voxel_accuracy for scored in results.values()]),
-        "missing": [case for case in missing if not results[case].refusal],
-        "extra": extra,
-    }
-    write_json(output / "summary.json", summary)
+    summary = write_summary(output, results, rules, missing, extra)
     written = ["metrics.csv", "summary.json", *(draw_picture(output) if summary["cases"] else [])]
     print(score_table(summary, len(summary["cases"]), markdown))
-    print_note(rules.organs_note)
+    if rules.organs_note:
+        print(rules.organs_note)
     failed = bool(missing or summary["refused"])
     if others:
-        failed |= compare(results, others, rules, workers, arguments)
+        failed |= bool(name_unpaired(others, [], arguments.against))
+        other_results = score_cases(others, rules, workers, output / "other_metrics.csv")
+        comparison = write_comparison(output, results, other_results, rules)
+        print(f"\n{comparison_text(comparison, markdown)}")
+        failed |= any(scored.refusal for scored in other_results.values())
         written += ["other_metrics.csv", "comparison.json"]
     but = f", {len(summary['missing'])} of them as missed" if summary["missing"] else ""
     but += f", {len(summary['refused'])} refused" if summary["refused"] else ""
     print(f"{len(summary['cases'])} of {len(tasks)} cases scored{but}, into {output}: {', '.join(written)}")
     return REFUSED if failed else DONE
-
-
-def compare(
-    results: dict[str, Scored], others: Sequence[Task], rules: Rules, workers: int, arguments: argparse.Namespace
-) -> bool:
-    """Score the predictions of --against and compare; return True when one of them was missing or refused."""
-    output = Path(arguments.output)
-    missing = name_missing(others, arguments.against)
-    other_results = score_cases(others, rules, workers, output / "other_metrics.csv")
-    comparison = comparison_of(results, other_results, rules)
-    write_json(output / "comparison.json", comparison)
-    print(f"\n{comparison_text(comparison, arguments.table == 'md')}")
-    return bool(missing) or any(scored.refusal for scored in other_results.values())
 
 
 def draw_picture(output: Path) -> list[str]:

@@ -34,18 +34,18 @@ def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -
     return tasks, [case for case in predictions if case not in references]
 
 
-def name_missing(tasks: Sequence[Task], folder: str) -> list[str]:
-    """Return the cases without a prediction in the folder, and name each on stderr."""
+def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: str) -> list[str]:
+    """Name on stderr the cases without a prediction in the folder, and its predictions `extra` without a reference.
+
+    Returns:
+        the cases without a prediction.
+    """
+    if extra:
+        print(f"warning: {folder}: no reference for {len(extra)}: {listed(extra)}", file=sys.stderr)
     missing = [task.case for task in tasks if task.prediction is None]
     for case in missing:
         print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed"))
     return missing
-
-
-def name_extra(extra: Sequence[str], folder: str) -> None:
-    """Warn of the predictions in the folder that have no reference."""
-    if extra:
-        print(f"warning: {folder}: no reference for {len(extra)}: {listed(extra)}", file=sys.stderr)
 
 
 def score_cases(

@@ -9,7 +9,6 @@ import torch
 from core.scans.resample import apply_weights, axis_weights, logits_to_labels, resize_labels
 from core.scoring.case import COMPARED, Rules, Scored, Task, as_rows, ignore, read_label_map, score_organs
 from core.scoring.cases import score_cases
-from core.scoring.organ_list import print_note
 from core.scoring.overlap import confusion_matrix
 from core.scoring.results import CEILING_RESULTS, DEFINITIONS, prepare_output, summary_of, write_json
 from core.scoring.tables import ceiling_table
@@ -32,7 +31,8 @@ def score_ceiling(tasks: list[Task], rules: Rules, workers: int, output: Path, m
     summary["definitions"] |= DEFINITIONS["ceiling"]
     write_json(output / "ceiling.json", summary)
     print(ceiling_table(summary, rules.size, markdown))
-    print_note(rules.organs_note)
+    if rules.organs_note:
+        print(rules.organs_note)
     print(f"{len(summary['cases'])} of {len(tasks)} cases pushed through, into {output}: {', '.join(CEILING_RESULTS)}")
     return REFUSED if summary["refused"] else DONE
 

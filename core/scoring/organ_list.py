@@ -55,12 +55,6 @@ def choose_organs(given: Config | None, *groups: Iterable[Path]) -> tuple[tuple[
     return load_organs(), DEFAULT_NOTE
 
 
-def print_note(note: str | None) -> None:
-    """Print the note of `choose_organs`, if there is one."""
-    if note:
-        print(note)
-
-
 def names_if_readable(path: Path) -> dict[int, str]:
     """Return the names in a label map's file; none when it cannot be read, which is refused when its turn comes."""
     try:

@@ -18,6 +18,7 @@ from core.scoring.statistics import (
     BOOTSTRAP_SEED,
     bootstrap_interval,
     compare_tables,
+    spread,
     summarise,
 )
 from core.system.files import whole_file
@@ -112,6 +113,27 @@ def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
     }
 
 
+def write_summary(
+    output: Path, results: dict[str, Scored], rules: Rules, missing: Sequence[str], extra: Sequence[str]
+) -> dict:
+    """Write summary.json of predictions and return its content.
+
+    Args:
+        output: the folder.
+        results: by case.
+        rules: how they were scored.
+        missing: cases without a prediction.
+        extra: predictions without a reference.
+    """
+    summary = summary_of(results, rules) | {
+        "voxel_accuracy": spread([scored.voxel_accuracy for scored in results.values()]),
+        "missing": [case for case in missing if not results[case].refusal],
+        "extra": list(extra),
+    }
+    write_json(output / "summary.json", summary)
+    return summary
+
+
 def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) -> dict[str, np.ndarray]:
     """Return by score the table (cases, organs) of those of `cases` that are not refused."""
     rows = [results[case].rows for case in cases if not results[case].refusal]
@@ -122,17 +144,19 @@ def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) ->
     }
 
 
-def comparison_of(results: dict[str, Scored], other: dict[str, Scored], rules: Rules) -> dict:
-    """Return the content of comparison.json: two sets of predictions of the same cases, compared pair by pair."""
+def write_comparison(output: Path, results: dict[str, Scored], other: dict[str, Scored], rules: Rules) -> dict:
+    """Compare two sets of predictions of the same cases pair by pair; write comparison.json and return its content."""
     cases = [case for case in results if not results[case].refusal and not other[case].refusal]
     here, there = tables_of(results, cases, rules), tables_of(other, cases, rules)
-    return {
+    comparison = {
         "protocol": rules.protocol,
         **{name: compare_tables(here[name], there[name], rules.organs[1:]) for name in COMPARED},
         "cases": cases,
         "left_out": [case for case in results if case not in cases],
         "definitions": DEFINITIONS["comparison"],
     }
+    write_json(output / "comparison.json", comparison)
+    return comparison
 
 
 def prepare_output(output: Path, results: Sequence[str]) -> None:
