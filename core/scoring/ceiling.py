@@ -40,15 +40,15 @@ def score_ceiling(tasks: list[Task], rules: Rules, workers: int, output: Path, m
 def measure_ceiling(task: Task, rules: Rules, tick: Callable[[], object]) -> Scored:
     """Score one reference, resized to the grid of `rules.size` and back in two ways, against itself.
 
-    dice, nsd: `from_shares`. A network that knows all that its voxels hold, and answers with it, scores this. It is no
-    bound by proof: logits fitted to one scan's own full-size labels could draw finer borders still.
-    dice_as_labels, nsd_as_labels: `from_labels`. A network that repeats its training labels and no more scores this.
+    dice, nsd: by `from_shares`, the scores of a network that predicts each voxel's exact shares. This is not a proven
+    bound: logits fitted to the full-size labels of one scan could draw finer borders.
+    dice_as_labels, nsd_as_labels: by `from_labels`, the scores of a network that repeats its training labels.
 
     Raises:
         OSError, ValueError: when the file cannot be read, or holds other organs.
     """
     reference, geometry = read_label_map(task.reference, rules)
-    torch.set_num_threads(1)  # cases are done side by side, and the numbers shall not depend on the machine
+    torch.set_num_threads(1)  # cases run in parallel, and the numbers must not depend on the machine
     scores = [{} for _ in rules.organs[1:]]
     for ending, there_and_back in (("", from_shares), ("_as_labels", from_labels)):
         restored = there_and_back(reference, rules)
