@@ -7,7 +7,7 @@ from core.checkpoint import load_checkpoint
 from core.config import Config, load_config, load_organs
 from core.scans.organ_names import as_list, read_organ_names, same_name
 
-DEFAULT_NOTE = "Organ names: config.yaml's, for the label maps hold none; --config or --checkpoint gives others."
+DEFAULT_NOTE = "Organ names from config.yaml, since the label maps hold none; --config or --checkpoint gives others."
 
 
 def load_given(config: str | Path | None, checkpoint: str | Path | None) -> Config | None:
