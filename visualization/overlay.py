@@ -94,7 +94,6 @@ def draw_overlay(
     """
     check_volumes(title, voxels, organs, labels)
     counts = count_by_slice(labels, len(organs))
-    volumes_ml = counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)
     present = organs_present(counts)
     chosen, box = choose_slices(counts), crop_to_organs(counts, spacing_mm)
     extent_mm = box_extent_mm(box, spacing_mm)
@@ -104,18 +103,15 @@ def draw_overlay(
     top_row = max(y, (len(present) + 2) * LEGEND_LINE)  # beside the organs the legend has a heading and a foot
     right, upper, lower = 3 * MARGIN + x, TITLE_HEIGHT + MARGIN, TITLE_HEIGHT + MARGIN + top_row + ROW_GAP
     canvas = Canvas(right + max(y, legend_width(1)) + MARGIN, lower + z + MARGIN, title)
-    panels = {
-        2: canvas.axes(MARGIN, upper, x, y),
-        1: canvas.axes(MARGIN, lower, x, z),
-        0: canvas.axes(right, lower, y, z),
-    }
-    for axis, (view, letters) in VIEWS.items():
+    panels = canvas.axes(MARGIN, upper, x, y), canvas.axes(MARGIN, lower, x, z), canvas.axes(right, lower, y, z)
+    for panel, (axis, (view, letters)) in zip(panels, VIEWS.items(), strict=True):
         plane = plane_of(axis, chosen[axis], box)
-        draw_slice(panels[axis], as_seen(voxels[plane]), as_seen(labels[plane]), np.delete(extent_mm, axis))
-        write_around(panels[axis], letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
-    draw_scale_bar(panels[2])
+        draw_slice(panel, as_seen(voxels[plane]), as_seen(labels[plane]), np.delete(extent_mm, axis))
+        write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
+    draw_scale_bar(panels[0])
     legend = canvas.axes(right, upper, legend_width(1), top_row)
-    draw_legend(legend, organs, present, {"mL": [f"{ml:,.1f}" for ml in volumes_ml]}, organs_shown(counts, chosen))
+    columns = {"mL": volume_column(counts, spacing_mm, voxel_ml)}
+    draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
     return canvas.figure
 
 
@@ -134,6 +130,11 @@ def organs_present(counts: Sequence[np.ndarray]) -> list[int]:
     return (np.flatnonzero(counts[0].sum(axis=0)[1:]) + 1).tolist()
 
 
+def volume_column(counts: Sequence[np.ndarray], spacing_mm: Sequence[float], voxel_ml: float | None) -> list[str]:
+    """Return each id's volume in mL as text, from the counts of `count_by_slice`; `voxel_ml` as for `draw_overlay`."""
+    return [f"{ml:,.1f}" for ml in counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)]
+
+
 def organs_shown(counts: Sequence[np.ndarray], chosen: Sequence[int]) -> set[int]:
     """Return the ids that the chosen slices of the three axes show, from the counts of `count_by_slice`."""
     return {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][chosen[axis]]).tolist()}
@@ -148,26 +149,23 @@ def draw_comparison(
     title: str,
     voxel_ml: float | None = None,
 ) -> Figure:
-    """Draw three slices with the prediction, the reference, and where the two differ, and each organ's Dice.
+    """Return a figure of three views, a row each: prediction, reference, errors; and a legend with each organ's Dice.
 
     Args:
         voxels: (X, Y, Z) HU in RAS+ order.
         prediction: (X, Y, Z) ids on the same grid.
         reference: (X, Y, Z) ids on the same grid.
-        spacing_mm: distance of neighbouring voxels along X, Y, Z in mm.
-        organs: names by id, background first.
-        title: written above, the case as a rule.
+        spacing_mm: as for `draw_overlay`.
+        organs: as for `draw_overlay`.
+        title: as for `draw_overlay`.
         voxel_ml: as for `draw_overlay`.
-
-    Returns:
-        the figure: a row for each view, the legend beside them.
 
     Raises:
         ValueError: when the shapes differ or an id has no name.
     """
     check_volumes(title, voxels, organs, prediction, reference)
     counted = [count_by_slice(labels, len(organs)) for labels in (prediction, reference)]
-    # The slices that show the most of the reference; of the prediction when the reference is empty.
+    # Slices of the prediction only when the reference is empty.
     chosen = choose_slices(counted[1] if reference.any() else counted[0])
     counts = [p + r for p, r in zip(*counted, strict=True)]
     box, present = crop_to_organs(counts, spacing_mm), organs_present(counts)
@@ -180,15 +178,12 @@ def draw_comparison(
     upper, side = TITLE_HEIGHT + 2 * MARGIN, MARGIN + 3 * (max(x, y) * scale + 2 * MARGIN)
     canvas = Canvas(side + legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, title)
     draw_compared_slices(canvas, upper, scale, (voxels, prediction, reference), chosen, box, extent_mm)
-
-    ml = voxel_ml or np.prod(spacing_mm) / 1000
-    volumes = [[f"{n * ml:,.1f}" for n in of_map[0].sum(axis=0)] for of_map in counted]
+    volumes = [volume_column(of_map, spacing_mm, voxel_ml) for of_map in counted]
     dice = organ_scores(confusion_matrix(reference, prediction, len(organs)))["dice"]
     columns = {"mL": volumes[0], "reference": volumes[1], "Dice": [f"{value:.3f}" for value in dice]}
     legend = canvas.axes(side, upper, legend_width(3), legend_height)
     draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
-    errors_height = len(ERRORS) * LEGEND_LINE
-    draw_error_legend(canvas.axes(side, upper + legend_height - errors_height, legend_width(3), errors_height))
+    draw_error_legend(canvas, side, upper + legend_height)
     return canvas.figure
 
 
@@ -254,9 +249,10 @@ def draw_errors(axes: Axes, voxels: np.ndarray, errors: np.ndarray, size_mm: Seq
     axes.imshow(colours[errors], extent=(0, size_mm[0], size_mm[1], 0), interpolation="nearest")
 
 
-def draw_error_legend(axes: Axes) -> None:
-    """List the colours of errors."""
-    width, height = axes.get_position().size * axes.figure.get_size_inches()
+def draw_error_legend(canvas: Canvas, left: float, bottom: float) -> None:
+    """List the colours of errors, above `bottom` (inches)."""
+    width, height = legend_width(3), len(ERRORS) * LEGEND_LINE
+    axes = canvas.axes(left, bottom - height, width, height)
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     for place, (name, colour) in enumerate(ERRORS.items()):
@@ -274,54 +270,61 @@ def draw_contact_sheet(
     number: int,
     voxel_ml: float | None = None,
 ) -> Figure:
-    """Draw axial slices, evenly from the lowest to the highest with an organ.
+    """Return a figure of axial slices, evenly from the highest to the lowest with an organ.
 
     Args:
         voxels: (X, Y, Z) HU in RAS+ order.
         labels: (X, Y, Z) ids on the same grid; without any organ the slices are those of the whole scan.
-        spacing_mm: distance of neighbouring voxels along X, Y, Z in mm.
-        organs: names by id, background first.
-        title: written above, the case as a rule.
         number: of slices; fewer when there are not as many.
+        spacing_mm: as for `draw_overlay`.
+        organs: as for `draw_overlay`.
+        title: as for `draw_overlay`.
         voxel_ml: as for `draw_overlay`.
-
-    Returns:
-        the figure, the highest slice first.
 
     Raises:
         ValueError: when the shapes differ or an id has no name.
     """
     check_volumes(title, voxels, organs, labels)
     counts = count_by_slice(labels, len(organs))
-    found = np.flatnonzero(counts[2][:, 1:].any(axis=1))
-    first, last = (found[0], found[-1]) if len(found) else (0, labels.shape[2] - 1)
-    chosen = np.unique(np.linspace(first, last, number).round().astype(int))[::-1]
-    box, present = crop_to_organs(counts, spacing_mm), organs_present(counts)
+    chosen, present, box = evenly_spaced(counts[2], number), organs_present(counts), crop_to_organs(counts, spacing_mm)
     size_mm = box_extent_mm(box, spacing_mm)[:2]
-
     x, y = size_mm * SHEET_CELL / max(size_mm)
     columns = math.ceil(math.sqrt(len(chosen) * (y + SHEET_CAPTION) / x))
     columns = min(len(chosen), columns, int(SHEET_WIDTH / (x + SHEET_GAP)))
-    rows = math.ceil(len(chosen) / columns)
     legend_height = (len(present) + 2) * LEGEND_LINE
     upper, cell = TITLE_HEIGHT + MARGIN, y + SHEET_CAPTION + SHEET_GAP
-    side = 2 * MARGIN + columns * (x + SHEET_GAP)
-    canvas = Canvas(side + legend_width(1) + MARGIN, upper + max(rows * cell, legend_height) + MARGIN, title)
+    side, below = 2 * MARGIN + columns * (x + SHEET_GAP), math.ceil(len(chosen) / columns) * cell
+    canvas = Canvas(side + legend_width(1) + MARGIN, upper + max(below, legend_height) + MARGIN, title)
+    panels = []
     for place, z in enumerate(chosen):
         row, column = divmod(place, columns)
-        panel = canvas.axes(MARGIN + column * (x + SHEET_GAP), upper + SHEET_CAPTION + row * cell, x, y)
-        plane = plane_of(2, z, box)
-        draw_slice(panel, as_seen(voxels[plane]), as_seen(labels[plane]), size_mm)
-        panel.annotate(f"z = {z}", (0, 1), (0, 6), **AROUND, size=8)
-        if place == 0:
-            write_sides(panel)
-        if place == len(chosen) - 1:
-            draw_scale_bar(panel)
-    volumes_ml = counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)
+        panels.append(canvas.axes(MARGIN + column * (x + SHEET_GAP), upper + SHEET_CAPTION + row * cell, x, y))
+        draw_cell(panels[-1], voxels, labels, z, box, spacing_mm)
+    write_sides(panels[0])
+    draw_scale_bar(panels[-1])
     shown = set(np.flatnonzero(counts[2][chosen].any(axis=0)).tolist())
-    legend = canvas.axes(side, upper, legend_width(1), legend_height)
-    draw_legend(legend, organs, present, {"mL": [f"{ml:,.1f}" for ml in volumes_ml]}, shown)
+    volumes = {"mL": volume_column(counts, spacing_mm, voxel_ml)}
+    draw_legend(canvas.axes(side, upper, legend_width(1), legend_height), organs, present, volumes, shown)
     return canvas.figure
+
+
+def draw_cell(
+    panel: Axes, voxels: np.ndarray, labels: np.ndarray, z: int, box: Sequence[slice], spacing_mm: Sequence[float]
+) -> None:
+    """Draw one axial slice of a sheet, within a box, with its number."""
+    plane = plane_of(2, z, box)
+    draw_slice(panel, as_seen(voxels[plane]), as_seen(labels[plane]), box_extent_mm(box, spacing_mm)[:2])
+    panel.annotate(f"z = {z}", (0, 1), (0, 6), **AROUND, size=8)
+
+
+def evenly_spaced(counts: np.ndarray, number: int) -> np.ndarray:
+    """Return slice numbers evenly from the highest to the lowest slice with an organ, from a (slices, K) count.
+
+    Without any organ they cover all slices. There are fewer than `number` when there are fewer slices.
+    """
+    found = np.flatnonzero(counts[:, 1:].any(axis=1))
+    first, last = (found[0], found[-1]) if len(found) else (0, len(counts) - 1)
+    return np.unique(np.linspace(first, last, number).round().astype(int))[::-1]
 
 
 def write_sides(panel: Axes) -> None:
