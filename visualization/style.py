@@ -11,7 +11,7 @@ dichromats simulated after Machado et al. 2009 at full severity:
     deuteranopia    11.3 (gallbladder and left kidney)           6.0 (right adrenal gland)
     tritanopia      11.1 (aorta and left kidney)                 8.7 (esophagus)
 
-tests/test_visualization.py measures them again.
+tests/visualization/test_overlay.py measures them again.
 """
 
 import colorsys
