@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from core.checkpoint import load_checkpoint, load_weights
+from core.checkpoint import check_same_shapes, load_checkpoint, load_optimizer, load_weights
 from core.config import DEFAULT_CONFIG, Config, add_config_flags, flags_given, load_config
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.system.exits import (
@@ -207,13 +207,16 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
 
 
 def resume_training(training: Training, checkpoint: dict, path: str) -> None:
-    """Put network, optimiser and scaler back to where the checkpoint's epoch left them."""
+    """Load network, optimizer and scaler from a checkpoint.
+
+    Raises:
+        ValueError: when it belongs to another network.
+    """
     load_weights(training.network, checkpoint, path)
-    for group in checkpoint["optimizer"]["param_groups"]:
-        group["fused"] = True  # a checkpoint from a CPU could have it otherwise once
-    training.optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:  # empty when the run so far was not in fp16
-        training.scaler.load_state_dict(checkpoint["scaler"])
+    load_optimizer(training.optimizer, checkpoint, path, training.scaler)
+    if "average" in checkpoint:
+        parameters = dict(training.network.named_parameters())
+        check_same_shapes(checkpoint["average"], parameters, f"{path}: its average is another network's")
 
 
 def train(
@@ -243,10 +246,10 @@ def train(
     training.plan = max(plans, key=PLANS.index)  # what fits every card
     if config.compile and training.plan != "off":
         print(f"compile has no effect under the memory plan {training.plan}", flush=True)
-    if config.output_bias and not resumed and config.init_from is None:
+    if config.init_output_bias and not resumed and config.init_from is None:
         start_from_shares(training.network, train_set, group)
-    if config.average_decay:
-        training.average = Average(training.network, config.average_decay)
+    if config.ema_decay:
+        training.average = Average(training.network, config.ema_decay)
         for name, weight in resumed.get("average", {}).items():
             training.average.weights[name].copy_(weight)
     with StopSignals() as signals:

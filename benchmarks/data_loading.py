@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import machine, print_result
 from benchmarks.peers import NO_MONAI, monai_installed
 from benchmarks.train_step import make_training, summarise, watch_memory
-from core.checkpoint import build_network
 from core.config import Config, load_config
+from core.network import build_network
 from core.scans.resample import resize_labels
 from core.scans.volumes import load_labels, load_scan, prepare_image, save_label_map
 from core.system.exits import DONE, USAGE, refusing, run_command

@@ -28,9 +28,10 @@ import torch
 from benchmarks import machine, print_result
 from benchmarks.peers import NO_MONAI, MonaiPipeline, monai_installed
 from benchmarks.train_step import clock, ratios, summarise
-from core.checkpoint import build_network, load_network
+from core.checkpoint import load_network
 from core.config import Config, load_config
 from core.inference.stages import Segmentation
+from core.network import build_network
 from core.scans.files import find_scans
 from core.scans.resample import logits_to_labels
 from core.scans.typical import HU_PERCENTILES

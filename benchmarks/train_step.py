@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from benchmarks import machine, print_result
 from benchmarks.memory import Count, count_plain_step
 from benchmarks.peers import NO_MONAI, monai_installed, monai_vnet
-from core.checkpoint import build_network
 from core.config import Config, load_config
+from core.network import build_network
 from core.system.exits import DONE, USAGE, refusing, run_command
 from core.training.losses import Loss
 from core.training.memory_count import Need, predict

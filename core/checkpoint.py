@@ -1,104 +1,68 @@
-"""Checkpoints: a network with the settings it was trained under, saved whole and loaded with care.
+"""Checkpoints: a network's weights with the settings it was trained under, written whole and checked when loaded.
 
-A checkpoint may come from a stranger. What it holds is described first (core/torch_file.py) and compared with the
-network that its settings describe, which takes no memory; only then is it loaded, by torch.load(weights_only=True).
+A damaged, truncated or foreign file is refused in one sentence. torch.load(weights_only=True) runs no code in a file.
 """
 
-import math
 import os
 import pickle
-import struct
+import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config import Config, config_from_dict, config_to_dict, load_config
+from core.network import build_network
 from core.system.files import check_room, whole_file
-from core.torch_file import TensorForm, describe
-from vnet import VNet, check_size
 
-KIND = "V-Net checkpoint"  # tells our files from any other that torch can load
-VERSION = 1
-# What torch.load raises on files that it cannot load.
-UNREADABLE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, struct.error,
-    OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, ImportError,
+KIND, VERSION = "V-Net checkpoint", 1  # mark our files, whatever the network is
+# What zipfile, torch.load and load_state_dict raise for content that they cannot use.
+UNUSABLE = (
+    zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError,
 )  # fmt: skip
-# A network's grid of more voxels is a mistake or an attack: 16 channels of it as float32 take 64 GiB.
-MOST_VOXELS = 2**30
-MOST_EPOCHS = 10**9
-SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-
-
-def build_network(config: Config) -> VNet:
-    """The network that the settings describe, with fresh weights.
-
-    Raises:
-        ValueError: when the settings do not make a network, or their size does not fit it.
-    """
-    network = VNet(len(config.organs), config.channels, config.down_convs, config.up_convs, config.norm)
-    check_size(config.size, network.halvings)
-    return network
+# The first bytes of files that people take for checkpoints.
+MAGICS = (
+    (b"version https://git-lfs", "it is a Git LFS pointer; fetch the file itself with git lfs pull"),
+    (b"<", "it is a web page, perhaps the error page of a download"),
+    (b"\x1f\x8b", "it is compressed with gzip; unpack it first"),
+)
+SHARED = ("size", "window_hu", "organs")  # settings that networks must share to be averaged
+IS_FOLDER = 0x10  # a bit in a zip member's attributes; torch reads nothing of such a member and does not say so
 
 
 def save_checkpoint(
-    path: str | Path, network: VNet, config: Config, previous: str | Path | None = None, **state: Any
+    path: str | Path, network: nn.Module, config: Config, previous: str | Path | None = None, **state: Any
 ) -> None:
-    """Write the network, its settings and whatever `state` there is (plain values and tensors), whole.
+    """Write weights, settings and `state` (plain values and tensors) to a new file, which then replaces `path`.
 
-    The new file is read back before it takes the old one's place; the old one becomes `previous` where that is given.
+    The new file is read back first. If `previous` is given, the old file is kept under that name.
 
     Raises:
-        OSError: when it cannot be written, or reads otherwise than it was written; then the old one is as it was.
+        OSError: when the file cannot be written or reads back differently; the old file is then unchanged.
     """
     content = {"kind": KIND, "version": VERSION, "config": config_to_dict(config), "network": network.state_dict()}
     content |= state
-    # Not less than what is needed: without room nothing is begun.
-    check_room(Path(path).parent, sum(x.numel() * x.element_size() for x in all_tensors(content)), "a checkpoint")
+    needed = sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(content))
+    check_room(Path(path).parent, needed, "a checkpoint")
     try:
         with whole_file(path) as temporary:
             torch.save(content, temporary)
-            check_readable(temporary)
+            check_archive(temporary)
             if previous is not None and Path(path).exists():
                 os.replace(path, previous)
-    except RuntimeError as error:  # torch's word for a full disk
+    except zipfile.BadZipFile as error:
+        raise OSError(f"{path}: reads otherwise than it was written ({error}); is the disk failing?") from error
+    except RuntimeError as error:  # torch's error for a full disk
         raise OSError(f"{path}: cannot be written, is the disk full? ({str(error).splitlines()[0]})") from error
 
 
-def all_tensors(content: Any) -> Iterator[Tensor]:
-    """All tensors of nested dicts and lists."""
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, dict | list | tuple):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from all_tensors(value)
-
-
-def check_readable(path: Path) -> None:
-    """Read a checkpoint to its end and compare every part with its checksum.
-
-    Raises:
-        OSError: when one differs.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
-        raise OSError(f"{path}: reads otherwise than it was written ({error}); is the disk failing?") from error
-    if damaged:
-        raise OSError(f"{path}: {damaged} in it reads otherwise than it was written; is the disk failing?")
-
-
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; `config` is a Config again.
-
-    Every part that is there is what train.py writes: `network` has exactly the tensors of the settings' network, and so
-    has `optimizer`; `training_data`, `cases`, `epoch` and `best_dice` have their types. All numbers are finite.
+    """Load what `save_checkpoint` wrote, with `config` as a Config; all tensors in it are finite.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -108,237 +72,76 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if not path.is_file():
         what = "is a folder, expected a checkpoint in it" if path.is_dir() else "no such checkpoint"
         raise FileNotFoundError(f"{path}: {what}")
-    with open(path, "rb") as file:
-        try:
-            form = describe(file)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read as a checkpoint: {error}") from error
-        config = check_form(form, path)
-        try:
-            content = torch.load(file, map_location=device, weights_only=True)
-        except UNREADABLE as error:
-            # Not torch's own words, which advise to run whatever code the file holds.
-            raise ValueError(f"{path}: cannot be read as a checkpoint: it is damaged") from error
-    check_numbers(content, path)
-    return content | {"config": config, "network": dict(content["network"])}
+    try:
+        with open(path, "rb") as file:
+            content = read_content(file, device)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {error}") from error
+    if not isinstance(content, dict) or content.get("kind") != KIND or not {"config", "network"} <= content.keys():
+        raise ValueError(f"{path}: is no checkpoint of this repository's train.py")
+    if content.get("version") != VERSION:
+        raise ValueError(f"{path}: is of version {content.get('version')}, expected {VERSION}")
+    for name, tensor in named_tensors(content):
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite numbers; take another checkpoint")
+    # A checkpoint from before a setting existed lacks it; the default in config.yaml is what was done then.
+    settings = config_to_dict(load_config()) | content["config"]
+    return content | {"config": config_from_dict(settings, str(path))}
 
 
-def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[VNet, dict[str, Any]]:
-    """The network of a checkpoint, ready to predict, and the checkpoint's whole content.
+def read_content(file: BinaryIO, device: torch.device | str) -> Any:
+    """Return the content of an open file; a ValueError says what it is, without torch's advice to load it unsafely."""
+    start = file.read(32)
+    for magic, what in MAGICS:
+        if start.startswith(magic):
+            raise ValueError(what)
+    try:
+        check_archive(file)
+        file.seek(0)
+        with warnings.catch_warnings(action="ignore"):  # that a file of TorchScript is one
+            return torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("it holds other things than tensors and plain values; nothing in it was run") from error
+    except UNUSABLE as error:
+        raise ValueError("it is empty, cut short, damaged or another kind of file; copy it once more") from error
+
+
+def check_archive(file: Path | BinaryIO) -> None:
+    """Compare every part of a file with its checksum, as torch.load does not; one that differs is a BadZipFile."""
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip() or any(member.external_attr & IS_FOLDER for member in archive.infolist())
+    if damaged:
+        raise zipfile.BadZipFile("its content differs from its checksums")
+
+
+def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors in nested dicts and lists, with names such as network.classify.bias."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, dict | list | tuple):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from named_tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """Load a checkpoint's network, in evaluation mode, and return it with the checkpoint's whole content.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_checkpoint`, and when it lacks what its training cases were like.
+        FileNotFoundError, ValueError: as `load_checkpoint`, and when it lacks the ranges of its training cases.
     """
     content = load_checkpoint(path, device)
     if "training_data" not in content:
         raise ValueError(f"{path}: lacks training_data, which train.py writes")
-    network = build_network(content["config"]).to(device)
+    try:
+        network = build_network(content["config"]).to(device)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     load_weights(network, content, path)
     return network.eval(), content
 
 
-def load_weights(network: VNet, content: dict[str, Any], path: str | Path) -> None:
-    """Put a checkpoint's weights into a network.
-
-    Raises:
-        ValueError: when they are another network's.
-    """
-    try:
-        network.load_state_dict(content["network"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"{path}: its weights are another network's ({str(error).splitlines()[-1].strip()})"
-        ) from error
-
-
-# ---- What a checkpoint must be, before and after it is loaded --------------------------------------------------------
-
-
-def check_form(form: Any, path: Path) -> Config:
-    """Check the description of a checkpoint, and give its settings.
-
-    Raises:
-        ValueError: naming the file and the part that is wrong.
-    """
-    if not isinstance(form, dict) or form.get("kind") != KIND:
-        raise ValueError(f"{path}: is no checkpoint of this repository's train.py")
-    if form.get("version") != VERSION:
-        raise ValueError(f"{path}: is of version {str(form.get('version'))[:40]}, expected {VERSION}")
-    settings = form.get("config")
-    if not isinstance(settings, dict) or not isinstance(form.get("network"), dict):
-        raise ValueError(f"{path}: lacks its {'network' if isinstance(settings, dict) else 'config'}")
-    # A checkpoint from before a setting existed lacks it; what config.yaml says is what was done then.
-    config = config_from_dict(config_to_dict(load_config()) | settings, str(path))
-    if math.prod(config.size) > MOST_VOXELS:
-        raise ValueError(f"{path}: size: got {list(config.size)}, expected {MOST_VOXELS} voxels at most")
-    network = network_form(config, form["network"], path)
-    if "average" in form:
-        check_average(form["average"], network, path)
-    if "optimizer" in form:
-        check_optimizer(form["optimizer"], network, path)
-    checks = {
-        "scaler": is_scaler_state,
-        "training_data": is_training_data,
-        "cases": is_case_lists,
-        "epoch": lambda value: type(value) is int and 0 <= value <= MOST_EPOCHS,
-        "losses": is_row,
-        "best_dice": lambda value: is_number(value) and -1 <= value <= 1,
-    }
-    for key, is_right in checks.items():
-        if key in form and not is_right(form[key]):
-            raise ValueError(f"{path}: its {key} is not what train.py writes; it is damaged, or was tampered with")
-    return config
-
-
-def network_form(config: Config, found: dict, path: Path) -> VNet:
-    """The network that the settings describe, without memory for its weights, after comparing it with those found.
-
-    Raises:
-        ValueError: when a tensor is missing, too many, or of another shape or type.
-    """
-    other = f"{path}: its weights are another network's"
-    convolutions, widest = sum(config.down_convs) + sum(config.up_convs), config.channels << len(config.down_convs)
-    tensors = [form for form in found.values() if isinstance(form, TensorForm)]
-    # Even a network without weights takes time and memory for its layers.
-    if convolutions > len(found) or widest > sum(math.prod(form.shape) for form in tensors):
-        raise ValueError(f"{other} (its settings describe a larger one)")
-    try:
-        with torch.device("meta"):
-            network = VNet(len(config.organs), config.channels, config.down_convs, config.up_convs, config.norm)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    expected = {name: TensorForm(value.dtype, tuple(value.shape)) for name, value in network.state_dict().items()}
-    for name in expected | found:
-        if name not in expected or name not in found:
-            what = "is missing" if name in expected else "is not part of it"
-            raise ValueError(f"{other} ({str(name)[:80]} {what})")
-        if found[name] != expected[name]:
-            raise ValueError(f"{other} ({name} is {in_words(found[name])}, expected {in_words(expected[name])})")
-    return network
-
-
-def check_average(found: Any, network: VNet, path: Path) -> None:
-    """Check that averaged weights are those of this network.
-
-    Raises:
-        ValueError: when they are not.
-    """
-    expected = {name: TensorForm(value.dtype, tuple(value.shape)) for name, value in network.named_parameters()}
-    if found != expected:
-        raise ValueError(f"{path}: its average is not that of its network; it is damaged, or was tampered with")
-
-
-def check_optimizer(found: Any, network: VNet, path: Path) -> None:
-    """Check that an optimiser's state is that of Adam for this network.
-
-    Raises:
-        ValueError: naming what is wrong.
-    """
-    parameters = list(network.parameters())
-    wrong = ValueError(f"{path}: its optimizer is not that of its network; it is damaged, or was tampered with")
-    (usual,) = torch.optim.Adam(parameters).state_dict()["param_groups"]
-    groups = found.get("param_groups") if isinstance(found, dict) else None
-    if not (isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict)):
-        raise wrong
-    (group,) = groups
-    # The rate is set anew for each step, and how the step is computed is the device's business.
-    settings = {key: usual[key] for key in usual.keys() & group.keys() - {"lr", "fused", "foreach"}}
-    if any(type(group[key]) is not type(value) or group[key] != value for key, value in settings.items()):
-        raise wrong
-    if "params" not in settings or not is_number(group.get("lr")):
-        raise wrong
-    states = found.get("state")
-    if not isinstance(states, dict) or (states and states.keys() != set(range(len(parameters)))):
-        raise wrong
-    for i, state in states.items():
-        form = TensorForm(parameters[i].dtype, tuple(parameters[i].shape))
-        if state != {"step": TensorForm(torch.float32, ()), "exp_avg": form, "exp_avg_sq": form}:
-            raise wrong
-
-
-def check_resumable(content: dict[str, Any], path: str | Path) -> None:
-    """Check that a checkpoint holds all that training goes on from.
-
-    Raises:
-        ValueError: naming what is missing; best.pt holds no optimiser.
-    """
-    needed = ["optimizer", "scaler", "epoch", "cases"] + ["average"] * (content["config"].average_decay > 0)
-    missing = [key for key in needed if key not in content]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}, so that training cannot go on from it; take last.pt")
-
-
-def check_numbers(content: dict[str, Any], path: Path) -> None:
-    """Check that no number of a loaded checkpoint is NaN or infinite, and that no two tensors are one.
-
-    Raises:
-        ValueError: naming the first tensor that is wrong.
-    """
-    seen = set()
-    for name, tensor in tensors_in(content):
-        if tensor.data_ptr() in seen:
-            raise ValueError(f"{path}: {name} is the same tensor as another; it is damaged, or was tampered with")
-        seen.add(tensor.data_ptr())
-        if tensor.is_floating_point() and not all(bound.isfinite() for bound in tensor.aminmax()):
-            raise ValueError(f"{path}: {name} holds NaN or infinite numbers; take another checkpoint")
-
-
-def tensors_in(content: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint's network and optimiser, with names for messages."""
-    for part in ("network", "average"):
-        yield from ((f"{part}: {name}", tensor) for name, tensor in content.get(part, {}).items())
-    for i, state in content.get("optimizer", {"state": {}})["state"].items():
-        yield from ((f"optimizer: {name} of parameter {i}", tensor) for name, tensor in state.items())
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_row(values: Any, length: int | None = None) -> bool:
-    """Whether a value is a list of numbers, of that length if one is given."""
-    return isinstance(values, list) and length in (None, len(values)) and all(map(is_number, values))
-
-
-def is_scaler_state(state: Any) -> bool:
-    """Whether a value is the state of a GradScaler; without mixed precision it is empty."""
-    return isinstance(state, dict) and (
-        not state or (state.keys() == SCALER_KEYS and all(map(is_number, state.values())) and state["scale"] > 0)
-    )
-
-
-def is_training_data(data: Any) -> bool:
-    """Whether a value says what infer.py compares scans with: ranges of the extents and of the HU percentiles."""
-    if not isinstance(data, dict) or not is_row(data.get("percentiles")):
-        return False
-    for name, length in (("extent_mm", 3), ("hu_percentiles", len(data["percentiles"]))):
-        ranges = data.get(name)
-        if not isinstance(ranges, dict) or not all(is_row(ranges.get(end), length) for end in ("min", "max")):
-            return False
-    return True
-
-
-def is_case_lists(cases: Any) -> bool:
-    """Whether a value lists the cases trained on and held out."""
-    return isinstance(cases, dict) and all(
-        isinstance(cases.get(part), list) and all(isinstance(case, str) for case in cases[part])
-        for part in ("train", "val")
-    )
-
-
-def in_words(form: Any) -> str:
-    """A tensor's shape and type for messages."""
-    if not isinstance(form, TensorForm):
-        return "no tensor"
-    return f"{str(form.dtype).removeprefix('torch.')} of shape {'x'.join(map(str, form.shape)) or '()'}"[:80]
-
-
-SHARED = ("size", "window_hu", "organs")  # settings that networks must share to be averaged
-
-
-def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[VNet], dict]:
-    """The networks of checkpoints, and what the first checkpoint says, the ranges of training cases those of all.
+def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[nn.Module], dict]:
+    """Load several networks; return them and the first one's content, in which the ranges are those of all cases.
 
     Raises:
         FileNotFoundError, ValueError: when one cannot be read, or does not go together with the first.
@@ -358,3 +161,46 @@ def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[VNet
             "max": np.max([each["max"] for each in ranges], axis=0).tolist(),
         }
     return list(networks), first | {"training_data": merged}
+
+
+def load_weights(network: nn.Module, content: dict[str, Any], path: str | Path) -> None:
+    """Load a checkpoint's weights into a network; those of another network are a ValueError."""
+    check_same_shapes(content["network"], network.state_dict(), f"{path}: its weights are another network's")
+    network.load_state_dict(content["network"])
+
+
+def check_same_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str) -> None:
+    """Raise a ValueError with `complaint` and the first tensor whose name or shape differs."""
+    for name in [*expected, *found]:
+        if name not in found or name not in expected:
+            raise ValueError(f"{complaint} ({name} is {'missing' if name in expected else 'not part of it'})")
+        got, wanted = list(found[name].shape), list(expected[name].shape)
+        if got != wanted:
+            raise ValueError(f"{complaint} ({name} is of shape {got}, expected {wanted})")
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | Path, scaler: Any = None
+) -> None:
+    """Load the state of an optimizer and of a GradScaler; a state that does not fit is a ValueError."""
+    complaint = f"{path}: its optimizer state does not fit the network"
+    try:
+        for saved, own in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            saved["fused"] = own.get("fused")  # depends on this run's device and torch, not on the saved one's
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scaler and checkpoint["scaler"]:  # empty when the run so far was not in fp16
+            scaler.load_state_dict(checkpoint["scaler"])
+    except UNUSABLE as error:
+        raise ValueError(f"{complaint} ({str(error).splitlines()[0]})") from error
+    # load_state_dict compares no shapes.
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        moments = {name: value for name, value in optimizer.state.get(parameter, {}).items() if "exp_avg" in name}
+        check_same_shapes(moments, dict.fromkeys(moments, parameter), f"{complaint}: parameter {i}")
+
+
+def check_resumable(content: dict[str, Any], path: str | Path) -> None:
+    """Raise a ValueError when a checkpoint lacks what training goes on from; best.pt does."""
+    needed = ["optimizer", "scaler", "epoch", "cases"] + ["ema"] * (content["config"].ema_decay > 0)
+    missing = [key for key in needed if key not in content]
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}, so that training cannot go on from it; take last.pt")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -55,10 +55,10 @@ class Config:
     channels_last: bool
     val_interval: int
     checkpoint_minutes: float
-    clip_norm: float
-    accumulate: int
-    average_decay: float
-    output_bias: bool
+    max_grad_norm: float
+    accumulation_steps: int
+    ema_decay: float
+    init_output_bias: bool
     deterministic: bool
     tensorboard: bool
     augment: bool
@@ -145,10 +145,10 @@ RULES = {
     "channels_last": Rule(bool, "true or false"),
     "val_interval": whole_number(1),
     "checkpoint_minutes": Rule(float, "a number of minutes, 0 or more", lambda value: value >= 0),
-    "clip_norm": Rule(float, "a number, 0 or more", lambda value: value >= 0),
-    "accumulate": whole_number(1),
-    "average_decay": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
-    "output_bias": Rule(bool, "true or false"),
+    "max_grad_norm": Rule(float, "a number, 0 or more", lambda value: value >= 0),
+    "accumulation_steps": whole_number(1),
+    "ema_decay": Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "init_output_bias": Rule(bool, "true or false"),
     "deterministic": Rule(bool, "true or false"),
     "tensorboard": Rule(bool, "true or false"),
     "augment": Rule(bool, "true or false"),
@@ -164,6 +164,15 @@ RULES = {
     "seed": Rule(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
     "workers": whole_number(0),
     "device": Rule(str, "auto, cpu, cuda or cuda:N", lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)),
+}
+
+
+# Settings by their old names, which are refused with the new one.
+RENAMED = {
+    "average_decay": "ema_decay",
+    "accumulate": "accumulation_steps",
+    "clip_norm": "max_grad_norm",
+    "output_bias": "init_output_bias",
 }
 
 
@@ -216,7 +225,7 @@ def load_config(path: str | Path = DEFAULT_CONFIG, flags: dict[str, Any] | None 
     check_keys(settings, str(path))
     for key, typed in (flags or {}).items():
         settings[key] = parse_flag(key, typed)
-    where = {key: f"--{key.replace('_', '-')}" for key in flags or {}}
+    where = {key: flag_of(key) for key in flags or {}}
     return Config(**{key: check(key, settings[key], where.get(key, f"{path}: {key}")) for key in RULES})
 
 
@@ -272,6 +281,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def check_keys(settings: dict[str, Any], source: str) -> None:
     """Check that every key is there and none besides; `source` opens the error's sentence."""
     for key in settings:
+        if key in RENAMED:
+            raise ValueError(f"{source}: unknown key {key}; it is {RENAMED[key]} now")
         if key not in RULES:
             close = difflib.get_close_matches(shorten(key), RULES, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(RULES)}"
@@ -335,7 +346,23 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     for key, rule in RULES.items():
         # A truth value may also stand alone: --augment is --augment true.
         shape = {"nargs": "+"} if rule.row else {"nargs": "?", "const": "true"} if rule.kind is bool else {}
-        parser.add_argument(f"--{key.replace('_', '-')}", help=rule.words, metavar="VALUE", **shape)
+        parser.add_argument(flag_of(key), help=rule.words, metavar="VALUE", **shape)
+
+    for old, new in RENAMED.items():
+        parser.add_argument(flag_of(old), action=RenamedFlag, const=flag_of(new), nargs="*", help=argparse.SUPPRESS)
+
+
+class RenamedFlag(argparse.Action):
+    """A flag by its old name: end with the new one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """End with exit code 2."""
+        parser.error(f"unknown flag {self.option_strings[0]}; it is {self.const} now")
+
+
+def flag_of(key: str) -> str:
+    """The flag of a setting."""
+    return f"--{key.replace('_', '-')}"
 
 
 def flags_given(arguments: argparse.Namespace, keys: Iterable[str] = RULES) -> dict[str, Any]:

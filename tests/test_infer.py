@@ -25,8 +25,9 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch.nn import functional as F
 
 import infer
-from core.checkpoint import build_network, load_checkpoint, load_network, save_checkpoint
+from core.checkpoint import load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
+from core.network import build_network
 from core.system.files import locked, whole_file
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, describe_cases, find_cases

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("vnet", "core.system"),
     ("core.config",),
-    ("core.network", "core.scans", "core.torch_file"),
+    ("core.network", "core.scans"),
     ("core.checkpoint", "core.scoring", "core.training", "core.inference"),
     ("dataset",),
     ("train", "infer", "evaluate", "data", "visualization"),

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 import train
-from core.checkpoint import build_network, load_checkpoint, load_network
+from core.checkpoint import load_checkpoint, load_network
 from core.config import load_config
+from core.network import build_network
 from core.system.processes import ALONE
 from core.training.run_folder import RunFolder
 from core.training.setup import start_training
@@ -172,8 +173,8 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
 
 @pytest.mark.parametrize("plan", ["off", "lowest"])
 def test_resuming_with_an_average_and_pieces(run, tmp_path, plan):
-    flags = ["--epochs", "3", "--average-decay", "0.8", "--batch-size", "2", "--accumulate", "2", "--memory", plan]
-    flags += ["--output-bias", "--deterministic"]
+    flags = ["--epochs", "3", "--ema-decay", "0.8", "--batch-size", "2", "--accumulation-steps", "2", "--memory", plan]
+    flags += ["--init-output-bias", "--deterministic"]
     assert run(*flags, folder="whole")[0] == 0
     with power_cut(before_epoch=3), pytest.raises(KeyboardInterrupt):
         run(*flags, "--resume", folder="broken")
@@ -187,9 +188,13 @@ def test_resuming_with_an_average_and_pieces(run, tmp_path, plan):
     best = weights(tmp_path / "whole" / "best.pt")
     assert all(torch.equal(best[name], value) for name, value in whole["average"].items())
     content = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    (tmp_path / "whole" / "previous.pt").unlink()
+    content["average"]["classify.bias"] = torch.zeros(3)
+    torch.save(content, tmp_path / "whole" / "last.pt")
+    code, _, err = run(*flags, "--resume", folder="whole")
+    assert (code, "last.pt: its average is another network's (classify.bias is of shape [3]" in err) == (2, True)
     del content["average"]
     torch.save(content, tmp_path / "whole" / "last.pt")
-    (tmp_path / "whole" / "previous.pt").unlink()
     code, _, err = run(*flags, "--resume", folder="whole")
     assert (code, "last.pt: lacks average, so that training cannot go on" in err) == (2, True)
 
@@ -269,9 +274,9 @@ def test_tensorboard_that_is_not_installed_is_said_at_the_start(run, monkeypatch
 
 
 def test_batch_norm_in_pieces_is_refused(run):
-    code, _, err = run("--norm", "batch", "--batch-size", "2", "--accumulate", "2")
+    code, _, err = run("--norm", "batch", "--batch-size", "2", "--accumulation-steps", "2")
     assert (code, err.count("\n")) == (2, 1)
-    assert "norm: got batch with accumulate" in err
+    assert "norm: got batch with accumulation_steps" in err
 
 
 def test_resuming_with_other_settings_is_refused_by_name(run, tmp_path):

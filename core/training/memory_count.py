@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.checkpoint import build_network
 from core.config import Config
+from core.network import build_network
 from core.system.exits import (
     DONE,
     STOPPED,
@@ -49,9 +49,16 @@ def predict(config: Config, plan: str, precision: torch.dtype) -> Need:
         optimizer.zero_grad()
         image, labels = blank_batch(config, torch.device("cpu"))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        average = Average(network, config.average_decay) if config.average_decay else None
+        average = Average(network, config.ema_decay) if config.ema_decay else None
         training = Training(
-            network, Loss(config.loss), optimizer, scaler, precision, plan, pieces=config.accumulate, average=average
+            network,
+            Loss(config.loss),
+            optimizer,
+            scaler,
+            precision,
+            plan,
+            pieces=config.accumulation_steps,
+            average=average,
         )
         tracker.track_external(network, optimizer, image, labels, *(average.weights.values() if average else ()))
         with tracker, counter:

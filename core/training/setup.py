@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from core.checkpoint import build_network
 from core.config import Config
+from core.network import build_network
 from core.system.processes import Group
 from core.training.losses import Loss
 from vnet import VNet
@@ -67,7 +67,7 @@ class Training:
         scaler: enabled for fp16 alone, whose small gradients would vanish otherwise.
         precision: the type that convolutions are computed in.
         plan: one of PLANS.
-        clip_norm: the largest norm of a step's gradient, all weights together; 0 for any.
+        max_grad_norm: the largest norm of a step's gradient, all weights together; 0 for any.
         pieces: in which a batch is worked out, one after the other.
         average: of the weights over the steps, or None.
         combine: is given the network with its gradients and the loss when a backward pass is over, and returns the
@@ -80,7 +80,7 @@ class Training:
     scaler: torch.amp.GradScaler
     precision: torch.dtype
     plan: str = "off"
-    clip_norm: float = 0.0
+    max_grad_norm: float = 0.0
     pieces: int = 1
     average: "Average | None" = None
     combine: Callable[[nn.Module, Tensor], Tensor] = lambda network, loss: loss
@@ -165,10 +165,10 @@ def start_training(config: Config, device: torch.device, group: Group) -> Traini
             f"norm: got batch with {group.size} processes, each of which would have statistics of its own; expected "
             "instance or group"
         )
-    if config.accumulate > 1 and config.norm == "batch":
+    if config.accumulation_steps > 1 and config.norm == "batch":
         raise ValueError(
-            "norm: got batch with accumulate, whose pieces would each have statistics of their own; expected instance "
-            "or group"
+            "norm: got batch with accumulation_steps, whose pieces would each have statistics of their own; expected "
+            "instance or group"
         )
     be_deterministic(config.deterministic)
     torch.manual_seed(config.seed)  # the same first weights in every process
@@ -184,7 +184,15 @@ def start_training(config: Config, device: torch.device, group: Group) -> Traini
     optimizer = make_optimizer(network, config.learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     loss = Loss(config.loss, config.deterministic)
-    return Training(network, loss, optimizer, scaler, precision, clip_norm=config.clip_norm, pieces=config.accumulate)
+    return Training(
+        network,
+        loss,
+        optimizer,
+        scaler,
+        precision,
+        max_grad_norm=config.max_grad_norm,
+        pieces=config.accumulation_steps,
+    )
 
 
 def be_deterministic(wanted: bool) -> None:

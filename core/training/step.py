@@ -48,9 +48,9 @@ def training_step(
     loss = training.combine(training.network, gradients(training, image, labels, check, after))
     # Adam reads on the device whether to leave this step out. An enabled scaler puts its own answer here, in which all
     # gradients have a say.
-    if training.clip_norm:
+    if training.max_grad_norm:
         training.scaler.unscale_(training.optimizer)
-        nn.utils.clip_grad_norm_(training.network.parameters(), training.clip_norm)
+        nn.utils.clip_grad_norm_(training.network.parameters(), training.max_grad_norm)
     training.optimizer.found_inf = loss.isfinite().logical_not().float()
     training.scaler.step(training.optimizer)
     training.scaler.update()

@@ -15,8 +15,8 @@ from torch import nn
 
 from benchmarks import inference, memory, train_step
 from benchmarks.peers import NO_MONAI, Predecessor, monai_installed
-from core.checkpoint import build_network
 from core.config import load_config
+from core.network import build_network
 from core.scans.files import find_scans
 from core.training.memory_count import predict
 from core.training.step import PLANS

@@ -11,6 +11,7 @@ import yaml
 
 from core.config import (
     DEFAULT_CONFIG,
+    RENAMED,
     RULES,
     Config,
     add_config_flags,
@@ -56,10 +57,10 @@ CHANGES = {
     "channels_last": ("true", True),
     "val_interval": ("5", 5),
     "checkpoint_minutes": ("0.5", 0.5),
-    "clip_norm": ("12", 12.0),
-    "accumulate": ("4", 4),
-    "average_decay": ("0.99", 0.99),
-    "output_bias": ("true", True),
+    "max_grad_norm": ("12", 12.0),
+    "accumulation_steps": ("4", 4),
+    "ema_decay": ("0.99", 0.99),
+    "init_output_bias": ("true", True),
     "deterministic": ("true", True),
     "tensorboard": ("true", True),
     "augment": ("true", True),
@@ -287,6 +288,23 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
     path.write_text(DEFAULTS + "\nxyz: 1\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"unknown key xyz; the keys are data_dir, run_dir, .*device$"):
         load_config(path)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_refused_with_the_new_one(tmp_path, capsys, old):
+    new = {"clip_norm": "max_grad_norm", "accumulate": "accumulation_steps", "average_decay": "ema_decay",
+           "output_bias": "init_output_bias"}[old]  # fmt: skip
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"{DEFAULTS}\n{old}: 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"settings\.yaml: unknown key {old}; it is {new} now$"):
+        load_config(path)
+    with pytest.raises(ValueError, match=rf"^last\.pt: unknown key {old}; it is {new} now$"):
+        config_from_dict(config_to_dict(load_config()) | {old: 1}, "last.pt")
+    for value in ([], ["1"]):
+        with pytest.raises(SystemExit) as end:
+            from_command_line(flag(old), *value)
+        assert end.value.code == 2
+        assert capsys.readouterr().err.endswith(f"error: unknown flag {flag(old)}; it is {flag(new)} now\n")
 
 
 @pytest.mark.parametrize("key", RULES)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import infer
-from core.checkpoint import build_network, save_checkpoint
+from core.checkpoint import save_checkpoint
 from core.config import load_config, load_organs
+from core.network import build_network
 from core.scans.anatomy import organs_in, remarks
 from core.scans.geometry import Geometry
 from dataset import CaseDataset, describe_cases, find_cases

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train
-from core.checkpoint import build_network
 from core.config import load_config
+from core.network import build_network
 from core.training import memory_count
 from core.training import memory_plans as memory
 from core.training.losses import Loss
@@ -63,7 +63,7 @@ def test_count_grows_with_the_settings():
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_batch_in_pieces_takes_the_memory_of_a_piece(plan):
     alone, whole, cut = (
-        predict(replace(SMALL, batch_size=batch, accumulate=pieces), plan, torch.float32)
+        predict(replace(SMALL, batch_size=batch, accumulation_steps=pieces), plan, torch.float32)
         for batch, pieces in ((1, 1), (4, 1), (4, 4))
     )
     assert cut.flops == pytest.approx(whole.flops)
@@ -78,7 +78,7 @@ def weights_gib() -> float:
 
 
 def test_an_average_takes_the_memory_of_the_weights():
-    base, averaged = (predict(replace(SMALL, average_decay=d), "lowest", torch.float32).peak_gib for d in (0.0, 0.9))
+    base, averaged = (predict(replace(SMALL, ema_decay=d), "lowest", torch.float32).peak_gib for d in (0.0, 0.9))
     assert averaged - base == pytest.approx(weights_gib(), rel=0.05)
 
 

@@ -431,9 +431,9 @@ def test_clipping_shortens_the_gradient_and_keeps_its_direction(plan, scaled):
     network = VNet(classes=3, channels=2, down_convs=(1, 1), up_convs=(1,))
     image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8))
     found = []
-    for clip_norm in (1e9, 1e-3):  # the first shortens nothing, but takes the scaler's factor out
+    for max_grad_norm in (1e9, 1e-3):  # the first shortens nothing, but takes the scaler's factor out
         training = start(copy.deepcopy(network), plan=plan, scaled=scaled)
-        training.clip_norm = clip_norm
+        training.max_grad_norm = max_grad_norm
         training_step(training, image, labels)
         found.append(torch.cat([p.grad.flatten() for p in training.network.parameters()]))
     whole, clipped = found
