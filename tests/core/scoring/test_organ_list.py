@@ -15,8 +15,9 @@ import torch
 
 import evaluate
 import infer
-from core.checkpoint import build_network, save_checkpoint
+from core.checkpoint import save_checkpoint
 from core.config import load_config, save_config
+from core.network import build_network
 from core.scans.geometry import Geometry
 from core.scans.volumes import read_geometry, save_label_map
 from core.scoring.organ_list import DEFAULT_NOTE
