@@ -7,7 +7,8 @@
 
 The first writes OUTPUT/metrics.csv (a row per case and organ), OUTPUT/summary.json and OUTPUT/scores.png, and prints a
 table per organ. The second compares two sets of predictions as well (comparison.json, other_metrics.csv). The third
-says what the network's grid costs (ceiling.csv, ceiling.json).
+measures what the network's grid costs (ceiling.csv, ceiling.json).
+Organ names come from --config or --checkpoint, else from the label maps themselves, else from config.yaml.
 Exit code 0: done, 1: some case was missing or refused (the others are scored), 2: wrong usage, 3: had to stop.
 """
 
@@ -15,71 +16,20 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import closing
-from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from core.config import DEFAULT_CONFIG, check, load_config
-from core.scans.files import find_label_maps, listed, select_cases
+from core.config import check, load_config
+from core.scans.files import find_label_maps, select_cases
 from core.scans.nifti import MAX_GIB, Reading
-from core.scoring.case import Rules, Scored, Task, score_case
+from core.scoring.case import Rules, Task
+from core.scoring.cases import name_unpaired, pair_up, score_cases
+from core.scoring.ceiling import score_ceiling
 from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM
-from core.scoring.results import (
-    CEILING_RESULTS,
-    DEFINITIONS,
-    RESULTS,
-    comparison_of,
-    csv_text,
-    prepare_output,
-    summary_of,
-    write_json,
-)
-from core.scoring.statistics import (
-    spread,
-)
-from core.scoring.tables import ceiling_table, comparison_table, score_table
-from core.system.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
-from core.system.files import whole_file
-from core.system.parallel import MOST_WORKERS, cores, in_processes
-
-# ---- All cases -------------------------------------------------------------------------------------------------------
-
-
-def score_all(tasks: Sequence[Task], rules: Rules, workers: int, path: Path) -> dict[str, Scored]:
-    """Score the cases in parallel, and name on stderr those that are refused.
-
-    The rows of a case reach the CSV file `path` when it is done, so that a break loses no finished case; at the end
-    they are put in the order of the cases.
-
-    Raises:
-        MemoryError: when a worker was killed.
-        OSError: when the file cannot be written.
-    """
-    organs = len(rules.organs) - 1
-    done: dict[str, Scored] = {}
-    with open(path, "w", newline="") as file, tqdm(total=len(tasks) * organs, unit="organ", disable=None) as bar:
-        file.write(csv_text([], rules.columns, header=True))
-        file.flush()
-        # Another process tells of whole cases only.
-        score = partial(score_case, rules=rules, **({"tick": bar.update} if workers == 1 else {}))
-        with closing(in_processes(score, tasks, workers)) as finished:
-            for task, scored in finished:
-                done[task.case] = scored
-                if scored.refusal:
-                    print_error(ValueError(scored.refusal))
-                file.write(csv_text(scored.rows, rules.columns))
-                file.flush()
-                bar.update(len(done) * organs - bar.n)
-    in_order = {task.case: done[task.case] for task in tasks}
-    rows = [row for scored in in_order.values() for row in scored.rows]
-    with whole_file(path) as temporary:
-        temporary.write_text(csv_text(rows, rules.columns, header=True), newline="")
-    return in_order
-
-
-# ---- The command -----------------------------------------------------------------------------------------------------
+from core.scoring.organ_list import choose_organs, load_given
+from core.scoring.results import RESULTS, prepare_output, write_comparison, write_summary
+from core.scoring.tables import comparison_text, score_table
+from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.system.parallel import MOST_WORKERS, cores
 
 
 def main() -> int:
@@ -88,89 +38,50 @@ def main() -> int:
     with refusing(USAGE):
         references = find_label_maps(arguments.labels)
         chosen = select_cases(references, arguments.cases)
-        workers = min(arguments.workers or min(cores(), MOST_WORKERS), len(chosen))
-        rules = read_rules(arguments, threads=max(1, cores() // workers))
         if arguments.ceiling:
-            return score_ceiling(chosen, rules, workers, arguments)
-        return score_predictions(references, chosen, rules, workers, arguments)
+            tasks = [Task(case, reference) for case, reference in chosen.items()]
+            rules, workers = make_rules(tasks, [], arguments)
+            return score_ceiling(tasks, rules, workers, Path(arguments.output), arguments.table == "md")
+        tasks, extra = pair_up(arguments.predictions, references, chosen)
+        others, _ = pair_up(arguments.against, references, chosen) if arguments.against else ([], [])
+        rules, workers = make_rules(tasks, others, arguments)
+        return score_predictions(tasks, others, extra, rules, workers, arguments)
 
 
 def score_predictions(
-    references: dict[str, Path], chosen: dict[str, Path], rules: Rules, workers: int, arguments: argparse.Namespace
+    tasks: Sequence[Task],
+    others: Sequence[Task],
+    extra: Sequence[str],
+    rules: Rules,
+    workers: int,
+    arguments: argparse.Namespace,
 ) -> int:
-    """Score the predictions of the chosen cases, and those of --against; write, draw and print what came out."""
+    """Score the predictions, and those of --against; write, draw and print the results; return the exit code."""
     output, markdown = Path(arguments.output), arguments.table == "md"
-    tasks, extra = pair_up(arguments.predictions, references, chosen)
-    other_tasks, _ = pair_up(arguments.against, references, chosen) if arguments.against else ([], [])
     prepare_output(output, RESULTS)
-    if extra:
-        print(f"warning: {arguments.predictions}: no reference for {len(extra)}: {listed(extra)}", file=sys.stderr)
-    missing = name_missing(tasks, arguments.predictions)
-    results = score_all(tasks, rules, workers, output / "metrics.csv")
-    summary = summary_of(results, rules) | {
-        "voxel_accuracy": spread([scored.voxel_accuracy for scored in results.values()]),
-        "missing": [case for case in missing if not results[case].refusal],
-        "extra": extra,
-    }
-    write_json(output / "summary.json", summary)
-    written = ["metrics.csv", "summary.json"]
-    if summary["cases"]:
-        written += draw_picture(output)
+    missing = name_unpaired(tasks, extra, arguments.predictions)
+    results = score_cases(tasks, rules, workers, output / "metrics.csv")
+    summary = write_summary(output, results, rules, missing, extra)
+    written = ["metrics.csv", "summary.json", *(draw_picture(output) if summary["cases"] else [])]
     print(score_table(summary, len(summary["cases"]), markdown))
+    if rules.organs_note:
+        print(rules.organs_note)
     failed = bool(missing or summary["refused"])
-    if other_tasks:
-        failed |= bool(name_missing(other_tasks, arguments.against))
-        other = score_all(other_tasks, rules, workers, output / "other_metrics.csv")
-        comparison = comparison_of(results, other, rules)
-        write_json(output / "comparison.json", comparison)
+    if others:
+        failed |= bool(name_unpaired(others, [], arguments.against))
+        other_results = score_cases(others, rules, workers, output / "other_metrics.csv")
+        comparison = write_comparison(output, results, other_results, rules)
+        print(f"\n{comparison_text(comparison, markdown)}")
+        failed |= any(scored.refusal for scored in other_results.values())
         written += ["other_metrics.csv", "comparison.json"]
-        print_comparison(comparison, markdown)
-        failed |= any(scored.refusal for scored in other.values())
     but = f", {len(summary['missing'])} of them as missed" if summary["missing"] else ""
     but += f", {len(summary['refused'])} refused" if summary["refused"] else ""
-    print(f"{len(summary['cases'])} of {len(chosen)} cases scored{but}, into {output}: {', '.join(written)}")
+    print(f"{len(summary['cases'])} of {len(tasks)} cases scored{but}, into {output}: {', '.join(written)}")
     return REFUSED if failed else DONE
 
 
-def score_ceiling(chosen: dict[str, Path], rules: Rules, workers: int, arguments: argparse.Namespace) -> int:
-    """Score the truth pushed through the grid; write and print what came out."""
-    output = Path(arguments.output)
-    prepare_output(output, CEILING_RESULTS)
-    tasks = [Task(case, reference) for case, reference in chosen.items()]
-    summary = summary_of(score_all(tasks, rules, workers, output / "ceiling.csv"), rules) | {"size": rules.size}
-    summary["definitions"] |= DEFINITIONS["ceiling"]
-    write_json(output / "ceiling.json", summary)
-    print(ceiling_table(summary, rules.size, arguments.table == "md"))
-    print(f"{len(summary['cases'])} of {len(chosen)} cases pushed through, into {output}: {', '.join(CEILING_RESULTS)}")
-    return REFUSED if summary["refused"] else DONE
-
-
-def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -> tuple[list[Task], list[str]]:
-    """The chosen cases with their predictions in a folder, and the folder's cases that have no reference.
-
-    Raises:
-        FileNotFoundError, ValueError: when the folder holds no prediction of any reference's case.
-    """
-    predictions = find_label_maps(folder)
-    if not predictions.keys() & references.keys():
-        raise ValueError(
-            f"{folder}: none of its label maps ({listed(list(predictions), 3)}) belongs to a case of the references "
-            f"({listed(list(references), 3)}); a prediction is CASE.nii.gz"
-        )
-    tasks = [Task(case, reference, predictions.get(case)) for case, reference in chosen.items()]
-    return tasks, [case for case in predictions if case not in references]
-
-
-def name_missing(tasks: Sequence[Task], folder: str) -> list[str]:
-    """The cases without a prediction in the folder, each named on stderr."""
-    missing = [task.case for task in tasks if task.prediction is None]
-    for case in missing:
-        print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed"))
-    return missing
-
-
 def draw_picture(output: Path) -> list[str]:
-    """Draw scores.png from metrics.csv; the names of what was drawn: none without matplotlib, which is optional."""
+    """Draw scores.png from metrics.csv; return the names of the files drawn: none without matplotlib (optional)."""
     try:
         from visualization.scores import draw_scores
     except ModuleNotFoundError as error:
@@ -182,57 +93,55 @@ def draw_picture(output: Path) -> list[str]:
     return ["scores.png"]
 
 
-def print_comparison(comparison: dict, markdown: bool) -> None:
-    """Print what --against adds."""
-    for name, title in (("dice", "Dice"), ("nsd", "NSD")):
-        print(f"\n{comparison_table(title, comparison[name], markdown)}")
-    cases = len(comparison["cases"])
-    print(f"\ndifference: predictions - against, over {cases} cases; p: Wilcoxon's signed-rank test, not corrected.")
-
-
-def read_rules(arguments: argparse.Namespace, threads: int) -> Rules:
-    """The rules of scoring that the command line asks for, with `threads` for each case.
+def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argparse.Namespace) -> tuple[Rules, int]:
+    """Return the rules of scoring and the number of processes.
 
     Raises:
-        FileNotFoundError, ValueError: when the settings file is no good, or a value.
+        FileNotFoundError, ValueError: when a flag or a file that it names is wrong, or predictions differ in organs.
     """
-    config = load_config(arguments.config)
+    given = load_given(arguments.config, arguments.checkpoint)
+    predictions = [[task.prediction for task in group if task.prediction] for group in (tasks, others)]
+    organs, note = choose_organs(given, *predictions, [task.reference for task in tasks])
     if not 0 <= arguments.tolerance_mm < math.inf:
         raise ValueError(f"--tolerance-mm: got {arguments.tolerance_mm}, expected millimetres of 0 or more")
     size = None
     if arguments.ceiling:
-        size = check("size", arguments.size, "--size") if arguments.size else config.size
-    return Rules(
-        organs=config.organs,
-        tolerances_mm=tuple(TOLERANCES_MM.get(organ, arguments.tolerance_mm) for organ in config.organs),
+        size = check("size", arguments.size, "--size") if arguments.size else (given or load_config()).size
+    workers = min(arguments.workers or min(cores(), MOST_WORKERS), len(tasks))
+    rules = Rules(
+        organs=organs,
+        organs_note=note,
+        tolerances_mm=tuple(TOLERANCES_MM.get(organ, arguments.tolerance_mm) for organ in organs),
         protocol=arguments.protocol,
         distances=arguments.distances,
         size=size,
-        threads=threads,
+        threads=max(1, cores() // workers),
         reading=Reading(check("max_gib", arguments.max_gib, "--max-gib"), arguments.assume_ras),
     )
+    return rules, workers
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Score label maps against reference label maps.")
     parser.add_argument("--predictions", metavar="DIR", help="folder of CASE.nii.gz from infer.py, or any network's")
     parser.add_argument("--labels", required=True, metavar="DIR", help="folder of reference CASE.nii.gz")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings that list the organs")
-    parser.add_argument("--protocol", choices=("default", "flare22"), default="default", help="whose rules")
+    parser.add_argument("--config", metavar="FILE", help="settings that name the organs (default: the label maps do)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="network whose settings name the organs")
+    parser.add_argument("--protocol", choices=("default", "flare22"), default="default", help="rules of scoring")
     parser.add_argument(
         "--tolerance-mm", type=float, default=TOLERANCE_MM, metavar="MM",
         help=f"of NSD, for organs that FLARE22 does not have (default: {TOLERANCE_MM:g})",
     )  # fmt: skip
     parser.add_argument("--distances", action="store_true", help="hd_mm and mean_distance_mm too, in the files only")
     parser.add_argument("--against", metavar="DIR", help="other predictions of the same cases, to compare with")
-    parser.add_argument("--ceiling", action="store_true", help="score the labels pushed through the network's grid")
-    parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: that of --config)")
+    parser.add_argument("--ceiling", action="store_true", help="score the labels on the network's grid and back")
+    parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: the settings')")
     parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")
     parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest label map, as float32")
-    parser.add_argument("--assume-ras", action="store_true", help="files that do not say where they lie are RAS+")
+    parser.add_argument("--assume-ras", action="store_true", help="take files without a place in the patient as RAS+")
     parser.add_argument("--table", choices=("text", "md"), default="text", help="md: print tables in Markdown")
     arguments = parser.parse_args()
     if arguments.ceiling and (arguments.predictions or arguments.against or arguments.distances):

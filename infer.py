@@ -159,7 +159,7 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     # The label map is the sign that all of the case is done, so it takes its place last. It is whole on the disk before
     # the volumes are written, so that hardly anything can go wrong between the two.
     with whole_file(label_map_path(inference.output, scan.case)) as temporary:
-        save_label_map(labels, geometry, temporary)
+        save_label_map(labels, geometry, temporary, organs)
         write_volumes(inference.output, scan.case, voxels * geometry.voxel_ml, organs)
 
 

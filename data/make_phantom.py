@@ -16,6 +16,7 @@ import argparse
 import gzip
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,11 +27,14 @@ from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+from core.scans.organ_names import organ_names_extension
+from core.scoring.flare22 import TOLERANCES_MM
 from core.system.exits import DONE, USAGE, refusing, run_command
 from core.system.files import whole_file
 
 VERSION = 1  # raised when the same settings begin to give other voxels, so that an older set is not reused
 
+ORGANS = ("background", *TOLERANCES_MM)  # FLARE22's 13 in the order of their ids, which are those of the phantoms
 DEFAULT_CASES = 20
 DEFAULT_SHAPE = (144, 128, 80)
 MAX_CASES = 9999  # case names have four digits
@@ -403,8 +407,11 @@ def scan_affine(rng: np.random.Generator, shape: tuple, spacing_mm: np.ndarray) 
     return affine
 
 
-def nifti_bytes(voxels: np.ndarray, affine: np.ndarray, axis_order: str) -> bytes:
-    """Return a gzipped NIfTI file of voxels given in RAS+ order and stored in another, with no date in it."""
+def nifti_bytes(voxels: np.ndarray, affine: np.ndarray, axis_order: str, organs: Sequence[str] = ()) -> bytes:
+    """Return a gzipped NIfTI file of voxels given in RAS+ order and stored in another, with no date in it.
+
+    Its header holds the names of `organs`, by id with the background first, when they are given.
+    """
     turn = nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axis_order)
     )
@@ -412,6 +419,8 @@ def nifti_bytes(voxels: np.ndarray, affine: np.ndarray, axis_order: str) -> byte
     image.set_qform(image.affine, code=1)
     image.set_sform(image.affine, code=1)
     image.header.set_xyzt_units("mm")
+    if organs:
+        image.header.extensions.append(organ_names_extension(organs))
     return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
 
 
@@ -423,9 +432,9 @@ def write_case(data_dir: Path, seed: int, number: int, shape: tuple) -> None:
     affine = scan_affine(rng, shape, spacing_mm)
     axis_order = "LPS" if rng.random() < LPS_SHARE else str(rng.choice(AXIS_ORDERS))
     image_path, labels_path = case_paths(data_dir, number)
-    for path, array in ((labels_path, labels), (image_path, voxels)):
+    for path, array, organs in ((labels_path, labels, ORGANS), (image_path, voxels, ())):
         with whole_file(path) as temporary:
-            temporary.write_bytes(nifti_bytes(array, affine, axis_order))
+            temporary.write_bytes(nifti_bytes(array, affine, axis_order, organs))
 
 
 def case_paths(data_dir: Path, number: int) -> tuple[Path, Path]:

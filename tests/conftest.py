@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+import visualization  # noqa: F401 (takes a notebook's backend out of the environment before a test imports matplotlib)
+
 # Started in the background of a script, the tests would pass on to every command that Ctrl-C is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

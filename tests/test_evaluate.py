@@ -99,9 +99,10 @@ def score_pair(run, folder: Path, reference: np.ndarray, prediction: np.ndarray,
 
 
 def test_the_command_scores_two_cases(folders, tmp_path):
-    result = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", *folders], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    # A notebook's shell names a backend of matplotlib that is not installed here.
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [sys.executable, ROOT / "evaluate.py", *folders]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
     header, *lines = (tmp_path / "scores" / "metrics.csv").read_text().splitlines()
     assert header == COLUMNS

@@ -1142,7 +1142,7 @@ def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypat
         if scan.case == "2":
             predicted.set()
 
-    def save_1(labels, geometry, path):
+    def save_1(labels, geometry, path, organs):
         if path.name.endswith(".1.nii.gz"):  # its temporary name
             writing.set()
             if not network_runs:
@@ -1150,7 +1150,7 @@ def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypat
                 time.sleep(0.2)  # until the main thread waits
                 os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
-        save(labels, geometry, path)
+        save(labels, geometry, path, organs)
 
     monkeypatch.setattr(infer, "predict", predict_2)
     monkeypatch.setattr(infer, "save_label_map", save_1)

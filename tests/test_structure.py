@@ -21,6 +21,7 @@ LAYERS = (
 # What a room may import of its own row: training and inference load and save checkpoints, training scores validation.
 BESIDE = {
     "core.training": {"core.checkpoint", "core.scoring"},
+    "core.scoring": {"core.checkpoint"},
     "core.inference": {"core.checkpoint"},
 }
 SCRIPTS = ("train.py", "infer.py", "evaluate.py")

@@ -19,19 +19,19 @@ import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from core.config import DEFAULT_CONFIG, load_organs
 from core.scans.files import case_id
 from core.scans.geometry import Geometry
 from core.scans.volumes import load_scan, read_geometry
+from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.system.files import whole_file
 from visualization.meshes import context_meshes, organ_mesh
 from visualization.render import Scene, Veil, View, backdrop, fitting_scale, render, view_at
-from visualization.shown import read_label_maps, title_of
+from visualization.shown import add_organ_flags, label_map_paths, organs_of, print_written, read_label_maps, title_of
 from visualization.style import FONT, INK, colour_of
 
 FRAMES, SIZE, FRAMES_A_SECOND = 120, (1280, 720), 24
-BONES, SKIN = (0.5, 0.5), (0.04, 0.6)  # opacity of what lies around the organs: facing the camera, and edge on
+BONES, SKIN = (0.5, 0.5), (0.04, 0.6)  # opacity of the surroundings: facing the camera, and edge on
 CRF = 20  # of H.264: lower is better and larger
 LEGEND = 0.27  # share of the width, at the right
 MARGIN, LINE, TEXT, HEADING = 0.05, 0.044, 0.024, 0.028  # shares of the height
@@ -41,19 +41,19 @@ MOVIES = (".mp4", ".gif")
 
 @cache
 def font(pixels: int) -> ImageFont.FreeTypeFont:
-    """The letters of every picture, at a height in pixels."""
+    """Return the font of every picture, at a height in pixels."""
     return ImageFont.truetype(findfont(FONT), pixels)
 
 
 def make_scene(labels: np.ndarray, chosen: Sequence[int], affine: np.ndarray) -> Scene | None:
-    """The chosen organs of a label map as surfaces; None when it has none of them."""
+    """Return the chosen organs of a label map as surfaces; None when it has none of them."""
     meshes = {organ: organ_mesh(labels, organ, affine) for organ in chosen}
     found = {organ: mesh for organ, mesh in meshes.items() if mesh is not None}
     return Scene(found) if found else None
 
 
 def make_veils(voxels: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> list[Veil]:
-    """Bones and skin of a scan, to be drawn faintly."""
+    """Return bones and skin of a scan, to be drawn faintly."""
     meshes = zip(context_meshes(voxels, labels, affine), (BONES, SKIN), strict=True)
     return [Veil(Scene({1: mesh}), *opacity) for mesh, opacity in meshes if mesh is not None]
 
@@ -65,9 +65,9 @@ def draw_frames(
 
     Args:
         panels: by title, drawn side by side at one scale left of the legend; None is an empty panel.
-        background: what stays: backdrop and legend.
-        frames: how many.
-        veils: what the organs are seen through.
+        background: backdrop and legend, the same in every frame.
+        frames: number of frames.
+        veils: surfaces that the organs are seen through.
     """
     width, height = background.size
     size = int(width * (1 - LEGEND)) // len(panels), height
@@ -96,7 +96,7 @@ def draw_mark(draw: ImageDraw.ImageDraw, view: View, height: int) -> None:
     ends = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
     for letter, axis in sorted(ends.items(), key=lambda end: np.dot(end[1], view.back)):
         near = np.dot(axis, view.back)
-        if not -0.3 < near < 0.8:  # it would stand on the centre, or behind the letter of another axis
+        if not -0.3 < near < 0.8:  # it would hide the centre, or be hidden by the letter of another axis
             continue
         tip = x + radius * np.dot(axis, view.right), y - radius * np.dot(axis, view.up)
         gray = round(165 + 80 * near)
@@ -120,7 +120,7 @@ def draw_background(size: tuple[int, int], title: str, rows: Sequence[tuple[int,
         title = title.rstrip("…")[:-1] + "…"
     draw.text((left, y), title, INK, font(round(HEADING * height)), "lm")
     y += 1.5 * LINE * height
-    draw.text((right, y), "mL" if len(rows[0][2]) == 1 else "mL / truth", INK, letters, "rm")
+    draw.text((right, y), "mL" if len(rows[0][2]) == 1 else "mL / reference", INK, letters, "rm")
     for organ, name, volumes_ml in rows:
         y += LINE * height
         colour, half = tuple(round(255 * part) for part in colour_of(organ)), 0.3 * LINE * height
@@ -133,7 +133,7 @@ def draw_background(size: tuple[int, int], title: str, rows: Sequence[tuple[int,
 
 
 def write_movie(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int]) -> None:
-    """Write frames as H.264 in .mp4, or as .gif that starts again; the file comes to be when it is whole."""
+    """Write frames as H.264 in .mp4, or as an endless .gif; the file appears when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         if path.suffix.lower() == ".gif":
@@ -142,15 +142,15 @@ def write_movie(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int])
             return
         try:
             write_h264(temporary, frames, size)
-        except (OSError, RuntimeError) as error:  # both with pages of what ffmpeg says
+        except (OSError, RuntimeError) as error:  # both carry pages of ffmpeg's output
             raise OSError(f"{path}: ffmpeg could not write it whole; is the disk full?") from error
 
 
 def write_h264(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int]) -> None:
-    """Have ffmpeg write frames, and read them back, since it ends without an error when the disk is full.
+    """Write frames by ffmpeg and count them again, since it ends without an error when the disk is full.
 
     Raises:
-        OSError, RuntimeError: when they are not all there.
+        OSError, RuntimeError: when some are missing.
     """
     writer = imageio_ffmpeg.write_frames(
         str(path),
@@ -173,11 +173,11 @@ def write_h264(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int]) 
         raise OSError(f"{written} of {sent} frames are there")
 
 
-def choose_organs(names: Sequence[str] | None, organs: Sequence[str]) -> list[int]:
-    """The ids of organs by name; all but the background without names.
+def choose_ids(names: Sequence[str] | None, organs: Sequence[str]) -> list[int]:
+    """Return the ids of organs by name; without names, all but the background.
 
     Raises:
-        ValueError: naming those that there are none of.
+        ValueError: naming those that are not in the organ list.
     """
     unknown = [name for name in names or () if name not in organs[1:]]
     if unknown:
@@ -201,7 +201,7 @@ def make_movie(
     Args:
         title: written above the legend, the case as a rule.
         geometry: of the scan.
-        label_maps: (X, Y, Z) ids in RAS+ order, one, or prediction and truth, by the titles that stand above them.
+        label_maps: (X, Y, Z) ids in RAS+ order, one, or prediction and reference, by the titles above them.
         output: .mp4 or .gif.
         organs: names by id, background first.
         chosen: ids of the organs to show.
@@ -218,7 +218,7 @@ def make_movie(
     counts = [np.bincount(labels.ravel(), minlength=len(organs)) for labels in label_maps.values()]
     rows = [(organ, organs[organ], [count[organ] * geometry.voxel_ml for count in counts]) for organ in chosen]
     rows = [row for row in rows if any(row[2])]
-    labels = np.maximum.reduce(list(label_maps.values()))  # what any of them calls an organ
+    labels = np.maximum.reduce(list(label_maps.values()))  # the union of the organs
     veils = [] if voxels is None else make_veils(voxels, labels, geometry.ras_affine)
     write_movie(output, draw_frames(panels, draw_background(size, title, rows), frames, veils), size)
 
@@ -233,15 +233,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--frames: got {args.frames}, expected 1 or more")
         if min(args.size) < 64 or any(pixels % 2 for pixels in args.size):
             raise ValueError(f"--size: got {args.size[0]} {args.size[1]}, expected two even numbers of 64 or more")
-        organs = load_organs(args.config)
-        chosen = choose_organs(args.organs, organs)
+        given = load_given(args.config, args.checkpoint)
+    paths = {"": args.labels} if args.truth is None else label_map_paths(args)
     with refusing(REFUSED):
-        paths = {"": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
+        organs, note = organs_of(paths, given)
+    with refusing(USAGE):
+        chosen = choose_ids(args.organs, organs)
+    with refusing(REFUSED):
         voxels, geometry = load_scan(args.scan) if args.context else (None, read_geometry(args.scan))
         label_maps = read_label_maps(paths, geometry, organs)
         turn = (args.output, organs, chosen, args.frames, tuple(args.size), voxels)
         make_movie(title_of(case_id(args.scan)), geometry, label_maps, *turn)
-    print(f"wrote {args.output}")
+    print_written(args.output, note)
     return DONE
 
 
@@ -251,14 +254,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
     parser.add_argument("labels", type=Path, help="its label map, NIfTI")
     parser.add_argument("--output", type=Path, required=True, help="movie to write: .mp4 or .gif")
-    parser.add_argument("--truth", type=Path, metavar="LABELS", help="a second label map, drawn beside the first")
+    parser.add_argument("--truth", type=Path, metavar="LABELS", help="reference, drawn beside the first label map")
     parser.add_argument("--context", action="store_true", help="show skin and bones faintly around the organs")
     parser.add_argument("--organs", nargs="+", metavar="NAME", help="the organs to show (default: all)")
     parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=f"of one turn (default: {FRAMES})")
     parser.add_argument(
         "--size", type=int, nargs=2, default=SIZE, metavar=("W", "H"), help="pixels (default: 1280 720)"
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
+    add_organ_flags(parser)
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Slices of a scan with its organs, as a picture: the three that show most, prediction beside truth, or many of them.
+"""Slices of a scan with its organs, as a picture: the three that show most, prediction beside reference, or many.
 
     python -m visualization.overlay SCAN LABELS --output slices.png
     python -m visualization.overlay SCAN PREDICTION --truth LABELS --output errors.png
@@ -21,10 +21,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from core.config import DEFAULT_CONFIG, load_organs
+from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, organ_scores
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from visualization.shown import read_shown
+from visualization.shown import add_organ_flags, label_map_paths, print_written, read_shown
 from visualization.slices import (
     AROUND,
     LEGEND_LINE,
@@ -63,7 +63,7 @@ class Canvas:
         self.figure.text(MARGIN / width, 1 - TITLE_HEIGHT / height, title, size=13, weight="bold", va="bottom")
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """New axes."""
+        """Add axes of that size in inches, their upper left corner at `left`, `top`."""
         w, h = self.figure.get_size_inches()
         return self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
@@ -94,117 +94,149 @@ def draw_overlay(
     """
     check_volumes(title, voxels, organs, labels)
     counts = count_by_slice(labels, len(organs))
-    volumes_ml = counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)
-    present = (np.flatnonzero(volumes_ml[1:]) + 1).tolist()
+    present = organs_present(counts)
     chosen, box = choose_slices(counts), crop_to_organs(counts, spacing_mm)
-    extent_mm = [(cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=True)]
+    extent_mm = box_extent_mm(box, spacing_mm)
 
     x, y, z = extent_mm
-    scale = min(PANELS_WIDTH / (x + y), PANELS_HEIGHT / (y + z))
-    x, y, z = x * scale, y * scale, z * scale
+    x, y, z = extent_mm * min(PANELS_WIDTH / (x + y), PANELS_HEIGHT / (y + z))
     top_row = max(y, (len(present) + 2) * LEGEND_LINE)  # beside the organs the legend has a heading and a foot
     right, upper, lower = 3 * MARGIN + x, TITLE_HEIGHT + MARGIN, TITLE_HEIGHT + MARGIN + top_row + ROW_GAP
     canvas = Canvas(right + max(y, legend_width(1)) + MARGIN, lower + z + MARGIN, title)
-    panels = {
-        2: canvas.axes(MARGIN, upper, x, y),
-        1: canvas.axes(MARGIN, lower, x, z),
-        0: canvas.axes(right, lower, y, z),
-    }
-    for axis, (view, letters) in VIEWS.items():
-        plane = tuple(chosen[axis] if other == axis else cut for other, cut in enumerate(box))
-        draw_slice(panels[axis], as_seen(voxels[plane]), as_seen(labels[plane]), np.delete(extent_mm, axis))
-        write_around(panels[axis], letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
-    draw_scale_bar(panels[2])
-    shown = {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][chosen[axis]]).tolist()}
+    panels = canvas.axes(MARGIN, upper, x, y), canvas.axes(MARGIN, lower, x, z), canvas.axes(right, lower, y, z)
+    for panel, (axis, (view, letters)) in zip(panels, VIEWS.items(), strict=True):
+        plane = plane_of(axis, chosen[axis], box)
+        draw_slice(panel, as_seen(voxels[plane]), as_seen(labels[plane]), np.delete(extent_mm, axis))
+        write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
+    draw_scale_bar(panels[0])
     legend = canvas.axes(right, upper, legend_width(1), top_row)
-    draw_legend(legend, organs, present, {"mL": [f"{ml:,.1f}" for ml in volumes_ml]}, shown)
+    columns = {"mL": volume_column(counts, spacing_mm, voxel_ml)}
+    draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
     return canvas.figure
+
+
+def box_extent_mm(box: Sequence[slice], spacing_mm: Sequence[float]) -> np.ndarray:
+    """Return the size of a box of voxels along X, Y, Z in mm."""
+    return np.array([(cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=True)])
+
+
+def plane_of(axis: int, number: int, box: Sequence[slice]) -> tuple[int | slice, ...]:
+    """Return the index of one slice of a volume, within a box."""
+    return tuple(number if other == axis else cut for other, cut in enumerate(box))
+
+
+def organs_present(counts: Sequence[np.ndarray]) -> list[int]:
+    """Return the ids of the organs that have voxels, from the counts of `count_by_slice`."""
+    return (np.flatnonzero(counts[0].sum(axis=0)[1:]) + 1).tolist()
+
+
+def volume_column(counts: Sequence[np.ndarray], spacing_mm: Sequence[float], voxel_ml: float | None) -> list[str]:
+    """Return each id's volume in mL as text, from the counts of `count_by_slice`; `voxel_ml` as for `draw_overlay`."""
+    return [f"{ml:,.1f}" for ml in counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)]
+
+
+def organs_shown(counts: Sequence[np.ndarray], chosen: Sequence[int]) -> set[int]:
+    """Return the ids that the chosen slices of the three axes show, from the counts of `count_by_slice`."""
+    return {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][chosen[axis]]).tolist()}
 
 
 def draw_comparison(
     voxels: np.ndarray,
     prediction: np.ndarray,
-    truth: np.ndarray,
+    reference: np.ndarray,
     spacing_mm: Sequence[float],
     organs: Sequence[str],
     title: str,
     voxel_ml: float | None = None,
 ) -> Figure:
-    """Draw three slices with the prediction, the truth, and where the two differ, and each organ's Dice.
+    """Return a figure of three views, a row each: prediction, reference, errors; and a legend with each organ's Dice.
 
     Args:
         voxels: (X, Y, Z) HU in RAS+ order.
         prediction: (X, Y, Z) ids on the same grid.
-        truth: (X, Y, Z) ids on the same grid.
-        spacing_mm: distance of neighbouring voxels along X, Y, Z in mm.
-        organs: names by id, background first.
-        title: written above, the case as a rule.
+        reference: (X, Y, Z) ids on the same grid.
+        spacing_mm: as for `draw_overlay`.
+        organs: as for `draw_overlay`.
+        title: as for `draw_overlay`.
         voxel_ml: as for `draw_overlay`.
-
-    Returns:
-        the figure: a row for each view, the legend beside them.
 
     Raises:
         ValueError: when the shapes differ or an id has no name.
     """
-    check_volumes(title, voxels, organs, prediction, truth)
-    columns = {"prediction": prediction, "truth": truth}
-    counted = {name: count_by_slice(labels, len(organs)) for name, labels in columns.items()}
-    # The slices are those that show the most of the truth, or of the prediction where there is no truth.
-    counts = [p + t for p, t in zip(*counted.values(), strict=True)]
-    chosen = choose_slices(counted["truth"] if truth.any() else counted["prediction"])
-    box = crop_to_organs(counts, spacing_mm)
-    extent_mm = np.array([(cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=True)])
-    present = (np.flatnonzero(counts[0].sum(axis=0)[1:]) + 1).tolist()
+    check_volumes(title, voxels, organs, prediction, reference)
+    counted = [count_by_slice(labels, len(organs)) for labels in (prediction, reference)]
+    # Slices of the prediction only when the reference is empty.
+    chosen = choose_slices(counted[1] if reference.any() else counted[0])
+    counts = [p + r for p, r in zip(*counted, strict=True)]
+    box, present = crop_to_organs(counts, spacing_mm), organs_present(counts)
+    extent_mm = box_extent_mm(box, spacing_mm)
 
     x, y, z = extent_mm
     scale = min(COMPARED_WIDTH / (3 * max(x, y)), COMPARED_HEIGHT / (y + 2 * z))
-    column, heights = max(x, y) * scale + 2 * MARGIN, {2: y * scale, 1: z * scale, 0: z * scale}
     legend_height = (len(present) + 3 + len(ERRORS)) * LEGEND_LINE
-    rows = sum(heights.values()) + 2 * ROW_GAP
-    upper, side = TITLE_HEIGHT + 2 * MARGIN, MARGIN + 3 * column
+    rows = (y + 2 * z) * scale + 2 * ROW_GAP
+    upper, side = TITLE_HEIGHT + 2 * MARGIN, MARGIN + 3 * (max(x, y) * scale + 2 * MARGIN)
     canvas = Canvas(side + legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, title)
-    top = upper
+    draw_compared_slices(canvas, upper, scale, (voxels, prediction, reference), chosen, box, extent_mm)
+    volumes = [volume_column(of_map, spacing_mm, voxel_ml) for of_map in counted]
+    dice = organ_scores(confusion_matrix(reference, prediction, len(organs)))["dice"]
+    columns = {"mL": volumes[0], "reference": volumes[1], "Dice": [f"{value:.3f}" for value in dice]}
+    legend = canvas.axes(side, upper, legend_width(3), legend_height)
+    draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
+    draw_error_legend(canvas, side, upper + legend_height)
+    return canvas.figure
+
+
+def draw_compared_slices(
+    canvas: Canvas,
+    top: float,
+    scale: float,
+    volumes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    chosen: Sequence[int],
+    box: Sequence[slice],
+    extent_mm: np.ndarray,
+) -> None:
+    """Draw a row for each view, with three panels: prediction, reference, errors.
+
+    Args:
+        canvas: to draw on.
+        top: inches of the first row from the upper edge.
+        scale: inches per mm.
+        volumes: voxels in HU, prediction and reference, each (X, Y, Z).
+        chosen: the number of the slice by axis.
+        box: the part of the volumes to draw.
+        extent_mm: its size along X, Y, Z.
+    """
+    voxels, prediction, reference = volumes
+    column = max(extent_mm[:2]) * scale + 2 * MARGIN
     for axis, (view, letters) in VIEWS.items():
-        plane = tuple(chosen[axis] if other == axis else cut for other, cut in enumerate(box))
-        size_mm, tissue = np.delete(extent_mm, axis), as_seen(voxels[plane])
-        panels = [canvas.axes(MARGIN + place * column, top, size_mm[0] * scale, heights[axis]) for place in range(3)]
-        for panel, labels in zip(panels, columns.values(), strict=False):
+        plane, size_mm = plane_of(axis, chosen[axis], box), np.delete(extent_mm, axis)
+        width, height = size_mm * scale
+        panels = [canvas.axes(MARGIN + place * column, top, width, height) for place in range(3)]
+        tissue = as_seen(voxels[plane])
+        for panel, labels in zip(panels, (prediction, reference), strict=False):
             draw_slice(panel, tissue, as_seen(labels[plane]), size_mm)
-        draw_errors(panels[2], tissue, as_seen(errors_of(prediction[plane], truth[plane])), size_mm)
+        draw_errors(panels[2], tissue, as_seen(errors_of(prediction[plane], reference[plane])), size_mm)
         for panel in panels:
             write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}" if panel is panels[0] else "")
         if axis == 2:
             draw_scale_bar(panels[0])
-            for panel, heading in zip(panels, (*columns, "errors"), strict=True):
+            for panel, heading in zip(panels, ("prediction", "reference", "errors"), strict=True):
                 panel.annotate(heading, (0, 1), (0, 26), **AROUND, weight="bold")
-        top += heights[axis] + ROW_GAP
-    shown = {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][chosen[axis]]).tolist()}
-    ml = voxel_ml or np.prod(spacing_mm) / 1000
-    dice = organ_scores(confusion_matrix(truth, prediction, len(organs)))["dice"]
-    listed = {
-        name: [f"{n * ml:,.1f}" for n in counted[key][0].sum(axis=0)]
-        for name, key in (("mL", "prediction"), ("truth", "truth"))
-    }
-    listed["Dice"] = [f"{value:.3f}" for value in dice]
-    draw_legend(canvas.axes(side, upper, legend_width(3), legend_height), organs, present, listed, shown)
-    draw_error_legend(
-        canvas.axes(side, upper + legend_height - len(ERRORS) * LEGEND_LINE, legend_width(3), len(ERRORS) * LEGEND_LINE)
-    )
-    return canvas.figure
+        top += height + ROW_GAP
 
 
-def errors_of(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Where two label maps differ: 0 nowhere, 1 organ missed, 2 organ where there is none, 3 another organ."""
-    errors = np.zeros(truth.shape, np.uint8)
-    errors[(truth > 0) & (prediction == 0)] = 1
-    errors[(truth == 0) & (prediction > 0)] = 2
-    errors[(truth > 0) & (prediction > 0) & (truth != prediction)] = 3
+def errors_of(prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return where label maps differ: 0 nowhere, 1 organ missed, 2 organ where there is none, 3 another organ."""
+    errors = np.zeros(reference.shape, np.uint8)
+    errors[(reference > 0) & (prediction == 0)] = 1
+    errors[(reference == 0) & (prediction > 0)] = 2
+    errors[(reference > 0) & (prediction > 0) & (reference != prediction)] = 3
     return errors
 
 
 def draw_errors(axes: Axes, voxels: np.ndarray, errors: np.ndarray, size_mm: Sequence[float]) -> None:
-    """Draw one slice: CT in gray, and in colour where prediction and truth differ.
+    """Draw one slice: CT in gray, and in colour where prediction and reference differ.
 
     Args:
         axes: of the same shape as the slice.
@@ -217,9 +249,10 @@ def draw_errors(axes: Axes, voxels: np.ndarray, errors: np.ndarray, size_mm: Seq
     axes.imshow(colours[errors], extent=(0, size_mm[0], size_mm[1], 0), interpolation="nearest")
 
 
-def draw_error_legend(axes: Axes) -> None:
-    """List the colours of errors."""
-    width, height = axes.get_position().size * axes.figure.get_size_inches()
+def draw_error_legend(canvas: Canvas, left: float, bottom: float) -> None:
+    """List the colours of errors, above `bottom` (inches)."""
+    width, height = legend_width(3), len(ERRORS) * LEGEND_LINE
+    axes = canvas.axes(left, bottom - height, width, height)
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     for place, (name, colour) in enumerate(ERRORS.items()):
@@ -237,57 +270,67 @@ def draw_contact_sheet(
     number: int,
     voxel_ml: float | None = None,
 ) -> Figure:
-    """Draw axial slices, evenly from the lowest to the highest with an organ.
+    """Return a figure of axial slices, evenly from the highest to the lowest with an organ.
 
     Args:
         voxels: (X, Y, Z) HU in RAS+ order.
         labels: (X, Y, Z) ids on the same grid; without any organ the slices are those of the whole scan.
-        spacing_mm: distance of neighbouring voxels along X, Y, Z in mm.
-        organs: names by id, background first.
-        title: written above, the case as a rule.
         number: of slices; fewer when there are not as many.
+        spacing_mm: as for `draw_overlay`.
+        organs: as for `draw_overlay`.
+        title: as for `draw_overlay`.
         voxel_ml: as for `draw_overlay`.
-
-    Returns:
-        the figure, the highest slice first.
 
     Raises:
         ValueError: when the shapes differ or an id has no name.
     """
     check_volumes(title, voxels, organs, labels)
     counts = count_by_slice(labels, len(organs))
-    found = np.flatnonzero(counts[2][:, 1:].any(axis=1))
-    first, last = (found[0], found[-1]) if len(found) else (0, labels.shape[2] - 1)
-    chosen = np.unique(np.linspace(first, last, number).round().astype(int))[::-1]
-    box = crop_to_organs(counts, spacing_mm)[:2]
-    x_mm, y_mm = ((cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=False))
-    present = (np.flatnonzero(counts[0].sum(axis=0)[1:]) + 1).tolist()
-
-    scale = SHEET_CELL / max(x_mm, y_mm)
-    x, y = x_mm * scale, y_mm * scale
-    columns = min(
-        len(chosen), math.ceil(math.sqrt(len(chosen) * (y + SHEET_CAPTION) / x)), int(SHEET_WIDTH / (x + SHEET_GAP))
-    )
-    rows = math.ceil(len(chosen) / columns)
+    chosen, present, box = evenly_spaced(counts[2], number), organs_present(counts), crop_to_organs(counts, spacing_mm)
+    size_mm = box_extent_mm(box, spacing_mm)[:2]
+    x, y = size_mm * SHEET_CELL / max(size_mm)
+    columns = math.ceil(math.sqrt(len(chosen) * (y + SHEET_CAPTION) / x))
+    columns = min(len(chosen), columns, int(SHEET_WIDTH / (x + SHEET_GAP)))
     legend_height = (len(present) + 2) * LEGEND_LINE
     upper, cell = TITLE_HEIGHT + MARGIN, y + SHEET_CAPTION + SHEET_GAP
-    side = 2 * MARGIN + columns * (x + SHEET_GAP)
-    canvas = Canvas(side + legend_width(1) + MARGIN, upper + max(rows * cell, legend_height) + MARGIN, title)
+    side, below = 2 * MARGIN + columns * (x + SHEET_GAP), math.ceil(len(chosen) / columns) * cell
+    canvas = Canvas(side + legend_width(1) + MARGIN, upper + max(below, legend_height) + MARGIN, title)
+    panels = []
     for place, z in enumerate(chosen):
         row, column = divmod(place, columns)
-        panel = canvas.axes(MARGIN + column * (x + SHEET_GAP), upper + SHEET_CAPTION + row * cell, x, y)
-        draw_slice(panel, as_seen(voxels[(*box, z)]), as_seen(labels[(*box, z)]), (x_mm, y_mm))
-        panel.annotate(f"z = {z}", (0, 1), (0, 6), **AROUND, size=8)
-        if place == 0:
-            for letter, where, side_of in (("R", (0.02, 0.5), "left"), ("L", (0.98, 0.5), "right")):
-                panel.annotate(letter, where, xycoords="axes fraction", ha=side_of, va="center", weight="bold")
-        if place == len(chosen) - 1:
-            draw_scale_bar(panel)
-    volumes_ml = counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)
-    shown = {organ for z in chosen for organ in np.flatnonzero(counts[2][z]).tolist()}
-    legend = canvas.axes(side, upper, legend_width(1), legend_height)
-    draw_legend(legend, organs, present, {"mL": [f"{ml:,.1f}" for ml in volumes_ml]}, shown)
+        panels.append(canvas.axes(MARGIN + column * (x + SHEET_GAP), upper + SHEET_CAPTION + row * cell, x, y))
+        draw_cell(panels[-1], voxels, labels, z, box, spacing_mm)
+    write_sides(panels[0])
+    draw_scale_bar(panels[-1])
+    shown = set(np.flatnonzero(counts[2][chosen].any(axis=0)).tolist())
+    volumes = {"mL": volume_column(counts, spacing_mm, voxel_ml)}
+    draw_legend(canvas.axes(side, upper, legend_width(1), legend_height), organs, present, volumes, shown)
     return canvas.figure
+
+
+def draw_cell(
+    panel: Axes, voxels: np.ndarray, labels: np.ndarray, z: int, box: Sequence[slice], spacing_mm: Sequence[float]
+) -> None:
+    """Draw one axial slice of a sheet, within a box, with its number."""
+    plane = plane_of(2, z, box)
+    draw_slice(panel, as_seen(voxels[plane]), as_seen(labels[plane]), box_extent_mm(box, spacing_mm)[:2])
+    panel.annotate(f"z = {z}", (0, 1), (0, 6), **AROUND, size=8)
+
+
+def evenly_spaced(counts: np.ndarray, number: int) -> np.ndarray:
+    """Return slice numbers evenly from the highest to the lowest slice with an organ, from a (slices, K) count.
+
+    Without any organ they cover all slices. There are fewer than `number` when there are fewer slices.
+    """
+    found = np.flatnonzero(counts[:, 1:].any(axis=1))
+    first, last = (found[0], found[-1]) if len(found) else (0, len(counts) - 1)
+    return np.unique(np.linspace(first, last, number).round().astype(int))[::-1]
+
+
+def write_sides(panel: Axes) -> None:
+    """Write R and L inside a panel, at the patient's right and left."""
+    for letter, where, side in (("R", (0.02, 0.5), "left"), ("L", (0.98, 0.5), "right")):
+        panel.annotate(letter, where, xycoords="axes fraction", ha=side, va="center", weight="bold")
 
 
 def check_volumes(title: str, voxels: np.ndarray, organs: Sequence[str], *label_maps: np.ndarray) -> None:
@@ -310,11 +353,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--contact and --truth: a sheet shows one label map, expected one of the two")
         if args.contact is not None and args.contact < 1:
             raise ValueError(f"--contact: got {args.contact}, expected 1 or more")
-        organs = load_organs(args.config)
+        given = load_given(args.config, args.checkpoint)
     with refusing(REFUSED):
-        paths = {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
-        shown = read_shown(args.scan, paths, organs)
-        about = (shown.geometry.spacing_mm, organs, shown.title)
+        shown, note = read_shown(args.scan, label_map_paths(args), given)
+        about = (shown.geometry.spacing_mm, shown.organs, shown.title)
         if args.truth:
             figure = draw_comparison(shown.voxels, *shown.label_maps.values(), *about, shown.geometry.voxel_ml)
         elif args.contact:
@@ -323,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             figure = draw_overlay(shown.voxels, *shown.label_maps.values(), *about, shown.geometry.voxel_ml)
         save_figure(figure, args.output)
-    print(f"wrote {args.output}")
+    print_written(args.output, note)
     return DONE
 
 
@@ -333,9 +375,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
     parser.add_argument("labels", type=Path, help="its label map, NIfTI")
     parser.add_argument("--output", type=Path, required=True, help="picture to write: .png, .jpg, .webp, .pdf or .svg")
-    parser.add_argument("--truth", type=Path, metavar="LABELS", help="draw this beside it, and where the two differ")
+    parser.add_argument(
+        "--truth", type=Path, metavar="LABELS", help="reference to draw beside it, and where the two differ"
+    )
     parser.add_argument("--contact", type=int, metavar="N", help="draw a sheet of N axial slices instead")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
+    add_organ_flags(parser)
     return parser.parse_args(arguments)
 
 

@@ -1,10 +1,11 @@
-"""All about one case on one page: movie, slices, table of organs, what to look at, and where it comes from.
+"""A report on one case in one page: movie, slices, table of organs, remarks, and origin of the label map.
 
     python -m visualization.report SCAN LABELS --output DIR
     python -m visualization.report SCAN PREDICTION --truth LABELS --checkpoint best.pt --output DIR
 
-DIR/index.html holds its pictures and the movie, and leads to DIR/viewer.html beside it; DIR/report.json has the same in
-numbers. `infer.py --report` writes one for each case, and a page that lists them.
+DIR/index.html holds the pictures and the movie, and links to DIR/viewer.html; DIR/report.json holds the numbers.
+`infer.py --report` writes one for each case, and a page that lists them. --checkpoint names the organs, and the network
+in the report.
 """
 
 import argparse
@@ -21,12 +22,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from core.checkpoint import load_checkpoint
-from core.config import DEFAULT_CONFIG, config_to_dict, load_organs
+from core.config import config_to_dict
 from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
 from core.scans.anatomy import PLAUSIBLE_ML, organs_in, remarks
 from core.scans.geometry import Geometry
 from core.scans.volumes import load_labels
 from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM
+from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
@@ -35,7 +37,7 @@ from core.training.run_folder import git_commit, versions
 from visualization.movie import make_movie
 from visualization.overlay import draw_comparison, draw_contact_sheet, draw_overlay
 from visualization.page import data_url, escaped, make_page, write_page
-from visualization.shown import Shown, read_shown, title_of
+from visualization.shown import Shown, add_organ_flags, label_map_paths, print_written, read_shown, title_of
 from visualization.style import organ_rules
 from visualization.viewer import make_viewer
 
@@ -48,9 +50,9 @@ def write_report(shown: Shown, folder: Path, provenance: dict[str, str]) -> Path
     """Write the report of a case.
 
     Args:
-        shown: scan and label maps: one, or `prediction` and `truth` in this order.
+        shown: scan and label maps: one, or `prediction` and `reference` in this order.
         folder: is made when missing.
-        provenance: where the label map comes from, by what it is.
+        provenance: origin of the label map: values by name.
 
     Returns:
         the page.
@@ -68,10 +70,10 @@ def write_report(shown: Shown, folder: Path, provenance: dict[str, str]) -> Path
 
 
 def describe(shown: Shown) -> dict:
-    """What the page says in numbers and words: `remarks`, `organs` (a dict each), and `mean_dice` beside a truth."""
-    labels, *truth = shown.label_maps.values()
+    """Return the content of report.json: `remarks`, `organs` (a dict each), and `mean_dice` with a reference."""
+    labels, *reference = shown.label_maps.values()
     found = organs_in(labels, shown.geometry, shown.organs)
-    scores = compare(labels, truth[0], shown) if truth else {}
+    scores = compare(labels, reference[0], shown) if reference else {}
     rows = []
     for organ, name in enumerate(shown.organs[1:], start=1):
         row = {"id": organ, "organ": name, "found": name in found}
@@ -80,15 +82,15 @@ def describe(shown: Shown) -> dict:
             row |= {"ml": of.ml, "pieces": len(of.pieces_ml), "cut": list(of.cut)}
         rows.append(row | {score: values[organ] for score, values in scores.items()})
     facts = {"remarks": remarks(found, shown.organs), "organs": rows}
-    if truth:
+    if reference:
         facts["mean_dice"] = defined(mean_defined(row["dice"] for row in rows if row["dice"] is not None)[0])
     return facts
 
 
-def compare(prediction: np.ndarray, truth: np.ndarray, shown: Shown) -> dict[str, list[float | None]]:
-    """Volume in the truth, Dice and NSD by id, background first; None where not defined."""
-    matrix = confusion_matrix(truth, prediction, len(shown.organs))
-    surfaces = organ_surfaces(truth, prediction, len(shown.organs), shown.geometry.spacing_mm)
+def compare(prediction: np.ndarray, reference: np.ndarray, shown: Shown) -> dict[str, list[float | None]]:
+    """Return volume in the reference, Dice and NSD by id, background first; None when not defined."""
+    matrix = confusion_matrix(reference, prediction, len(shown.organs))
+    surfaces = organ_surfaces(reference, prediction, len(shown.organs), shown.geometry.spacing_mm)
     tolerances_mm = [TOLERANCES_MM.get(name, TOLERANCE_MM) for name in shown.organs]
     return {
         "truth_ml": (matrix.sum(axis=1) * shown.geometry.voxel_ml).tolist(),
@@ -98,7 +100,7 @@ def compare(prediction: np.ndarray, truth: np.ndarray, shown: Shown) -> dict[str
 
 
 def defined(value: float) -> float | None:
-    """A number for JSON, which knows no NaN."""
+    """Return a number for JSON, which knows no NaN."""
     return None if np.isnan(value) else float(value)
 
 
@@ -106,7 +108,7 @@ def defined(value: float) -> float | None:
 
 
 def make_report(shown: Shown, facts: dict) -> str:
-    """The page of a case, HTML."""
+    """Return the page of a case, HTML."""
     body = f"""<header>
 <h1>{escaped(shown.title)}</h1>
 <p class="quiet">{escaped(describe_scan(shown))}</p>
@@ -133,7 +135,7 @@ not wrong.</p>"""
 
 
 def describe_scan(shown: Shown) -> str:
-    """The scan's size, in words."""
+    """Return the scan's size, in words."""
     voxels, spacing_mm, extent_mm = (
         " x ".join(f"{n:.3g}" for n in numbers)
         for numbers in (shown.voxels.shape, shown.geometry.spacing_mm, shown.geometry.extent_mm)
@@ -142,17 +144,17 @@ def describe_scan(shown: Shown) -> str:
 
 
 def flags(said: Sequence[str]) -> str:
-    """What to look at, as a list."""
+    """Return the remarks, as an HTML list."""
     if not said:
         return "<p>Nothing stands out.</p>"
     return f'<ul class="flags">{"".join(f"<li>{escaped(remark)}</li>" for remark in said)}</ul>'
 
 
 def organ_table(facts: dict) -> str:
-    """Organs with volume, plausible range, pieces and ends; with the scores beside a truth."""
+    """Return the table of organs: volume, plausible range, pieces and ends; with the scores when compared."""
     compared = "mean_dice" in facts
     heading = ["organ", "mL", "plausible", "pieces", "cut by the scan's"]
-    heading += ["truth mL", "Dice", "NSD"] if compared else []
+    heading += ["reference mL", "Dice", "NSD"] if compared else []
     lines = []
     for row in facts["organs"]:
         low, high = PLAUSIBLE_ML.get(row["organ"], (None, None))
@@ -173,17 +175,17 @@ def organ_table(facts: dict) -> str:
 
 
 def number(value: float | None, places: int) -> str:
-    """A number for the table; a dash where it is not defined."""
+    """Return a number for the table; a dash when it is not defined."""
     return "–" if value is None else f"{value:,.{places}f}"  # noqa: RUF001
 
 
 def slices(shown: Shown) -> str:
-    """The slices as pictures: three planes, beside the truth where there is one, and a sheet of axial ones."""
-    labels, *truth = shown.label_maps.values()
+    """Return the slices as pictures: three planes, compared when there is a reference, and a sheet of axial slices."""
+    labels, *reference = shown.label_maps.values()
     about = (shown.geometry.spacing_mm, shown.organs, shown.title)
-    if truth:
-        main = draw_comparison(shown.voxels, labels, *truth, *about, shown.geometry.voxel_ml)
-        text = "prediction, truth and errors in three planes"
+    if reference:
+        main = draw_comparison(shown.voxels, labels, *reference, *about, shown.geometry.voxel_ml)
+        text = "prediction, reference and errors in three planes"
     else:
         main = draw_overlay(shown.voxels, labels, *about, shown.geometry.voxel_ml)
         text = "axial, coronal and sagittal slice with the organs"
@@ -195,14 +197,14 @@ def slices(shown: Shown) -> str:
 
 
 def picture(figure: Figure) -> str:
-    """A figure as an address that holds it."""
+    """Return a figure as a data URL."""
     content = io.BytesIO()
     figure.savefig(content, format="webp")
     return data_url("image/webp", content.getvalue())
 
 
 def movie(shown: Shown) -> str:
-    """The organs turning, or a word that there are none."""
+    """Return the movie of the organs, or a sentence that there are none."""
     if not any(labels.any() for labels in shown.label_maps.values()):
         return "<p>No organ to show.</p>"
     label_maps = shown.label_maps if len(shown.label_maps) > 1 else {"": next(iter(shown.label_maps.values()))}
@@ -234,10 +236,10 @@ def write_reports(
         cases: the scans by case.
         read: reads a scan.
         organs: names by id, background first.
-        provenance: what the cases have in common.
+        provenance: origin of the label maps, common to all cases.
 
     Returns:
-        the cases without a report, each of which stderr names with the reason.
+        the cases without a report; each is named on stderr with the reason.
     """
     failed = []
     for case, file in tqdm(cases.items(), desc="reports", disable=None):
@@ -253,7 +255,7 @@ def write_reports(
 
 
 def write_index(folder: Path) -> Path:
-    """Write the page that lists the reports in a folder, by what their report.json says.
+    """Write the page that lists the reports in a folder, from their report.json.
 
     Returns:
         the page.
@@ -277,7 +279,7 @@ def write_index(folder: Path) -> Path:
 
 
 def index_row(folder: str, facts: dict) -> str:
-    """The list's row for a report, by the name of its folder and what its report.json says."""
+    """Return the row of the list for a report, from the name of its folder and its report.json."""
     found = sum(row["found"] for row in facts["organs"])
     return (
         f'<tr><td><a href="{quote(os.fsencode(folder))}/{REPORT_PAGE}">{escaped(facts["case"])}</a></td>'
@@ -288,7 +290,7 @@ def index_row(folder: str, facts: dict) -> str:
 
 
 def provenance_of(checkpoints: Sequence[str | Path], content: dict) -> dict[str, str]:
-    """Where a prediction comes from: checkpoints, the training of the first, whose `content` is given, and versions."""
+    """Return a prediction's origin: checkpoints, the first one's training (its `content` is given), and versions."""
     config = config_to_dict(content["config"])
     epochs = content.get("epoch", "an unknown number")
     settings = ", ".join(
@@ -307,18 +309,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 input refused, 2 wrong usage or settings."""
     args = parse_arguments(arguments)
     with refusing(USAGE):
-        organs = load_organs(args.config)
+        given = load_given(args.config, args.checkpoint)
         provenance = {"scan": args.scan.name, "label map": args.labels.name}
         if args.truth:
-            provenance["truth"] = args.truth.name
+            provenance["reference"] = args.truth.name
         if args.checkpoint:
             provenance |= provenance_of([args.checkpoint], load_checkpoint(args.checkpoint))
         if args.output.exists() and not args.output.is_dir():
             raise ValueError(f"{args.output}: is a file, expected a folder to write the report into")
     with refusing(REFUSED):
-        label_maps = {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
-        page = write_report(read_shown(args.scan, label_maps, organs), args.output, provenance)
-    print(f"wrote {page}")
+        shown, note = read_shown(args.scan, label_map_paths(args), given)
+        page = write_report(shown, args.output, provenance)
+    print_written(page, note)
     return DONE
 
 
@@ -328,9 +330,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
     parser.add_argument("labels", type=Path, help="its label map, NIfTI")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the report into")
-    parser.add_argument("--truth", type=Path, metavar="LABELS", help="compare with this label map")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="that made the label map, to be named")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
+    parser.add_argument("--truth", type=Path, metavar="LABELS", help="compare with this reference")
+    add_organ_flags(parser)
     return parser.parse_args(arguments)
 
 

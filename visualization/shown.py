@@ -1,14 +1,18 @@
-"""What is looked at: a scan and its label maps, read and checked once for every kind of picture."""
+"""A scan and its label maps, read and checked once for every kind of picture, and the flags that all pictures have."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from core.config import Config
 from core.scans.files import case_id
 from core.scans.geometry import Geometry, check_same_grid
+from core.scans.organ_names import check_organ_names
 from core.scans.volumes import load_labels, load_scan
+from core.scoring.organ_list import choose_organs
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +23,7 @@ class Shown:
         title: the case, as a rule.
         voxels: (X, Y, Z) float32, HU in RAS+ order.
         geometry: of the scan.
-        label_maps: (X, Y, Z) uint8 ids on the same grid, by what they are called on the page.
+        label_maps: (X, Y, Z) uint8 ids on the same grid, by their titles on the page.
         organs: names by id, background first.
     """
 
@@ -30,34 +34,72 @@ class Shown:
     organs: Sequence[str]
 
 
-def read_shown(scan: Path, label_maps: dict[str, Path], organs: Sequence[str]) -> Shown:
-    """Read a scan and its label maps, by what they are to be called.
+def read_shown(scan: Path, label_maps: dict[str, Path], given: Config | None) -> tuple[Shown, str | None]:
+    """Read a scan and its label maps.
+
+    Args:
+        scan: a NIfTI file.
+        label_maps: files by title, from `label_map_paths`.
+        given: the settings whose organ names count, from `load_given`; None: the label maps' own.
+
+    Returns:
+        what to look at, and a note for the user when the organ names are the default ones.
 
     Raises:
-        OSError, ValueError: when a file cannot be read, or does not lie on the scan's grid.
+        OSError, ValueError: when a file cannot be read, is not on the scan's grid, or holds other organs.
     """
+    organs, note = organs_of(label_maps, given)
     voxels, geometry = load_scan(scan)
-    return Shown(title_of(case_id(scan)), voxels, geometry, read_label_maps(label_maps, geometry, organs), organs)
+    found = read_label_maps(label_maps, geometry, organs)
+    return Shown(title_of(case_id(scan)), voxels, geometry, found, organs), note
+
+
+def organs_of(label_maps: dict[str, Path], given: Config | None) -> tuple[tuple[str, ...], str | None]:
+    """Choose the organ list as `choose_organs`, from the first label map that holds names."""
+    return choose_organs(given, *([path] for path in label_maps.values()))
 
 
 def title_of(case: str) -> str:
-    """A case's name as text: file names may hold bytes that are no letters, which no font can draw."""
+    """Return a case's name as text that can be drawn; file names may hold bytes that are not letters."""
     return case.encode(errors="replace").decode()
 
 
 def read_label_maps(paths: dict[str, Path], geometry: Geometry, organs: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read label maps of a scan, (X, Y, Z) uint8 in RAS+ order, by the same names.
+    """Read label maps of a scan, (X, Y, Z) uint8 in RAS+ order, by the same titles.
 
     Raises:
-        OSError, ValueError: when a file cannot be read, or does not lie on the scan's grid.
+        OSError, ValueError: when a file cannot be read, is not on the scan's grid, or holds other organs.
     """
     label_maps = {}
     for name, path in paths.items():
         label_maps[name], grid = load_labels(path, len(organs))
         check_same_grid(geometry, grid, path.name)
+        check_organ_names(path, organs)
     return label_maps
 
 
 def in_mm(geometry: Geometry, voxel: Sequence[int]) -> list[float]:
-    """Where a voxel of the RAS+ array lies in the patient, in mm."""
+    """Return the place of a voxel of the RAS+ array in the patient, in mm."""
     return (geometry.ras_affine @ [*voxel, 1])[:3].tolist()
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+
+def add_organ_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the two flags that name the organs."""
+    text = "settings that name the organs (default: the label map does)"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="network whose settings name the organs")
+
+
+def label_map_paths(args: argparse.Namespace) -> dict[str, Path]:
+    """Return the label maps of a command line by their titles: one, or prediction and reference."""
+    return {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "reference": args.truth}
+
+
+def print_written(output: Path, note: str | None, size: str = "") -> None:
+    """Print what was written, and the note on the organ names when there is one."""
+    print(f"wrote {output}{size}")
+    if note:
+        print(note)

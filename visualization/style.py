@@ -1,45 +1,17 @@
 """The look of every picture: the organs' colours, the fonts, and how a figure reaches the disk.
 
-Colours belong to ids, so an organ looks the same in the slices, the curves, the movie and the viewer. They were chosen
-to be told apart in every vision and to stand out from the gray of CT, starting from what an atlas has (liver brown,
-arteries red, veins blue, gallbladder green). The smallest CIEDE2000 distances, grays from 10 to 90 % of white,
-dichromats simulated after Machado et al. 2009 at full severity:
-
-    vision          between two organs                          between an organ and a gray
-    normal          20.8 (gallbladder and duodenum)             20.7 (pancreas)
-    protanopia      11.0 (pancreas and gallbladder)              8.8 (aorta)
-    deuteranopia    11.3 (gallbladder and left kidney)           6.0 (right adrenal gland)
-    tritanopia      11.1 (aorta and left kidney)                 8.7 (esophagus)
-
-tests/test_visualization.py measures them again.
+The organs' colours come from core/scans/organ_colours.py, since label maps carry them too.
 """
 
-import colorsys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from core.scans.organ_colours import colour_of
 from core.system.files import whole_file
 
-ORGAN_COLOURS = (
-    "#9d4300",  # 1 liver
-    "#d8df06",  # 2 right kidney
-    "#944882",  # 3 spleen
-    "#fecf91",  # 4 pancreas
-    "#d72d4a",  # 5 aorta
-    "#2c4de0",  # 6 inferior vena cava
-    "#a7f8d4",  # 7 right adrenal gland
-    "#1992f1",  # 8 left adrenal gland
-    "#82b165",  # 9 gallbladder
-    "#bdb6ff",  # 10 esophagus
-    "#d987b7",  # 11 stomach
-    "#0d8560",  # 12 duodenum
-    "#d27801",  # 13 left kidney
-)
-# Turns of the colour circle from one id to the next beyond the 13: the golden ratio never comes back to a hue.
-GOLDEN_RATIO = 0.618034
 # DejaVu comes with matplotlib, so a bare machine draws the same letters.
 FONT = "DejaVu Sans"
 # Pixels an inch: a picture 11 inches wide fills a full-HD screen's width and no more.
@@ -50,29 +22,6 @@ INK, PAPER = "#f2f2f2", "#000000"
 # What is wrong with a prediction: organ missed, organ where there is none, one organ taken for another. Far apart in
 # lightness and in blue, so that every vision tells them apart.
 MISSED, EXTRA, MIXED_UP = "#ff4d3d", "#2fb8ff", "#ffe75e"
-
-
-def colour_of(organ: int) -> tuple[float, float, float]:
-    """Give an organ's colour.
-
-    The 13 of ORGAN_COLOURS, then for larger ids one hue after another by the golden ratio in three turns of
-    brightness: the same at every call, but only the 13 are measured to be told apart.
-
-    Args:
-        organ: id, 1 or more; the background has no colour.
-
-    Returns:
-        red, green, blue, each 0 to 1.
-
-    Raises:
-        ValueError: when the id is below 1.
-    """
-    if organ < 1:
-        raise ValueError(f"only ids from 1 on have a colour, not {organ}")
-    if organ <= len(ORGAN_COLOURS):
-        return tuple(int(ORGAN_COLOURS[organ - 1][start : start + 2], 16) / 255 for start in (1, 3, 5))
-    beyond = organ - len(ORGAN_COLOURS) - 1
-    return colorsys.hsv_to_rgb(beyond * GOLDEN_RATIO % 1, (0.45, 0.9, 0.7)[beyond % 3], (0.95, 0.8, 0.6)[beyond % 3])
 
 
 def colour_table(classes: int) -> np.ndarray:

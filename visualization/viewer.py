@@ -3,9 +3,9 @@
     python -m visualization.viewer SCAN LABELS --output viewer.html
     python -m visualization.viewer SCAN PREDICTION --truth LABELS --output viewer.html
 
-The page holds all that it shows and asks the network for nothing, so it can be mailed and opened years later. To stay
-small it holds the scan in-plane at no more than 256x256 voxels and in steps of 4 HU, and says so; --full holds all.
-Volumes and surfaces are those of the label map as it is.
+The page holds all that it shows and loads nothing from the internet, so it can be mailed and opened years later. To
+stay small it holds the scan in-plane at no more than 256x256 voxels and in steps of 4 HU, and says so. With --full it
+holds every voxel. Volumes and surfaces are computed from the full label map.
 """
 
 import argparse
@@ -21,20 +21,20 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from core.config import DEFAULT_CONFIG, load_organs
 from core.scans.resample import resize_image, resize_labels
+from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from visualization.meshes import Mesh, organ_mesh
 from visualization.overlay import draw_overlay
 from visualization.page import FOLDER, Data, data_url, escaped, make_page, write_page
 from visualization.render import Scene, render, view_at
-from visualization.shown import Shown, in_mm, read_shown
+from visualization.shown import Shown, add_organ_flags, in_mm, label_map_paths, print_written, read_shown
 from visualization.slices import choose_slices, count_by_slice
 from visualization.style import colour_of
 
 IN_PLANE = 256  # voxels along X and Y that a page holds at most, without --full
-HU_STEP = 4  # without --full; finer than what a CT's noise leaves to be seen
-HU_RANGE = (-1024, 3071)  # of 12 bits, as scanners have them
+HU_STEP = 4  # without --full; finer than the noise of a CT
+HU_RANGE = (-1024, 3071)  # of 12 bits, as scanners store them
 MESH_STEP_MM = (1.5, 3.0)  # of surfaces in the page, which are turned and not measured
 STILL = (800, 600)  # pixels of the surfaces' still picture
 GZIP_LEVEL = 9
@@ -42,11 +42,11 @@ NIIVUE = FOLDER / "vendor" / "niivue.umd.js"
 
 
 def make_viewer(shown: Shown, full: bool = False) -> str:
-    """The page, HTML.
+    """Return the page, HTML.
 
     Args:
-        shown: what to look at.
-        full: whether the page holds every voxel and every HU, however large it gets.
+        shown: scan and label maps.
+        full: True to hold every voxel and every HU, however large the page gets.
     """
     size = shown.voxels.shape if full else (*(min(n, IN_PLANE) for n in shown.voxels.shape[:2]), shown.voxels.shape[2])
     step = np.array(shown.voxels.shape) / size
@@ -87,7 +87,7 @@ def make_viewer(shown: Shown, full: bool = False) -> str:
 
 
 def describe_grid(shape: Sequence[int], size: Sequence[int], spacing_mm: Sequence[float], full: bool) -> str:
-    """What the page holds of the scan, in a sentence."""
+    """Return in a sentence how much of the scan the page holds."""
     numbers = " x ".join(map(str, shape)), " x ".join(f"{mm:.3g}" for mm in spacing_mm)
     scan = f"CT of {numbers[0]} voxels of {numbers[1]} mm"
     if full:
@@ -97,7 +97,7 @@ def describe_grid(shape: Sequence[int], size: Sequence[int], spacing_mm: Sequenc
 
 
 def describe_organs(shown: Shown) -> list[dict]:
-    """Of each organ that a label map has: id, name, colour, and for each map its mL and a place in it, or None."""
+    """Return id, name and colour of each organ found, and for each label map its mL and a point in it, or None."""
     boxes = [ndimage.find_objects(labels, max_label=len(shown.organs) - 1) for labels in shown.label_maps.values()]
     described = []
     for organ in range(1, len(shown.organs)):
@@ -118,7 +118,7 @@ def describe_organs(shown: Shown) -> list[dict]:
 
 
 def inside(mask: np.ndarray) -> np.ndarray:
-    """A voxel of a mask, (3,): in the axial slice with the most of it, the one nearest to that slice's centre."""
+    """Return a voxel of a mask, (3,): in its largest axial slice, the one nearest to that slice's centre."""
     z = int(np.count_nonzero(mask, axis=(0, 1)).argmax())
     places = np.argwhere(mask[:, :, z])
     nearest = places[((places - places.mean(axis=0)) ** 2).sum(axis=1).argmin()]
@@ -126,7 +126,7 @@ def inside(mask: np.ndarray) -> np.ndarray:
 
 
 def smaller_scan(voxels: np.ndarray, size: Sequence[int], full: bool) -> np.ndarray:
-    """The scan as the page holds it: int16, at `size` and in steps of HU_STEP, or in full."""
+    """Return the scan as the page holds it: int16, at `size` and in steps of HU_STEP, or in full."""
     if full:
         return np.rint(voxels.clip(np.iinfo(np.int16).min, np.iinfo(np.int16).max)).astype(np.int16)
     resized = voxels if tuple(size) == voxels.shape else resize_image(np.ascontiguousarray(voxels), size)
@@ -134,12 +134,12 @@ def smaller_scan(voxels: np.ndarray, size: Sequence[int], full: bool) -> np.ndar
 
 
 def pack_volume(volume: np.ndarray, affine: np.ndarray) -> bytes:
-    """A volume in RAS+ order as the bytes of a .nii.gz file."""
+    """Return a volume in RAS+ order as the bytes of a .nii.gz file."""
     return gzip.compress(nib.Nifti1Image(volume, affine).to_bytes(), GZIP_LEVEL, mtime=0)
 
 
 def pack_surfaces(meshes: dict[tuple[int, int], Mesh]) -> tuple[list[dict], bytes]:
-    """Surfaces by label map and organ, as a list of where each lies in the bytes beside it.
+    """Pack surfaces, given by label map and organ: return a list of each one's place in the bytes, and the bytes.
 
     Vertices are uint16 triples, a step a 65,535th of the organ's box; faces are uint32 triples.
     """
@@ -166,7 +166,7 @@ def pack_surfaces(meshes: dict[tuple[int, int], Mesh]) -> tuple[list[dict], byte
 
 
 def still_of_slices(shown: Shown, labels: np.ndarray) -> str:
-    """The three slices with the most organs, as a picture's address."""
+    """Return the three slices with the most organs, as a picture's data URL."""
     figure = draw_overlay(
         shown.voxels, labels, shown.geometry.spacing_mm, shown.organs, shown.title, shown.geometry.voxel_ml
     )
@@ -176,7 +176,7 @@ def still_of_slices(shown: Shown, labels: np.ndarray) -> str:
 
 
 def still_of_surfaces(meshes: dict[int, Mesh]) -> str:
-    """The organs from the front, as a picture's address; black without any."""
+    """Return the organs from the front, as a picture's data URL; black without any."""
     colour = render(Scene(meshes), view_at(0), STILL).colour if meshes else np.zeros((*STILL[::-1], 3), np.uint8)
     picture = io.BytesIO()
     Image.fromarray(colour).save(picture, format="jpeg", quality=88)
@@ -189,11 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with refusing(USAGE):
         if args.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"{args.output}: a page's name must end with .html")
-        organs = load_organs(args.config)
+        given = load_given(args.config, args.checkpoint)
     with refusing(REFUSED):
-        label_maps = {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "truth": args.truth}
-        write_page(args.output, make_viewer(read_shown(args.scan, label_maps, organs), args.full))
-    print(f"wrote {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+        shown, note = read_shown(args.scan, label_map_paths(args), given)
+        write_page(args.output, make_viewer(shown, args.full))
+    print_written(args.output, note, f", {args.output.stat().st_size / 1e6:.1f} MB")
     return DONE
 
 
@@ -203,9 +203,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
     parser.add_argument("labels", type=Path, help="its label map, NIfTI")
     parser.add_argument("--output", type=Path, required=True, help="page to write: .html")
-    parser.add_argument("--truth", type=Path, metavar="LABELS", help="a second label map, to switch to")
+    parser.add_argument("--truth", type=Path, metavar="LABELS", help="reference, to switch to")
     parser.add_argument("--full", action="store_true", help="hold every voxel and HU, however large the page gets")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
+    add_organ_flags(parser)
     return parser.parse_args(arguments)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from core.scans.geometry import Geometry, geometry_of
 from core.scans.nifti import MAX_BEHIND, READ_ERRORS, Reading, open_nifti
+from core.scans.organ_names import organ_names_extension
 from core.scans.resample import resize_image, resize_slab, slabs
 from core.system.exits import one_line
 from core.system.files import whole_file
@@ -187,15 +188,18 @@ def copy_by_planes(source: np.ndarray, target: np.ndarray) -> None:
         target[:, i] = source[:, i]
 
 
-def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path) -> None:
+def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path, organs: Sequence[str] = ()) -> None:
     """Write labels, (X, Y, Z) uint8 in RAS+ order, as a label map in the scan's own geometry.
 
     The file has the scan's shape, affine, qform and sform with their codes, and units; type uint8, intent "label".
+    Its header holds the names of `organs`, by id with the background first, when they are given.
     It is written whole: `path` is the old file or the new one, never half of one.
     """
     header = geometry.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_intent(NIFTI_INTENT_LABEL, name="organ ids")
+    if organs:
+        header.extensions.append(organ_names_extension(organs))
     stored = np.empty(geometry.stored_shape, dtype=np.uint8, order="F")
     copy_by_planes(geometry.from_ras(labels), stored)
     save_volume(stored, header, path)

@@ -10,7 +10,7 @@ and, for the same 13 organs, FLARE24/T2andT3_FLARE24_DSC_NSD_Eval.py, which adde
     - Both scores are rounded to 4 places, case by case.
     - Voxels are as large as the header's pixdim says.
 
-Where an organ of the second rule has one slice only, the range is empty and the script fails; here the slice counts.
+When an organ of the second rule has one slice only, the range is empty and the script fails; here the slice counts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from scipy.ndimage import find_objects
 
 from core.scoring.surface import nsd, surfaces_of, union
 
-# Millimetres by which a surface may be off, for NSD.
+# Tolerances of NSD in mm, by organ; the organs are in the order of their ids.
 TOLERANCES_MM = {
     "liver": 5.0,
     "right kidney": 3.0,
@@ -36,7 +36,7 @@ TOLERANCES_MM = {
     "duodenum": 7.0,
     "left kidney": 3.0,
 }
-TOLERANCE_MM = 3.0  # of NSD, for organs that have none of their own there
+TOLERANCE_MM = 3.0  # of NSD, for organs without a tolerance there
 WITHIN_REFERENCE = ("aorta", "inferior vena cava", "esophagus")
 NSD_FROM_DICE = 0.2  # below this Dice, NSD is 0
 DECIMALS = 4
@@ -52,7 +52,7 @@ def flare22_scores(
     spacing_mm: Sequence[float],
     threads: int = 1,
 ) -> Iterator[tuple[float, float]]:
-    """Dice and NSD of organ 1, 2, ..., one after the other, 0..1.
+    """Yield Dice and NSD of organ 1, 2, ..., each 0..1.
 
     Args:
         reference: label map, integers, its axes in the order and directions in which its file stores them.
@@ -60,7 +60,7 @@ def flare22_scores(
         organs: names by id, background first.
         tolerances_mm: of NSD, by id, background first.
         spacing_mm: voxel size along the three axes.
-        threads: for nearest neighbours; the numbers do not depend on it.
+        threads: for nearest neighbours; they do not change the numbers.
     """
     boxes = zip(find_objects(reference, len(organs) - 1), find_objects(prediction, len(organs) - 1), strict=True)
     for organ, (in_reference, in_prediction) in enumerate(boxes, start=1):
@@ -69,16 +69,16 @@ def flare22_scores(
             yield both_absent, both_absent
             continue
         box = compared_box(organs[organ], in_reference, in_prediction)
-        expected, predicted = reference[box] == organ, prediction[box] == organ
-        dice = 2 * np.count_nonzero(expected & predicted) / (np.count_nonzero(expected) + np.count_nonzero(predicted))
+        masks = [labels[box] == organ for labels in (reference, prediction)]
+        dice = 2 * np.count_nonzero(masks[0] & masks[1]) / sum(map(np.count_nonzero, masks))
         surface_dice = 0.0
         if dice >= NSD_FROM_DICE:
-            surface_dice = nsd(surfaces_of(expected, predicted, spacing_mm, threads), tolerances_mm[organ])
+            surface_dice = nsd(surfaces_of(*masks, spacing_mm, threads), tolerances_mm[organ])
         yield round(dice, DECIMALS), round(surface_dice, DECIMALS)
 
 
 def compared_box(organ: str, in_reference: Box, in_prediction: Box) -> Box:
-    """The box in which an organ is compared, from those that hold it in the reference and in the prediction."""
+    """Return the box in which an organ is compared, from its boxes in the reference and in the prediction."""
     *in_plane, slices = union((in_reference, in_prediction))
     if organ in WITHIN_REFERENCE:
         first, end = in_reference[2].start, in_reference[2].stop

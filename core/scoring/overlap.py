@@ -1,6 +1,6 @@
 """Scores of a label map against a reference: arrays in, numbers out.
 
-Every score is read off one confusion matrix. A score is NaN where it is not defined, never a made-up 0 or 1:
+Every score is computed from one confusion matrix. A score that is not defined is NaN, never a made-up 0 or 1:
 
     reference   prediction   Dice   precision   recall   accuracy
     organ       organ        0..1   0..1        0..1     0..1
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 SCORES = ("dice", "precision", "recall", "accuracy")
-CHUNK_VOXELS = 2**18  # counted at a time, so that what is worked out stays in the processor's cache
+CHUNK_VOXELS = 2**18  # counted at a time; intermediate results stay in the processor's cache
 
 
 def confusion_matrix(reference: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
@@ -34,7 +34,7 @@ def confusion_matrix(reference: np.ndarray, prediction: np.ndarray, classes: int
     check_ids(reference, prediction, classes)
     kind = np.min_scalar_type(classes**2 - 1)  # the smallest type that holds every pair: 8 bits for up to 16 classes
     counts = np.zeros(classes**2, dtype=np.int64)
-    # In the order in which both lie in memory, whatever that is, and without a copy of the whole.
+    # In the order of the arrays' memory, whatever it is, and without a copy of the whole.
     chunks = np.nditer(
         [reference, prediction],
         flags=["external_loop", "buffered", "zerosize_ok"],
@@ -63,16 +63,16 @@ def check_ids(reference: np.ndarray, prediction: np.ndarray, classes: int) -> No
 
 
 def organ_scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Dice, precision, recall and accuracy of each class, one against the rest.
+    """Compute Dice, precision, recall and accuracy of each class, one against the rest.
 
     Accuracy is (true positives + true negatives) / all voxels. It is near 1 even for an organ that was wholly missed,
-    because nearly every voxel belongs to something else; read Dice instead.
+    because nearly every voxel belongs to another class; read Dice instead.
 
     Args:
         matrix: (K, K) from `confusion_matrix`.
 
     Returns:
-        for each name of SCORES an array (K,), NaN where it is not defined; index 0 is the background.
+        for each name of SCORES an array (K,), NaN when not defined; index 0 is the background.
     """
     total = matrix.sum()
     in_both = np.diag(matrix).astype(np.float64)
@@ -89,25 +89,25 @@ def organ_scores(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def voxel_accuracy(matrix: np.ndarray) -> float:
-    """The share of all voxels whose id is right, background included: the accuracy of K classes at once; 0..1.
+    """Return the share of all voxels whose id is right, 0..1, background included.
 
     Args:
         matrix: (K, K) from `confusion_matrix`.
 
     Returns:
-        NaN where no voxel was counted.
+        NaN when no voxel was counted.
     """
     total = matrix.sum()
     return float(np.trace(matrix) / total) if total else float("nan")
 
 
 def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """`numerator / denominator`, NaN where the denominator is 0."""
+    """Return `numerator / denominator`, NaN where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 
 def mean_defined(values: Iterable[float]) -> tuple[float, int]:
-    """The mean over the values that are defined (not NaN), and how many they are; (NaN, 0) when there is none."""
+    """Return the mean of the defined values (not NaN) and their number; (NaN, 0) when there is none."""
     values = np.asarray(list(values), dtype=np.float64)
     defined = values[~np.isnan(values)]
     return (float(defined.mean()), len(defined)) if len(defined) else (float("nan"), 0)

@@ -1,4 +1,4 @@
-"""Write what evaluate.py found: metrics.csv, summary.json, comparison.json, ceiling.json, scores.png."""
+"""The result files of evaluate.py: metrics.csv, summary.json, comparison.json, ceiling.json, and their contents."""
 
 import csv
 import io
@@ -12,20 +12,44 @@ from pathlib import Path
 
 import numpy as np
 
-from core.scoring.case import COMPARED, DIGITS, SCORE_DEFINITIONS, Rules, Scored
+from core.scoring.case import COMPARED, DIGITS, Rules, Scored
 from core.scoring.statistics import (
     BOOTSTRAP_SAMPLES,
     BOOTSTRAP_SEED,
     bootstrap_interval,
     compare_tables,
+    spread,
     summarise,
 )
 from core.system.files import whole_file
 
-# All that a run leaves. What an earlier one left goes first: beside new rows it would pass for theirs.
+# All files that a run may write. Those of an earlier run are removed first: they would pass for results of this one.
 RESULTS = ("metrics.csv", "other_metrics.csv", "summary.json", "comparison.json", "scores.png")
 CEILING_RESULTS = ("ceiling.csv", "ceiling.json")
-# What else stands in the JSON files, for whoever reads them.
+# The meaning of each score under each protocol, written into the JSON files.
+SCORE_DEFINITIONS = {
+    "default": {
+        "dice": "2 TP / (2 TP + FP + FN), voxels of one organ in one case; null where it is in neither label map",
+        "precision": "TP / (TP + FP); null where nothing was predicted",
+        "recall": "TP / (TP + FN); null where there is nothing to find",
+        "accuracy": "(TP + TN) / all voxels, one organ against the rest; near 1 even for an organ wholly missed",
+        "nsd": "share of both surfaces' area within tolerances_mm of the other, as surface-distance defines it; 0 "
+        "where the organ is in one label map only, null where it is in neither",
+        "hd95_mm": "distance within which 95 % of a surface's area lies of the other, the larger of the two ways; "
+        "infinite where the organ is in one label map only: mean and sd are null then",
+        "hd_mm": "as hd95_mm, for 100 %",
+        "mean_distance_mm": "mean distance to the other surface over both surfaces' area; infinite as hd95_mm",
+        "missing": "cases without a prediction, scored as if an empty label map had been predicted",
+    },
+    "flare22": {
+        "dice": "as the challenge's script: 1 where the organ is in neither label map; aorta, inferior vena cava and "
+        "esophagus only within the reference's slices without the last of them; rounded to 4 places",
+        "nsd": "as the challenge's script: within the same slices, 1 where the organ is in neither label map, 0 where "
+        "Dice is below 0.2; rounded to 4 places",
+        "missing": "cases without a prediction, with 0 for every organ",
+    },
+}
+# The meaning of everything else in the JSON files.
 INTERVAL = (
     f"percentile bootstrap over cases, {BOOTSTRAP_SAMPLES} samples, seed {BOOTSTRAP_SEED}; too narrow for few cases, "
     "null for fewer than two"
@@ -37,7 +61,7 @@ DEFINITIONS = {
         "interval_95": f"95 % interval of mean: {INTERVAL}",
         "refused": "cases of which a file could not be read or compared, and why; they are in no mean",
         "extra": "predictions of cases without a reference; they are not looked at",
-        "rounding": f"the rows have {DIGITS} significant digits, and everything else is worked out from those",
+        "rounding": f"the rows have {DIGITS} significant digits, and everything else is computed from those",
     },
     "comparison": {
         "difference": "mean over the pairs of (predictions - against)",
@@ -49,14 +73,14 @@ DEFINITIONS = {
         "left_out": "cases that were refused on either side",
     },
     "ceiling": {
-        "dice, nsd": "the truth as each organ's share of every voxel of the grid, restored like a network's answer",
-        "dice_as_labels, nsd_as_labels": "the truth as the labels that a network is trained on there, resized back",
+        "dice, nsd": "the reference as each organ's share of every voxel of the grid, restored like a network's answer",
+        "dice_as_labels, nsd_as_labels": "the reference as the labels that a network is trained on there, resized back",
     },
 }
 
 
 def csv_text(rows: Sequence[dict], columns: Sequence[str], header: bool = False) -> str:
-    """Rows as CSV; an empty cell is a score that is not defined, or not known to the protocol."""
+    """Return rows as CSV; a score that is not defined, or not known to the protocol, is an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     if header:
@@ -67,14 +91,14 @@ def csv_text(rows: Sequence[dict], columns: Sequence[str], header: bool = False)
 
 
 def format_cell(value: str | int | float) -> str | int:
-    """A value as it stands in the CSV file."""
+    """Return a value as the CSV file shows it."""
     if not isinstance(value, float):
         return value
     return "" if math.isnan(value) else f"{value:.{DIGITS}g}"
 
 
 def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
-    """What is to be said of all cases that are not refused, and how it came about."""
+    """Return the content of summary.json that follows from the scores; refused cases are in no mean."""
     tables = tables_of(results, results, rules)
     return {
         "protocol": rules.protocol,
@@ -89,8 +113,29 @@ def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
     }
 
 
+def write_summary(
+    output: Path, results: dict[str, Scored], rules: Rules, missing: Sequence[str], extra: Sequence[str]
+) -> dict:
+    """Write summary.json of predictions and return its content.
+
+    Args:
+        output: the folder.
+        results: by case.
+        rules: how they were scored.
+        missing: cases without a prediction.
+        extra: predictions without a reference.
+    """
+    summary = summary_of(results, rules) | {
+        "voxel_accuracy": spread([scored.voxel_accuracy for scored in results.values()]),
+        "missing": [case for case in missing if not results[case].refusal],
+        "extra": list(extra),
+    }
+    write_json(output / "summary.json", summary)
+    return summary
+
+
 def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) -> dict[str, np.ndarray]:
-    """By score, the table (cases, organs) of those of `cases` that are not refused."""
+    """Return by score the table (cases, organs) of those of `cases` that are not refused."""
     rows = [results[case].rows for case in cases if not results[case].refusal]
     shape = (len(rows), len(rules.organs) - 1)
     return {
@@ -99,27 +144,29 @@ def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) ->
     }
 
 
-def comparison_of(results: dict[str, Scored], other: dict[str, Scored], rules: Rules) -> dict:
-    """What comparison.json says of two sets of predictions of the same cases."""
+def write_comparison(output: Path, results: dict[str, Scored], other: dict[str, Scored], rules: Rules) -> dict:
+    """Compare two sets of predictions of the same cases pair by pair; write comparison.json and return its content."""
     cases = [case for case in results if not results[case].refusal and not other[case].refusal]
     here, there = tables_of(results, cases, rules), tables_of(other, cases, rules)
-    return {
+    comparison = {
         "protocol": rules.protocol,
         **{name: compare_tables(here[name], there[name], rules.organs[1:]) for name in COMPARED},
         "cases": cases,
         "left_out": [case for case in results if case not in cases],
         "definitions": DEFINITIONS["comparison"],
     }
+    write_json(output / "comparison.json", comparison)
+    return comparison
 
 
 def prepare_output(output: Path, results: Sequence[str]) -> None:
-    """Make the folder for the results, without those of an earlier run.
+    """Make the folder for the results, and remove those of an earlier run.
 
     Raises:
         OSError: when it cannot be written to.
     """
     output.mkdir(parents=True, exist_ok=True)
-    # Whoever may not write there learns it now, not after the work.
+    # A folder that cannot be written to is refused now, not after the work.
     tempfile.TemporaryFile(dir=output).close()
     for name in results:
         (output / name).unlink(missing_ok=True)

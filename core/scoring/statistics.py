@@ -1,7 +1,7 @@
 """Means, intervals and comparisons of scores over cases: tables in, numbers out.
 
-A table is an array of (cases, organs) float64, NaN where a score is not defined. None stands for what is not defined or
-infinite: JSON knows neither.
+A table is an array of (cases, organs) float64, NaN where a score is not defined. Results that are not defined or
+infinite are None, since JSON knows neither.
 """
 
 import math
@@ -17,9 +17,9 @@ INTERVAL_PERCENT = (2.5, 97.5)  # of the bootstrap samples: the 95 % interval
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean, sample standard deviation and median of the values that are defined (not NaN), and their number.
+    """Return mean, sample standard deviation, median and number of the defined values (not NaN).
 
-    With an infinite value among them, mean and sd are None; n_infinite counts these.
+    With an infinite value among them, mean and sd are None; n_infinite counts the infinite values.
     """
     defined = np.array([value for value in values if not math.isnan(value)])
     infinite = int(np.isinf(defined).sum())
@@ -34,9 +34,9 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def summarise(tables: dict[str, np.ndarray], organs: Sequence[str]) -> dict:
-    """For each organ and score its `spread` over the cases, and for each score the mean over organs of their means.
+    """Return each organ's `spread` of each score over the cases, and for each score the mean of the organs' means.
 
-    A mean over organs of which one is infinite is None. An organ without any defined value is in no mean.
+    The mean over organs is None when one of them is infinite. An organ without any defined value is in no mean.
 
     Args:
         tables: for each score a (C, K - 1) table.
@@ -50,23 +50,23 @@ def summarise(tables: dict[str, np.ndarray], organs: Sequence[str]) -> dict:
 
 
 def mean_of(scores: dict) -> float:
-    """The mean of a `spread` as a number: infinite or NaN where it is None."""
+    """Return the mean of a `spread` as a number: infinite or NaN when it is None."""
     if scores["n_infinite"]:
         return math.inf
     return math.nan if scores["mean"] is None else scores["mean"]
 
 
 def mean_over(table: np.ndarray, axis: int) -> np.ndarray:
-    """The mean along an axis over what is defined; NaN where nothing is."""
+    """Return the mean along an axis over the defined values; NaN where there is none."""
     defined = ~np.isnan(table)
     return divide(np.where(defined, table, 0).sum(axis=axis), defined.sum(axis=axis))
 
 
 def bootstrap_interval(table: np.ndarray) -> list[float] | None:
-    """The 95 % percentile-bootstrap interval, over cases, of the mean over organs of each organ's mean.
+    """Return the 95 % percentile-bootstrap interval, over cases, of the mean over organs of each organ's mean.
 
-    Cases are drawn whole, with replacement, BOOTSTRAP_SAMPLES times from BOOTSTRAP_SEED: the same table gives the same
-    interval. With few cases it is too narrow; for fewer than two, or where nothing is defined, it is None.
+    Whole cases are drawn with replacement, BOOTSTRAP_SAMPLES times, from a fixed seed: the same table gives the same
+    interval. With few cases it is too narrow. It is None for fewer than two cases, or when nothing is defined.
 
     Args:
         table: (C, organs), finite or NaN.
@@ -88,15 +88,16 @@ def bootstrap_interval(table: np.ndarray) -> list[float] | None:
 
 
 def compare(here: np.ndarray, other: np.ndarray) -> dict[str, float | int | list | None]:
-    """Two scores of the same cases, pair by pair.
+    """Compare two sets of scores of the same cases, pair by pair.
 
     Args:
         here: (C,), finite or NaN.
         other: (C,); a pair counts where both are defined.
 
     Returns:
-        n pairs and n_unpaired, the cases where only one is defined; over the pairs the mean of each, the mean and the
-        median difference (here - other), its bootstrap interval, and p of Wilcoxon's signed-rank test, two-sided.
+        n, the number of pairs; n_unpaired, the number of cases where only one score is defined; over the pairs the mean
+        of each side, mean and median of the difference (here - other), its bootstrap interval, and p of Wilcoxon's
+        signed-rank test, two-sided.
     """
     paired = ~np.isnan(here) & ~np.isnan(other)
     n = int(paired.sum())
@@ -114,10 +115,10 @@ def compare(here: np.ndarray, other: np.ndarray) -> dict[str, float | int | list
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test, as scipy has it by default; 1 where no pair differs."""
+    """Return the two-sided p of Wilcoxon's signed-rank test, by scipy's defaults; 1 when no pair differs."""
     if not differences.any():
         return 1.0
-    # Takes a second to import, which only comparisons need to wait for.
+    # The import takes a second, which only comparisons have to wait for.
     from scipy.stats import wilcoxon
 
     return float(wilcoxon(differences).pvalue)
@@ -126,8 +127,8 @@ def wilcoxon_p(differences: np.ndarray) -> float:
 def compare_tables(here: np.ndarray, other: np.ndarray, organs: Sequence[str]) -> dict:
     """`compare` two (C, organs) tables by each case's mean over organs, and organ by organ.
 
-    A case's mean is over the organs that are defined on that side, so that an organ predicted where there is none
-    counts against the side that did it.
+    A case's mean is over the organs defined on that side. An organ predicted in a scan without it therefore counts
+    against that side.
     """
     return {
         "mean": compare(mean_over(here, axis=1), mean_over(other, axis=1)),

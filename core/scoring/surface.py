@@ -1,9 +1,9 @@
 """Distances between the surfaces of two masks: arrays in, numbers out.
 
-The definitions of google-deepmind/surface-distance (Nikolov et al. 2018, https://arxiv.org/abs/1809.04430, section
-"Performance metrics"). A mask's surface lies at the corners of the voxels: a corner whose eight voxels are neither all
-inside nor all outside is a surface point. Each carries the area in mm2 of the piece of surface that passes through the
-cube between the eight voxels' centres. Scores weigh each point's distance to the other surface by its area.
+The definitions are those of google-deepmind/surface-distance (Nikolov et al. 2018, https://arxiv.org/abs/1809.04430,
+section "Performance metrics"). Surface points are corners of voxels: a corner is one when its eight voxels are neither
+all inside nor all outside. Each point carries the area in mm2 of the piece of surface that passes through the cube
+between the eight voxels' centres. Scores weigh each point's distance to the other surface by its area.
 
     reference   prediction   nsd    hausdorff_mm, mean_distance_mm
     organ       organ        0..1   0..
@@ -26,15 +26,15 @@ from scipy.spatial import cKDTree
 # tree 1 to 6 us, a corner costs a transform 0.05 to 0.13 us (RESULTS.md).
 TRANSFORM_BELOW = 30
 POINTS_PER_LEAF = 32  # of a tree; 10 to 20 % faster than scipy's 16
-ROUNDING = 1e-12  # share of the area within which the order of adding up may not move a percentile
+ROUNDING = 1e-12  # share of the area; rounding errors below it do not move a percentile
 CORNERS = tuple(product((0, 1), repeat=3))  # of a cube, in the order of a code's bits, the highest first
 
 
 @dataclass(frozen=True)
 class Surfaces:
-    """Two surfaces: each point's distance in mm to the other surface, and the area in mm2 that the point stands for.
+    """Two surfaces: each point's distance in mm to the other surface, and the area in mm2 that it represents.
 
-    Four float64 arrays, (N,) for the reference's points and (M,) for the prediction's. Where one mask is empty the
+    Four float64 arrays, (N,) for the reference's points and (M,) for the prediction's. When one mask is empty the
     other's distances are infinite.
     """
 
@@ -45,7 +45,7 @@ class Surfaces:
 
 
 def nsd(surfaces: Surfaces, tolerance_mm: float) -> float:
-    """Normalised surface Dice: the share of both surfaces' area that is at most `tolerance_mm` from the other; 0..1."""
+    """Return normalised surface Dice, 0..1: the share of both surfaces' area within `tolerance_mm` of the other."""
     total = surfaces.reference_mm2.sum() + surfaces.prediction_mm2.sum()
     if total == 0:
         return float("nan")
@@ -55,7 +55,7 @@ def nsd(surfaces: Surfaces, tolerance_mm: float) -> float:
 
 
 def hausdorff_mm(surfaces: Surfaces, percent: float = 100.0) -> float:
-    """The distance in mm within which `percent` % of each surface's area lies of the other: HD95 for 95, HD for 100."""
+    """Return the distance in mm that `percent` % of each surface's area keeps to the other; 95 for HD95, 100 for HD."""
     if not len(surfaces.reference_mm) and not len(surfaces.prediction_mm):
         return float("nan")
     return max(
@@ -65,7 +65,7 @@ def hausdorff_mm(surfaces: Surfaces, percent: float = 100.0) -> float:
 
 
 def percentile_mm(distances_mm: np.ndarray, areas_mm2: np.ndarray, percent: float) -> float:
-    """The smallest of the distances within which `percent` % of the area lies; infinite where there is no surface."""
+    """Return the smallest distance that covers `percent` % of the area; infinite when there is no surface."""
     if not len(distances_mm):
         return float("inf")
     order = np.argsort(distances_mm)
@@ -75,7 +75,7 @@ def percentile_mm(distances_mm: np.ndarray, areas_mm2: np.ndarray, percent: floa
 
 
 def mean_distance_mm(surfaces: Surfaces) -> float:
-    """The mean distance in mm to the other surface, over the area of both."""
+    """Return the mean distance in mm to the other surface, over the area of both."""
     total = surfaces.reference_mm2.sum() + surfaces.prediction_mm2.sum()
     if total == 0:
         return float("nan")
@@ -84,16 +84,16 @@ def mean_distance_mm(surfaces: Surfaces) -> float:
 
 
 def organ_surfaces(
-    reference: np.ndarray, prediction: np.ndarray, classes: int, spacing_mm: Sequence[float], workers: int = 1
+    reference: np.ndarray, prediction: np.ndarray, classes: int, spacing_mm: Sequence[float], threads: int = 1
 ) -> Iterator[Surfaces]:
-    """The surfaces of organ 1, 2, ... one after the other, each worked out in the box that holds it in both.
+    """Yield the surfaces of organ 1, 2, ..., each computed in the box that holds it in both label maps.
 
     Args:
         reference: label map (X, Y, Z), integers below `classes`.
         prediction: label map of the same shape.
         classes: K, the number of classes with background.
         spacing_mm: distance of neighbouring voxels along X, Y, Z.
-        workers: threads for nearest neighbours; the numbers do not depend on it.
+        threads: for nearest neighbours; they do not change the numbers.
 
     Raises:
         ValueError: when the shapes differ.
@@ -102,11 +102,11 @@ def organ_surfaces(
     boxes = zip(find_objects(reference, classes - 1), find_objects(prediction, classes - 1), strict=True)
     for organ, both in enumerate(boxes, start=1):
         box = union(both)
-        yield surfaces_of(reference[box] == organ, prediction[box] == organ, spacing_mm, workers)
+        yield surfaces_of(reference[box] == organ, prediction[box] == organ, spacing_mm, threads)
 
 
 def union(boxes: Sequence[tuple[slice, ...] | None]) -> tuple[slice, ...]:
-    """The smallest box that holds all of these; an empty one where all are None."""
+    """Return the smallest box that holds all boxes given; an empty one when all are None."""
     boxes = [box for box in boxes if box is not None]
     if not boxes:
         return (slice(0, 0),) * 3
@@ -114,15 +114,15 @@ def union(boxes: Sequence[tuple[slice, ...] | None]) -> tuple[slice, ...]:
 
 
 def surfaces_of(
-    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float], workers: int = 1
+    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float], threads: int = 1
 ) -> Surfaces:
-    """The surfaces of two masks and their distances.
+    """Return the surfaces of two masks and their distances.
 
     Args:
-        reference: mask (X, Y, Z) bool; what lies outside the array is outside the organ.
+        reference: mask (X, Y, Z) bool; everything outside the array is outside the organ.
         prediction: mask of the same shape.
         spacing_mm: distance of neighbouring voxels along X, Y, Z.
-        workers: threads for nearest neighbours; the numbers do not depend on it.
+        threads: for nearest neighbours; they do not change the numbers.
 
     Raises:
         ValueError: when the shapes differ.
@@ -132,8 +132,8 @@ def surfaces_of(
     shape = tuple(voxels + 1 for voxels in reference.shape)
     reference_points, reference_codes = surface_points(reference)
     prediction_points, prediction_codes = surface_points(prediction)
-    there_mm = distances_mm(reference_points, prediction_points, shape, spacing_mm, workers)
-    back_mm = distances_mm(prediction_points, reference_points, shape, spacing_mm, workers)
+    there_mm = distances_mm(reference_points, prediction_points, shape, spacing_mm, threads)
+    back_mm = distances_mm(prediction_points, reference_points, shape, spacing_mm, threads)
     areas_mm2 = element_areas_mm2(spacing_mm)
     return Surfaces(there_mm, areas_mm2[reference_codes], back_mm, areas_mm2[prediction_codes])
 
@@ -148,7 +148,7 @@ def check_shapes(reference: np.ndarray, prediction: np.ndarray) -> None:
 
 
 def surface_points(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The corners of the grid where a mask's surface lies.
+    """Return the corners of the grid that are points of a mask's surface.
 
     Args:
         mask: (X, Y, Z) bool.
@@ -163,7 +163,7 @@ def surface_points(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def neighbour_codes(mask: np.ndarray) -> np.ndarray:
-    """Which of the eight voxels around each corner of the grid are inside, a bit each in the order of CORNERS.
+    """Return for each corner of the grid which of its eight voxels are inside, as bits in the order of CORNERS.
 
     Args:
         mask: (X, Y, Z) bool.
@@ -179,7 +179,7 @@ def neighbour_codes(mask: np.ndarray) -> np.ndarray:
 
 
 def element_areas_mm2(spacing_mm: Sequence[float]) -> np.ndarray:
-    """The area in mm2 of the piece of surface within a cube of eight voxel centres, (256,) by neighbour code."""
+    """Return the area in mm2 of the piece of surface within a cube of eight voxel centres, (256,) by code."""
     stretch = np.prod(spacing_mm) / np.array(spacing_mm)  # of a normal's parts: the X part is an area in the Y-Z plane
     codes, normals = element_triangles()
     return np.bincount(codes, np.linalg.norm(normals * stretch, axis=1), minlength=256)
@@ -187,7 +187,7 @@ def element_areas_mm2(spacing_mm: Sequence[float]) -> np.ndarray:
 
 @cache
 def element_triangles() -> tuple[np.ndarray, np.ndarray]:
-    """The triangles of the piece of surface within a cube of eight voxel centres, for all neighbour codes.
+    """Return the triangles of the piece of surface within a cube of eight voxel centres, for all neighbour codes.
 
     The pieces are those of marching cubes (Lorensen and Cline 1987) with vertices half way between voxel centres. The
     vertices of a piece form loops around its corners. Most loops are flat; a crooked one is cut into the triangles
@@ -206,7 +206,7 @@ def element_triangles() -> tuple[np.ndarray, np.ndarray]:
 
 
 def surface_loops(code: int) -> list[np.ndarray]:
-    """The closed loops in which the surface of a code cuts the faces of the unit cube, each (N, 3) in order."""
+    """Return the closed loops where the surface of a code cuts the unit cube's faces, each (N, 3) in order."""
     inside = {corner: bool(code & 128 >> bit) for bit, corner in enumerate(CORNERS)}
     if code.bit_count() > 4:  # inside and outside have the same surface; the fewer corners decide how it runs
         inside = {corner: not value for corner, value in inside.items()}
@@ -229,14 +229,14 @@ def surface_loops(code: int) -> list[np.ndarray]:
 
 
 def cube_faces() -> Iterator[list[tuple[int, int, int]]]:
-    """The four corners of each of a cube's six faces, in order, all counter-clockwise as seen from outside."""
+    """Yield the four corners of each of a cube's six faces, counter-clockwise as seen from outside."""
     for axis, side in product(range(3), (0, 1)):
         ring = [np.roll((side, *corner), axis) for corner in ((0, 0), (1, 0), (1, 1), (0, 1))]
         yield [tuple(map(int, corner)) for corner in (ring if side else ring[::-1])]
 
 
 def triangulations(loop: np.ndarray) -> Iterator[np.ndarray]:
-    """All ways to cut a loop, (N, 3), into triangles: of each way the normals, (N - 2, 3), as long as the areas."""
+    """Yield for each way to cut a loop, (N, 3), into triangles their normals, (N - 2, 3), as long as the areas."""
     if len(loop) < 3:
         yield np.empty((0, 3))
         return
@@ -250,16 +250,16 @@ def triangulations(loop: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def distances_mm(
-    points: np.ndarray, others: np.ndarray, shape: tuple[int, int, int], spacing_mm: Sequence[float], workers: int
+    points: np.ndarray, others: np.ndarray, shape: tuple[int, int, int], spacing_mm: Sequence[float], threads: int
 ) -> np.ndarray:
-    """The distance in mm of each of the points to the nearest of the others, (N,) float64.
+    """Return the distance in mm of each point to the nearest of the others, (N,) float64.
 
     Args:
         points: (N,) indices into the raveled grid of corners.
         others: (M,) likewise; with none of them, every distance is infinite.
         shape: of that grid.
         spacing_mm: distance of neighbouring corners along X, Y, Z.
-        workers: threads for the tree.
+        threads: for the tree.
     """
     if not len(others):
         return np.full(len(points), np.inf)
@@ -273,27 +273,27 @@ def distances_mm(
     if len(free) < TRANSFORM_BELOW * len(apart):
         nearest = nearest_by_transform(asked, free.reshape(shape), spacing_mm)
     else:
-        nearest = nearest_by_tree(asked, unravel(others, shape), spacing_mm, workers)
-    # From whole steps, so that two points 10 voxels of 0.7 mm apart are 7 mm apart wherever they lie.
+        nearest = nearest_by_tree(asked, unravel(others, shape), spacing_mm, threads)
+    # From whole steps: two points 10 voxels of 0.7 mm apart are 7 mm apart anywhere on the grid.
     distances[apart] = np.linalg.norm((asked - nearest) * spacing_mm, axis=1)
     return distances
 
 
 def unravel(points: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Indices into a raveled grid, (N,), as indices along X, Y, Z: (N, 3) int32."""
+    """Turn indices into a raveled grid, (N,), into indices along X, Y, Z: (N, 3) int32."""
     return np.stack(np.unravel_index(points, shape), axis=1, dtype=np.int32)
 
 
-def nearest_by_tree(asked: np.ndarray, others: np.ndarray, spacing_mm: Sequence[float], workers: int) -> np.ndarray:
-    """Of the others, (M, 3), the one nearest to each point asked for, (N, 3): (N, 3). Fast where points are few."""
+def nearest_by_tree(asked: np.ndarray, others: np.ndarray, spacing_mm: Sequence[float], threads: int) -> np.ndarray:
+    """Return for each point asked for, (N, 3), the nearest of the others, (M, 3); fast for few points."""
     tree = cKDTree(others * spacing_mm, POINTS_PER_LEAF, balanced_tree=False, compact_nodes=False)
-    return others[tree.query(asked * spacing_mm, workers=workers)[1]]
+    return others[tree.query(asked * spacing_mm, workers=threads)[1]]
 
 
 def nearest_by_transform(asked: np.ndarray, free: np.ndarray, spacing_mm: Sequence[float]) -> np.ndarray:
-    """As `nearest_by_tree`, with the others as the False of a grid (X, Y, Z).
+    """Do the same as `nearest_by_tree`; the others are the False of a grid (X, Y, Z).
 
-    Its time and memory are bounded by the grid, however many points there are.
+    The grid bounds its time and memory, however many points there are.
     """
     nearest = distance_transform_edt(free, sampling=spacing_mm, return_distances=False, return_indices=True)
     return nearest[:, *asked.T].T

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 
 NAME_WIDTH = 20  # of an organ; longer names are cut, so that 100 columns are enough
-FEW_CASES = 10  # below so many, a bootstrap interval is too narrow to go by
+FEW_CASES = 10  # below this number, a bootstrap interval is too narrow to rely on
 NOT_DEFINED = "-"
 
 
 def score_table(summary: dict, cases: int, markdown: bool = False) -> str:
-    """A line per organ, the mean over organs and the notes below.
+    """Return a table with a line per organ, the mean over organs, and notes below.
 
     Args:
         summary: "mean", "organs" and "interval_95" as in summary.json.
-        cases: how many are in it.
-        markdown: whether for Markdown, else for a terminal.
+        cases: number of cases in it.
+        markdown: True for Markdown, False for a terminal.
     """
     full = "hd95_mm" in summary["mean"]  # the challenge has Dice and NSD alone
     header = ["organ", "n", "Dice", "sd", "NSD"]
@@ -38,7 +38,7 @@ def score_table(summary: dict, cases: int, markdown: bool = False) -> str:
 
 
 def score_notes(summary: dict, cases: int, full: bool) -> list[str]:
-    """What has to be known to read the table, in lines of at most 100 columns."""
+    """Return the notes that explain the table, in lines of at most 100 columns."""
     notes = []
     intervals = {name: ends for name, ends in summary["interval_95"].items() if ends}
     if intervals:
@@ -60,7 +60,7 @@ def score_notes(summary: dict, cases: int, full: bool) -> list[str]:
 
 
 def ceiling_table(summary: dict, size: Sequence[int], markdown: bool = False) -> str:
-    """Best Dice and NSD by organ, as ceiling.json has them, with the notes."""
+    """Return the table of ceiling.json: Dice and NSD by organ that the grid allows, with notes."""
     names = ("dice", "nsd", "dice_as_labels", "nsd_as_labels")
     lines = [["organ", "n", "Dice", "NSD", "Dice as labels", "NSD as labels"]]
     for organ, scores in summary["organs"].items():
@@ -70,15 +70,15 @@ def ceiling_table(summary: dict, size: Sequence[int], markdown: bool = False) ->
         [
             lay_out(lines, markdown),
             "",
-            f"The truth on {'x'.join(map(str, size))} voxels and back to the scans' own grids: the rest is resolution.",
-            "Dice, NSD: restored from the organs' true shares of every voxel there, all that a voxel can tell.",
+            f"References on {'x'.join(map(str, size))} voxels and back on the scans' grids; the rest is resolution.",
+            "Dice, NSD: restored from the organs' exact shares of every voxel there, all that a voxel can tell.",
             "as labels: restored from the labels that the network is trained on there.",
         ]
     )
 
 
 def comparison_table(name: str, compared: dict, markdown: bool = False) -> str:
-    """Two sets of predictions by one score: over the cases' means, and by organ."""
+    """Return a table that compares two sets of predictions by one score: the mean of a case, and each organ."""
     lines = [[name, "n", "predictions", "against", "difference", "95 % interval", "p"]]
     for organ, pair in (("mean of a case", compared["mean"]), *compared["organs"].items()):
         ends = pair["interval_95"]
@@ -93,11 +93,24 @@ def comparison_table(name: str, compared: dict, markdown: bool = False) -> str:
     return table
 
 
+def comparison_text(comparison: dict, markdown: bool = False) -> str:
+    """Return the tables of comparison.json, Dice and NSD, with a note.
+
+    Args:
+        comparison: "dice", "nsd" and "cases" as in comparison.json.
+        markdown: True for Markdown, False for a terminal.
+    """
+    tables = [comparison_table(title, comparison[name], markdown) for name, title in (("dice", "Dice"), ("nsd", "NSD"))]
+    cases = len(comparison["cases"])
+    note = f"difference: predictions - against, over {cases} cases; p: Wilcoxon's signed-rank test, not corrected."
+    return "\n\n".join([*tables, note])
+
+
 def lay_out(lines: Sequence[Sequence[str]], markdown: bool) -> str:
-    """Lines of cells as text, the first line the header; the first column to the left, numbers to the right."""
+    """Return lines of cells as text, the header first; the first column is aligned left, numbers right."""
     if not markdown:
         lines = [[line[0][:NAME_WIDTH], *line[1:]] for line in lines]
-    least = 3 if markdown else 1  # Markdown's rule below the header needs as many signs
+    least = 3 if markdown else 1  # characters of Markdown's rule below the header
     widths = [max(least, *map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
         [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
@@ -110,12 +123,12 @@ def lay_out(lines: Sequence[Sequence[str]], markdown: bool) -> str:
 
 
 def decimals(value: float | None, places: int = 4) -> str:
-    """A number with that many decimals."""
+    """Return a number with that many decimals."""
     return NOT_DEFINED if value is None else f"{value:.{places}f}"
 
 
 def distance(scores: dict) -> str:
-    """A distance's mean in mm; where it is infinite the median, marked."""
+    """Return a distance's mean in mm; the median with a mark when the mean is infinite."""
     if not scores["n_infinite"]:
         return decimals(scores["mean"], 2)
     return "inf*" if scores["median"] is None else f"{scores['median']:.2f}*"

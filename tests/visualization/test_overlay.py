@@ -18,11 +18,12 @@ from matplotlib.image import imread
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from core.config import load_organs
+from core.scans.organ_colours import ORGAN_COLOURS, colour_of
 from visualization import curves, overlay
 from visualization.curves import draw_curves
 from visualization.overlay import draw_comparison, draw_contact_sheet, draw_overlay, errors_of
 from visualization.slices import choose_slices, count_by_slice
-from visualization.style import EXTRA, MISSED, MIXED_UP, ORGAN_COLOURS, colour_of, colour_table, save_figure
+from visualization.style import EXTRA, MISSED, MIXED_UP, colour_table, save_figure
 
 ROOT = Path(__file__).parents[2]
 ORGANS = load_organs()

@@ -183,7 +183,7 @@ def test_the_page_says_the_same(compared):
     assert "spleen not found" in page.items
     assert "liver cut by the top of the scan" in page.items
     assert "left kidney of 5.4 mL, expected 30 to 700 in an adult" in page.items
-    assert rows["truth"] == ["truth.nii.gz"]
+    assert rows["reference"] == ["truth.nii.gz"]
     assert page.links == ["viewer.html"]
     assert [source.split(";")[0] for source in page.sources] == ["data:image/webp", "data:image/webp", "data:video/mp4"]
 

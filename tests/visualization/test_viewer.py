@@ -122,7 +122,7 @@ def test_the_page_is_one_file_that_lets_nothing_out(page):
 def test_the_page_holds_scan_labels_and_volumes(page):
     blocks = Blocks(page.read_text(encoding="utf-8"))
     case = json.loads(blocks.data["case"])
-    assert case["sources"] == ["prediction", "truth"]
+    assert case["sources"] == ["prediction", "reference"]
     found = volume_in(blocks, "scan")
     assert np.allclose(found.affine, AFFINE)
     held = np.asarray(found.dataobj)

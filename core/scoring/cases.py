@@ -1,0 +1,91 @@
+"""Score many cases: pair predictions with references, work in parallel, and lose no finished case."""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from core.scans.files import find_label_maps, listed
+from core.scoring.case import Rules, Scored, Task, ignore, score_case
+from core.scoring.results import csv_text
+from core.system.exits import print_error
+from core.system.files import whole_file
+from core.system.parallel import in_processes
+
+Score = Callable[[Task, Rules, Callable[[], object]], Scored]
+
+
+def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -> tuple[list[Task], list[str]]:
+    """Return the chosen cases with their predictions in a folder, and the folder's cases that have no reference.
+
+    Raises:
+        FileNotFoundError, ValueError: when the folder holds no prediction of any reference's case.
+    """
+    predictions = find_label_maps(folder)
+    if not predictions.keys() & references.keys():
+        raise ValueError(
+            f"{folder}: none of its label maps ({listed(list(predictions), 3)}) belongs to a case of the references "
+            f"({listed(list(references), 3)}); a prediction is CASE.nii.gz"
+        )
+    tasks = [Task(case, reference, predictions.get(case)) for case, reference in chosen.items()]
+    return tasks, [case for case in predictions if case not in references]
+
+
+def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: str) -> list[str]:
+    """Name on stderr the cases without a prediction in the folder, and its predictions `extra` without a reference.
+
+    Returns:
+        the cases without a prediction.
+    """
+    if extra:
+        print(f"warning: {folder}: no reference for {len(extra)}: {listed(extra)}", file=sys.stderr)
+    missing = [task.case for task in tasks if task.prediction is None]
+    for case in missing:
+        print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed"))
+    return missing
+
+
+def score_cases(
+    tasks: Sequence[Task], rules: Rules, workers: int, path: Path, score: Score = score_case
+) -> dict[str, Scored]:
+    """Score the cases in parallel, and name on stderr those that are refused.
+
+    The rows of a case reach the CSV file `path` as soon as it is done: a run that breaks off loses no finished case.
+    At the end the rows are put in the order of the cases.
+
+    Raises:
+        MemoryError: when a worker was killed.
+        OSError: when the file cannot be written.
+    """
+    organs = len(rules.organs) - 1
+    done: dict[str, Scored] = {}
+    with open(path, "w", newline="") as file, tqdm(total=len(tasks) * organs, unit="organ", disable=None) as bar:
+        file.write(csv_text([], rules.columns, header=True))
+        file.flush()
+        # Another process reports whole cases only.
+        one = partial(score_or_refuse, score=score, rules=rules, tick=bar.update if workers == 1 else ignore)
+        with closing(in_processes(one, tasks, workers)) as finished:
+            for task, scored in finished:
+                done[task.case] = scored
+                if scored.refusal:
+                    print_error(ValueError(scored.refusal))
+                file.write(csv_text(scored.rows, rules.columns))
+                file.flush()
+                bar.update(len(done) * organs - bar.n)
+    in_order = {task.case: done[task.case] for task in tasks}
+    rows = [row for scored in in_order.values() for row in scored.rows]
+    with whole_file(path) as temporary:
+        temporary.write_text(csv_text(rows, rules.columns, header=True), newline="")
+    return in_order
+
+
+def score_or_refuse(task: Task, score: Score, rules: Rules, tick: Callable[[], object]) -> Scored:
+    """Score one case; return its refusal when something is wrong with its files."""
+    try:
+        return score(task, rules, tick)
+    except (ValueError, OSError, MemoryError) as error:
+        reason = str(error) or "memory ran out"
+        return Scored(refusal=reason if task.case in reason else f"case {task.case}: {reason}")
