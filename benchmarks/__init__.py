@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from core.training.run_folder import git_commit, versions
+from core.system.provenance import git_commit, versions
 
 CPU_INFO = Path("/proc/cpuinfo")  # Linux only; elsewhere platform tells less
 

@@ -26,6 +26,7 @@ from core.system.processes import ALONE
 from core.training.run_folder import RunFolder
 from core.training.setup import initialise_output_bias
 from core.training.step import PendingLoss
+from core.training.tensorboard import write_scalars
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 
@@ -260,7 +261,7 @@ def test_tensorboard_gets_the_numbers_of_the_log(run, tmp_path):
     assert "dice/liver" in events.Tags()["scalars"]
     # An epoch that is done again, as after a kill, takes the place of the first.
     folder = RunFolder(load_config(tmp_path / "run" / "config.yaml"))
-    folder.write_scalars({"epoch": 3, "train_loss": 9.0, "val_loss": math.nan, "val_dice": None})
+    write_scalars(folder.scalars, {"epoch": 3, "train_loss": 9.0, "val_loss": math.nan, "val_dice": None})
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train_loss")][2:] == [(3, 9.0)]
 

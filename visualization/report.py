@@ -33,7 +33,7 @@ from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
 from core.system.files import whole_file
-from core.training.run_folder import git_commit, versions
+from core.system.provenance import git_commit, versions
 from visualization.movie import make_movie
 from visualization.overlay import draw_comparison, draw_contact_sheet, draw_overlay
 from visualization.page import data_url, escaped, make_page, write_page

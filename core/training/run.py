@@ -19,10 +19,11 @@ from core.config import Config
 from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
 from core.system.processes import join_group, leave_group, own_device
 from core.training.batches import make_loader, naming_dead_workers
-from core.training.memory_plans import choose_plan
-from core.training.run_folder import RunFolder, SilentRunFolder, check_tensorboard
+from core.training.memory_plans import choose_plan, peak_gib
+from core.training.run_folder import RunFolder, SilentRunFolder
 from core.training.setup import EMA, PLANS, Training, choose_device, initialise_output_bias
 from core.training.step import NotFiniteError, PendingLoss
+from core.training.tensorboard import check_tensorboard
 
 
 class Run:
@@ -341,15 +342,6 @@ class Run:
         """Print a line, in the first process only."""
         if self.group.first:
             print(line, flush=True)
-
-
-def peak_gib(device: torch.device) -> float | None:
-    """Return the peak of GPU memory since the last call, in GiB; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device) / 2**30
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
 
 
 def summary_line(row: dict, epochs: int) -> str:

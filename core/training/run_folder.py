@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,8 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-import nibabel
-import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +27,8 @@ from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.system.exits import Stopped, one_line, print_warning
 from core.system.files import lock_file, remove_left_over, whole_file
+from core.system.provenance import git_commit, versions
+from core.training.tensorboard import write_scalars
 
 # Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
 MAY_CHANGE = (
@@ -272,7 +271,7 @@ class RunFolder:
         with self.writing():
             self.append_log(row)
             if self.config.tensorboard:
-                self.write_scalars(row)
+                write_scalars(self.scalars, row)
             self.draw_curves()
 
     def draw_curves(self) -> None:
@@ -303,16 +302,6 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def write_scalars(self, row: dict[str, Any]) -> None:
-        """Write an epoch's numbers where TensorBoard looks for them, in place of those of the same or a later epoch."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(self.scalars, purge_step=row["epoch"]) as writer:
-            for name, value in row.items():
-                if name != "epoch" and value is not None and math.isfinite(value):
-                    group, _, rest = name.partition("_")
-                    writer.add_scalar(f"dice/{rest}" if group == "dice" else name, value, row["epoch"])
-
 
 class SilentRunFolder(RunFolder):
     """The run folder in a process that is not the first: it finds the checkpoint to go on from, and writes nothing."""
@@ -337,16 +326,6 @@ class SilentRunFolder(RunFolder):
         """Do nothing."""
 
 
-def check_tensorboard() -> None:
-    """Raise a ValueError when the package that writes for TensorBoard is not installed."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"tensorboard: got true, but the package cannot be imported ({error}); pip install tensorboard"
-        ) from error
-
-
 def how_it_ended(error: BaseException | None) -> str:
     """Describe how a run ended: with this error, or without one."""
     if error is None:
@@ -360,24 +339,3 @@ def format_cell(value: float | int | None) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a run's numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-        "numpy": np.__version__,
-        "nibabel": nibabel.__version__,
-    }
-
-
-def git_commit() -> str | None:
-    """Return the commit of this checkout, with "+" appended when files have changed; None outside a git checkout."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
