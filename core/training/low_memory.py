@@ -127,25 +127,12 @@ def unit_backward(
         unit: as it ran.
         h: its input.
         skip: what was joined to its resampled input, or None.
-        outputs: of its convolutions, overwritten; none of them to do them again.
+        outputs: of its convolutions, overwritten; an empty list: compute them again.
         gradient: of its result, overwritten.
-        needs_h: whether the input's gradient is asked for (not that of the scan itself).
+        needs_h: True when the input's gradient is needed (not that of the scan itself).
     """
     again, resample, stage = not outputs, unit.resample, unit.stage
-    below = h
-    if resample is not None:
-        output = convolve(resample.conv, h) if again else outputs.pop(0)
-        h = activate(resample, output, into=output if again else torch.empty_like(output))
-        if again:
-            del output
-    inputs = [join(h, skip)]  # of each convolution of the stage
-    del h
-    for i, layer in enumerate(stage):
-        if again:
-            outputs.append(convolve(layer.conv, inputs[i]))
-        if i < len(stage) - 1:
-            inputs.append(activate(layer, outputs[i], into=torch.empty_like(outputs[i])))
-
+    inputs, output = recompute(unit, h, skip, outputs)
     of_parameters: list[Tensor] = []
     for layer in reversed(stage):
         of_output = outputs.pop()
@@ -164,11 +151,39 @@ def unit_backward(
     if skip is not None:
         of_h, of_skip = of_x.split([of_x.shape[1] - skip.shape[1], skip.shape[1]], dim=1)
     if resample is not None:
-        of_output = convolve(resample.conv, below) if again else output
+        of_output = convolve(resample.conv, h) if again else output
         of_norm = activate_backward(resample, of_output, None, of_h)
-        of_h = torch.zeros_like(below)
-        of_parameters = convolve_backward(resample.conv, below, of_output, of_h) + of_norm + of_parameters
+        of_h = torch.zeros_like(h)
+        of_parameters = convolve_backward(resample.conv, h, of_output, of_h) + of_norm + of_parameters
     return of_h if needs_h else None, of_skip, of_parameters
+
+
+def recompute(unit: Unit, h: Tensor, skip: Tensor | None, outputs: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    """Compute what a unit's backward pass needs and was not kept.
+
+    Args:
+        unit: as it ran.
+        h: its input.
+        skip: what was joined to its resampled input, or None.
+        outputs: of its convolutions; those of the stage are left in it, and filled in where none were kept.
+
+    Returns:
+        the inputs of the stage's convolutions, and the output of the change of resolution where it was kept.
+    """
+    again, kept = not outputs, None
+    if unit.resample is not None:
+        output = convolve(unit.resample.conv, h) if again else outputs.pop(0)
+        h = activate(unit.resample, output, into=output if again else torch.empty_like(output))
+        kept = None if again else output
+        del output
+    inputs = [join(h, skip)]
+    del h
+    for i, layer in enumerate(unit.stage):
+        if again:
+            outputs.append(convolve(layer.conv, inputs[i]))
+        if i < len(unit.stage) - 1:
+            inputs.append(activate(layer, outputs[i], into=torch.empty_like(outputs[i])))
+    return inputs, kept
 
 
 def join(h: Tensor, skip: Tensor | None) -> Tensor:
