@@ -1,0 +1,281 @@
+"""Write converted cases: one case at a time, and the folder that they are in.
+
+convert_case(case, ...) -> images/CASE_0000.nii.gz, labels/CASE.nii.gz
+DataFolder              -> convert.json, organs.yaml, annotated.csv
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from core.scans.files import list_files
+from core.scans.geometry import Geometry, check_same_grid
+from core.scans.organ_names import read_organ_names
+from core.scans.volumes import load_labels, read_geometry, save_label_map
+from core.system.files import whole_file
+from core.system.yaml_files import dump_yaml
+from data.label_names import Key, OrganMap, same_organ
+from data.layouts import SourceCase
+from data.other_formats import NIFTI_SUFFIXES, is_other_format, write_as_nifti
+
+RECORD, ANNOTATED, ORGANS = "convert.json", "annotated.csv", "organs.yaml"
+IDS = 256  # that a label map can hold
+
+
+@dataclass
+class Converted:
+    """What happened to one case.
+
+    Attributes:
+        case: its id.
+        error: why it failed; empty when it did not.
+        dropped: voxels that became background, by the source's key.
+        overlaps: voxels that two masks claim, by the names of the loser and the winner.
+    """
+
+    case: str
+    error: str = ""
+    dropped: Counter = field(default_factory=Counter)
+    overlaps: Counter = field(default_factory=Counter)
+
+
+# ---- One case --------------------------------------------------------------------------------------------------------
+
+
+def convert_case(case: SourceCase, organ_map: OrganMap, organs: Sequence[str], data_dir: Path, copy: bool) -> Converted:
+    """Write a case's scan and label map; when it fails, neither is there. Earlier files of the case are replaced."""
+    result = Converted(case.id)
+    images, labels_file = data_dir / "images", data_dir / "labels" / f"{case.id}.nii.gz"
+    scan_file = images / f"{case.id}_0000{suffix_of(case.scan)}"
+    written = [labels_file, *(images / f"{case.id}_0000{suffix}" for suffix in NIFTI_SUFFIXES)]
+    try:
+        remove(written)
+        with tempfile.TemporaryDirectory() as folder:
+            scan = as_nifti(case.scan, Path(folder))
+            labels, geometry = read_labels(case, organ_map, organs, result, Path(folder))
+            check_same_grid(read_geometry(scan), geometry, f"case {case.id}")
+            place(scan, scan_file, copy or scan != case.scan)
+            save_label_map(labels, geometry, labels_file, organs)
+    except (ValueError, OSError, MemoryError) as error:
+        result.error = str(error).removeprefix(f"case {case.id}: ") or type(error).__name__
+    finally:
+        if result.error or not labels_file.exists():  # the second where a signal ends the command
+            with suppress(OSError):
+                remove(written)
+    return result
+
+
+def read_labels(
+    case: SourceCase, organ_map: OrganMap, organs: Sequence[str], result: Converted, folder: Path
+) -> tuple[np.ndarray, Geometry]:
+    """Read a case's label map or masks.
+
+    Returns:
+        labels, (X, Y, Z) uint8 ids of the organ list in RAS+ order, and the geometry of the file or of the first mask.
+
+    Raises:
+        FileNotFoundError, ValueError: when they cannot be read, or hold what has no name.
+    """
+    if case.labels:
+        return read_label_map(case.labels, organ_map, result, folder)
+    return read_masks(case, organ_map, organs, result, folder)
+
+
+def read_label_map(path: Path, organ_map: OrganMap, result: Converted, folder: Path) -> tuple[np.ndarray, Geometry]:
+    """Read a label map and change its ids; count what is dropped. Returns and raises as `read_labels`."""
+    nifti = as_nifti(path, folder)
+    check_header_names(nifti, organ_map)
+    ids, geometry = load_labels(nifti)
+    counts = np.bincount(ids.ravel(), minlength=IDS)
+    present = [int(key) for key in np.flatnonzero(counts) if key]
+    unknown = [key for key in present if key not in organ_map.names]
+    if unknown:
+        listed = ", ".join(f"{key} ({counts[key]} voxels)" for key in unknown[:5])
+        raise ValueError(f"{path}: ids without a name: {listed}; --source-organs {unknown[0]}=NAME names them")
+    for key in present:
+        if key in organ_map.ignored:
+            raise ValueError(
+                f"{path}: {counts[key]} voxels are {organ_map.names[key]!r} (id {key}), which nobody annotated; "
+                f"--source-organs {key}=background makes them background"
+            )
+    result.dropped.update({key: int(counts[key]) for key in present if key in organ_map.dropped})
+    table = np.zeros(IDS, np.uint8)
+    for key, organ in organ_map.target.items():
+        table[key] = organ
+    return table[ids], geometry
+
+
+def check_header_names(path: Path, organ_map: OrganMap) -> None:
+    """Check that the organ names in a label map's header, if it has any, are those that the source is read with.
+
+    Raises:
+        ValueError: when one is not.
+    """
+    for key, name in read_organ_names(path).items():
+        taken = organ_map.names.get(key)
+        if taken is not None and key in organ_map.target and not same_organ(name, taken) and organ_map.target[key]:
+            raise ValueError(f"{path}: its header says that id {key} is {name!r}, but it is read as {taken!r}")
+
+
+def read_masks(
+    case: SourceCase, organ_map: OrganMap, organs: Sequence[str], result: Converted, folder: Path
+) -> tuple[np.ndarray, Geometry]:
+    """Join masks into a label map; where two overlap, the organ later in the list wins. As `read_labels`."""
+    labels = geometry = None
+    for name in sorted(used_masks(case, organ_map), key=organ_map.target.get):
+        organ = organ_map.target[name]
+        mask, own = load_labels(as_nifti(case.masks[name], folder))
+        values = np.flatnonzero(np.bincount(mask.ravel(), minlength=1)[1:]) + 1
+        if len(values) > 1:
+            found = ", ".join(map(str, values[:5]))
+            raise ValueError(f"{case.masks[name]}: holds the ids {found}, expected a mask of one organ")
+        if labels is None:
+            labels, geometry = np.zeros_like(mask), own
+        check_same_grid(geometry, own, f"case {case.id}", "its first mask", name)
+        inside = mask > 0
+        for other, voxels in enumerate(np.bincount(labels[inside], minlength=1)):
+            if other not in (0, organ) and voxels:
+                result.overlaps[organs[other], organs[organ]] += int(voxels)
+        labels[inside] = organ
+    if labels is None:
+        raise ValueError(f"none of its {len(case.masks)} masks is an organ of the list")
+    return labels, geometry
+
+
+def used_masks(case: SourceCase, organ_map: OrganMap) -> list[str]:
+    """Return the names of a case's masks that are organs of the list."""
+    return [name for name in case.masks if organ_map.target.get(name)]
+
+
+def as_nifti(path: Path, folder: Path) -> Path:
+    """Return a file that is NIfTI: itself, or what SimpleITK makes of it in a temporary folder."""
+    if not is_other_format(path):
+        return path
+    target = Path(tempfile.mkdtemp(dir=folder)) / "converted.nii.gz"
+    write_as_nifti(path, target)
+    return target
+
+
+def place(scan: Path, target: Path, copy: bool) -> None:
+    """Link a scan to its place: a hard link, or a symbolic one to another disk; or copy it."""
+    scan = scan.resolve()
+    if not copy:
+        for link in (os.link, os.symlink):
+            with suppress(OSError, NotImplementedError):  # another disk, or a file system without such links
+                return link(scan, target)
+    with whole_file(target) as temporary:
+        shutil.copyfile(scan, temporary)
+
+
+def suffix_of(scan: Path) -> str:
+    """Return the suffix of a scan's file in our layout."""
+    return ".nii" if scan.name.lower().endswith(".nii") else ".nii.gz"
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Delete files, those that are there."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+# ---- The folder ------------------------------------------------------------------------------------------------------
+
+
+class DataFolder:
+    """The folder that is written, and its record of finished cases.
+
+    Args:
+        path: DATA_DIR.
+        organs: the organ list, background first.
+
+    Raises:
+        ValueError: when it was converted with another organ list, or its record is damaged.
+    """
+
+    def __init__(self, path: Path, organs: Sequence[str]):
+        self.path, self.organs = path, tuple(organs)
+        self.organs_file = path / ORGANS
+        self.cases: dict[str, dict] = {}
+        record = path / RECORD
+        if record.is_file():
+            try:
+                content = json.loads(record.read_text())
+                before, self.cases = tuple(content["organs"]), dict(content["cases"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{record}: is damaged ({error}); convert into another DATA_DIR") from error
+            if before != self.organs:
+                raise ValueError(
+                    f"{path}: was converted with other organs ({', '.join(before)}); take another DATA_DIR"
+                )
+
+    @property
+    def annotated(self) -> dict[str, list[str]]:
+        """Names of the organs that the source annotates, by finished case."""
+        return {case: about["annotated"] for case, about in sorted(self.cases.items()) if about["key"]}
+
+    def plan(
+        self, cases: Sequence[SourceCase], organ_map: OrganMap
+    ) -> tuple[list[SourceCase], list[SourceCase], dict[str, str]]:
+        """Return the cases to convert, those that are finished, and the reason for those whose name is taken."""
+        there = {"images": set(), "labels": set()}
+        for name, found in there.items():
+            if (self.path / name).is_dir():
+                found |= set(list_files(self.path / name))
+        todo, finished, taken = [], [], {}
+        for case in cases:
+            about = self.cases.get(case.id)
+            present = [case.id in found for found in there.values()]
+            if about is None and any(present):
+                taken[case.id] = f"{self.path}: has a case of this name already, from elsewhere"
+            elif about and about["scan"] != str(case.scan.resolve()):
+                taken[case.id] = f"{self.path}: has a case of this name already, from {about['scan']}"
+            elif about and about["key"] == key_of(case, organ_map) and all(present):
+                finished.append(case)
+            else:
+                todo.append(case)
+        return todo, finished, taken
+
+    def start(self, todo: Sequence[SourceCase]) -> None:
+        """Make the folders, and note the cases that this command is going to write."""
+        for name in ("images", "labels"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        with whole_file(self.organs_file) as temporary:
+            temporary.write_text(dump_yaml({"organs": list(self.organs)}))
+        self.cases |= {case.id: {"scan": str(case.scan.resolve()), "key": None, "annotated": []} for case in todo}
+        self.write_record()
+
+    def finish(self, case: SourceCase, organ_map: OrganMap) -> None:
+        """Note that a case is finished."""
+        keys = used_masks(case, organ_map) if case.masks else list(organ_map.names)
+        annotated = [self.organs[organ] for organ in organ_map.annotated(keys)]
+        self.cases[case.id] |= {"key": key_of(case, organ_map), "annotated": annotated}
+        self.write_record()
+
+    def write_record(self) -> None:
+        """Write convert.json."""
+        with whole_file(self.path / RECORD) as temporary:
+            temporary.write_text(json.dumps({"organs": self.organs, "cases": self.cases}, indent=1) + "\n")
+
+    def write_annotated(self) -> None:
+        """Write annotated.csv: of each finished case the organs of the list that the source annotates."""
+        with whole_file(self.path / ANNOTATED) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["case", "organs"])
+            rows.writerows([case, ";".join(organs)] for case, organs in self.annotated.items())
+
+
+def key_of(case: SourceCase, organ_map: OrganMap) -> str:
+    """Return a value that changes when a case's files or the meaning of its ids do."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in case.files]
+    meaning: list[tuple[Key, int]] = sorted((str(key), organ) for key, organ in organ_map.target.items())
+    return hashlib.sha256(json.dumps([files, meaning]).encode()).hexdigest()[:16]
