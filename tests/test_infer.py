@@ -27,6 +27,9 @@ from torch.nn import functional as F
 import infer
 from core.checkpoint import build_network, load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
+from core.inference.output_folder import OutputFolder
+from core.scans.geometry import Geometry
+from core.scans.typical import differences
 from core.system.files import locked, whole_file
 from data.make_phantom import write_phantom
 from dataset import CaseDataset, describe_cases, find_cases
@@ -548,7 +551,8 @@ def test_a_case_that_cannot_be_written_leaves_neither_files_nor_rows(run, scans,
     out = tmp_path / "out"
     assert run(scans)[0] == 0
     earlier = (out / "two.nii.gz").read_bytes()
-    real_step = os.replace if step == "replace" else getattr(infer, step)
+    owner = {"replace": os, "write_volumes": OutputFolder, "save_label_map": infer}[step]
+    real_step = getattr(owner, step)
 
     def fail_for_two(*arguments):
         target = next(Path(path).name for path in reversed(arguments) if isinstance(path, str | Path))
@@ -557,7 +561,7 @@ def test_a_case_that_cannot_be_written_leaves_neither_files_nor_rows(run, scans,
         return real_step(*arguments)
 
     with monkeypatch.context() as broken:
-        broken.setattr(os if step == "replace" else infer, step, fail_for_two)
+        broken.setattr(owner, step, fail_for_two)
         code, _, err = run(scans)
     assert code == 1
     assert f"error: case two: [Errno 28] No space left on device: '{out / 'two.nii.gz'}'\n" in err
@@ -1289,9 +1293,9 @@ def test_percentiles_are_compared_one_by_one():
         "extent_mm": {"min": [64, 48, 48], "max": [64, 48, 48]},
         "hu_percentiles": {"min": [-100, 0, 200], "max": [-90, 20, 300]},
     }
-    geometry = infer.Geometry(SIZE, AFFINE, nib.Nifti1Header())
+    geometry = Geometry(SIZE, AFFINE, nib.Nifti1Header())
     flat = np.full(SIZE, 60, np.float32)
-    assert infer.differences(flat, geometry, training_data) == [
+    assert differences(flat, geometry, training_data) == [
         "5 % of its body lies below 60 HU (-100 to -90)",
         "95 % of its body lies below 60 HU (200 to 300)",
     ]

@@ -18,10 +18,11 @@ LAYERS = (
     ("train", "infer", "evaluate", "data", "visualization"),
     ("benchmarks",),
 )
-# What a room may import of its own row: training and inference load and save checkpoints, training scores validation.
+# What a room may import of its own row: training and inference load and save checkpoints, training scores validation,
+# and inference chooses device and precision as training does.
 BESIDE = {
     "core.training": {"core.checkpoint", "core.scoring"},
-    "core.inference": {"core.checkpoint"},
+    "core.inference": {"core.checkpoint", "core.training"},
 }
 SCRIPTS = ("train.py", "infer.py", "evaluate.py")
 OPTIONAL = {"visualization", "data"}  # imported by a script inside the function that needs it
