@@ -17,6 +17,16 @@ from core.scans.geometry import Geometry
 from core.system.exits import is_out_of_memory, print_warning
 
 Stage = Callable[["Segmentation"], None]
+# RuntimeErrors by which the libraries under torch say that memory ran out: oneDNN on a CPU, C++, cuBLAS and cuDNN.
+OUT_OF_MEMORY = (
+    "could not create a primitive",
+    "could not create a memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "find an engine to execute",
+    "find a valid cuDNN algorithm",
+)
 
 
 @dataclass
@@ -89,11 +99,14 @@ def attempt(stage: Stage, scan: Segmentation) -> Segmentation:
     try:
         stage(scan)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = str(error) or type(error).__name__
         scan.out_of_memory = is_out_of_memory(error.__cause__ or error)
         if isinstance(error, RuntimeError) and not scan.out_of_memory:
-            raise
+            if not any(words in message for words in OUT_OF_MEMORY):
+                raise
+            scan.out_of_memory, message = True, f"out of memory ({message})"
         # As text: the error itself would keep all of the stage's arrays in memory.
-        scan.failure = scan.named(str(error) or type(error).__name__)
+        scan.failure = scan.named(message)
         scan.image = scan.logits = None
     return scan
 
@@ -105,6 +118,7 @@ def stage_thread(device: torch.device) -> Iterator[Executor]:
     # each thread: the main thread's does not change.
     cores = 1 if device.type == "cpu" else torch.get_num_threads()
     thread = ThreadPoolExecutor(max_workers=1, initializer=torch.set_num_threads, initargs=(cores,))
+    thread.submit(int).result()  # starts it now: later, a scan may have taken the memory that a thread needs
     try:
         yield thread
     finally:
