@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -553,6 +552,8 @@ def large(run, scans, tmp_path) -> int:
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """A block in which this process cannot write a file of more bytes."""
+    import resource  # Windows has none
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
