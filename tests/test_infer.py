@@ -33,7 +33,8 @@ from core.inference.output_folder import OutputFolder
 from core.network import build_network
 from core.scans.geometry import Geometry
 from core.scans.typical import differences
-from dataset import CaseDataset, describe_cases, find_cases
+from core.training.batches import describe_cases
+from dataset import CaseDataset, find_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, WINDOW_HU = (32, 32, 16), (-100.0, 300.0)

@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from core.scans.nifti import NiftiFile, corners_mm, voxels_apart
+from core.scans.nifti import NiftiFile
+from core.scans.placement import corners_mm, voxels_apart
 
 GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and still count as the same
 

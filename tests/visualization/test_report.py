@@ -17,7 +17,8 @@ from core.config import load_config, load_organs
 from core.network import build_network
 from core.scans.anatomy import organs_in, remarks
 from core.scans.geometry import Geometry
-from dataset import CaseDataset, describe_cases, find_cases
+from core.training.batches import describe_cases
+from dataset import CaseDataset, find_cases
 from visualization import report
 
 ORGANS = load_organs()
