@@ -41,7 +41,7 @@ class Case:
 
 
 def find_data(data_dir: str | Path) -> Path:
-    """The folder that holds `images` and `labels`: `data_dir`, or one or two folders FLARE22Train below it.
+    """Find the folder of `images` and `labels`: `data_dir`, or one or two folders FLARE22Train below it.
 
     Raises:
         FileNotFoundError: when there is none.
@@ -58,7 +58,7 @@ def find_data(data_dir: str | Path) -> Path:
 
 
 def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list[Case]:
-    """The labelled cases of a data set, ordered by id.
+    """Find the labelled cases of a data set, ordered by id.
 
     Reads FLARE22's layout, also under one or two folders FLARE22Train, and label maps in folders of their own name
     (`labels/X.nii/X.nii`), as some mirrors unpack. Only headers are read.
@@ -146,7 +146,7 @@ def split_by_fold(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tu
 
 
 def reading_of(config: Config) -> Reading:
-    """What the settings accept of files."""
+    """Return what the settings accept of files."""
     return Reading(config.max_gib, config.assume_ras, config.replace_nonfinite)
 
 
@@ -203,7 +203,7 @@ class CaseDataset(Dataset):
         }
 
     def load(self, case: Case) -> tuple[np.ndarray, dict]:
-        """A case's volumes, (2, X, Y, Z) uint8: image and labels, and facts of its scan; from the cache if it can."""
+        """Load a case's image and labels, (2, X, Y, Z) uint8, and facts of its scan; from the cache where possible."""
         if self.cache_dir is None:
             return self.prepare(case)
         path = self.cache_dir / f"{case.id}-{self.key(case)}.cache"
@@ -232,7 +232,7 @@ class CaseDataset(Dataset):
         return volumes, facts
 
     def key(self, case: Case) -> str:
-        """A name for everything that a cached sample depends on."""
+        """Return a hash of everything that a cached sample depends on."""
         files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (case.scan, case.labels)]
         accepted = [self.reading.assume_ras, self.reading.replace_nonfinite]
         settings = [CACHE_VERSION, self.size, self.window_hu, self.organs, *accepted]
@@ -240,7 +240,7 @@ class CaseDataset(Dataset):
 
 
 def say_nothing(_message: str) -> None:
-    """A function, and no lambda, so that it can be handed to the processes that load cases."""
+    """Ignore a warning; a function, because a lambda cannot be sent to the processes that load cases."""
 
 
 def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case], str]:

@@ -104,7 +104,7 @@ def run_project_in_turn(inference: Inference, scans: dict[str, Path]) -> dict[st
 
 
 def run_monai_in_turn(pipeline: MonaiPipeline, scans: dict[str, Path]) -> dict[str, float]:
-    """The same with MONAI's transforms."""
+    """Do the same with MONAI's transforms."""
     seconds = dict.fromkeys(STAGES, 0.0)
     stages = (pipeline.read, pipeline.resize, pipeline.forward, pipeline.restore, pipeline.write)
     for file in scans.values():
@@ -157,7 +157,7 @@ def take_turns(contenders: list[Contender], scans: int, repeats: int, device: to
 
 
 def same_voxels(project: Path, monai: Path, scans: dict[str, Path]) -> float:
-    """The share of voxels to which the label maps in both folders give the same organ, the mean over the scans."""
+    """Return the share of voxels that have the same organ in both folders' label maps, averaged over the scans."""
     shares = []
     for case, file in scans.items():
         maps = [np.asarray(nib.load(path).dataobj) for path in (project / f"{case}.nii.gz", monai / file.name)]
@@ -198,7 +198,7 @@ def measure(
 
 
 def format_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the table."""
+    """Return the lines of the table."""
     titles = ("s a scan", "min", "max", "to MONAI", "to in turn", *STAGES)
     lines = [f"{'':<28}" + "".join(f"{title:>11}" for title in titles)]
     for name, row in result["contenders"].items():
@@ -217,7 +217,7 @@ def format_table(result: dict[str, Any]) -> list[str]:
 
 
 def get_network(arguments: argparse.Namespace, device: torch.device) -> tuple[VNet, Config]:
-    """The network of the checkpoint, or an untrained one.
+    """Return the network of the checkpoint, or an untrained one.
 
     Raises:
         OSError, ValueError: when the checkpoint cannot be used, or the size does not fit the network.
@@ -251,7 +251,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Time infer.py, and the same job with MONAI's transforms beside it.")
     three = {"nargs": 3, "type": int, "metavar": ("X", "Y", "Z")}
     parser.add_argument("--checkpoint", metavar="FILE", help="a trained network (default: an untrained one)")

@@ -45,7 +45,7 @@ def write_volume(path: Path, array: np.ndarray, shift_mm: float = 0) -> None:
 def make_data(
     folder: Path, ids: tuple = ("a", "b", "c"), scan: str = "{}_0000.nii.gz", labels: str = "{}.nii.gz"
 ) -> Path:
-    """A data set of random scans and label maps, a different one for each id; the folder."""
+    """Return a data set of random scans and label maps, a different one for each id; the folder."""
     for case in ids:
         rng = np.random.default_rng(list(case.encode()))
         write_volume(folder / "images" / scan.format(case), rng.integers(-1000, 1000, SHAPE).astype(np.int16))
@@ -54,7 +54,7 @@ def make_data(
 
 
 def settings(**changes) -> Config:
-    """The default settings on a small grid, without a cache."""
+    """Return the default settings on a small grid, without a cache."""
     return replace(load_config(), **{"size": SIZE, "cache_dir": None} | changes)
 
 
@@ -105,17 +105,17 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
 
 
 def add_duplicate(folder: Path) -> None:
-    """A second scan of b."""
+    """Return a second scan of b."""
     shutil.copy(folder / "images" / "b_0000.nii.gz", folder / "images" / "b.nii.gz")
 
 
 def shift_labels(folder: Path) -> None:
-    """The label map of b 12 mm away from its scan."""
+    """Return the label map of b 12 mm away from its scan."""
     write_volume(folder / "labels" / "b.nii.gz", np.zeros(SHAPE, np.uint8), shift_mm=12)
 
 
 def cut_labels(folder: Path) -> None:
-    """The label map of b one slice short."""
+    """Return the label map of b one slice short."""
     write_volume(folder / "labels" / "b.nii.gz", np.zeros((12, 10, 5), np.uint8))
 
 
@@ -586,7 +586,7 @@ class Fixed:
         self.values = list(values)
 
     def uniform(self, low: float, high: float, size: int | None = None):
-        """The next value."""
+        """Return the next value."""
         return self.values.pop(0)
 
 
@@ -600,7 +600,7 @@ def random_batch(samples: int = 3, size: tuple = (12, 10, 8)) -> tuple[Tensor, T
 
 
 def centroid_mm(labels: Tensor, organ: int, spacing_mm: tuple) -> np.ndarray:
-    """The centroid of an organ in mm from the volume's centre."""
+    """Return the centroid of an organ in mm from the volume's centre."""
     places = (labels == organ).nonzero().double().mean(dim=0).numpy()
     return (places + 0.5 - np.array(labels.shape) / 2) * spacing_mm
 

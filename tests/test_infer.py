@@ -56,7 +56,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def checkpoint(config, tmp_path_factory) -> Path:
-    """An untrained network, said to have been trained on two scans: one of SIZE, one a little larger."""
+    """Return an untrained network, said to have been trained on two scans: one of SIZE, one a little larger."""
     folder = tmp_path_factory.mktemp("training")
     for case, shape in (("a", SIZE), ("b", (36, 36, 20))):
         save_scan(folder / "images" / f"{case}_0000.nii.gz", make_voxels(shape))
@@ -74,7 +74,7 @@ def run(checkpoint, tmp_path, run_main):
 
 
 def predict_by_hand(checkpoint: Path, voxels: np.ndarray) -> np.ndarray:
-    """The label map of voxels, (X, Y, Z) in RAS+ order, by torch's own resizing."""
+    """Return the label map of voxels, (X, Y, Z) in RAS+ order, by torch's own resizing."""
     network, _ = load_network(checkpoint)
     low, high = WINDOW_HU
     image = torch.from_numpy(np.clip((voxels.astype(np.float64) - low) / (high - low), 0, 1)).float()[None, None]
@@ -236,7 +236,7 @@ def test_a_tilde_is_the_home_folder(run_main, checkpoint, tmp_path, monkeypatch)
 
 @pytest.fixture
 def scans(tmp_path) -> Path:
-    """A folder of three scans: one, three, two."""
+    """Return a folder of three scans: one, three, two."""
     for seed, case in enumerate(("one", "two", "three")):
         save_scan(tmp_path / "scans" / f"{case}_0000.nii.gz", make_voxels(SIZE, seed))
     return tmp_path / "scans"
@@ -553,7 +553,7 @@ def large(run, scans, tmp_path) -> int:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """A block in which this process cannot write a file of more bytes."""
+    """Make a block in which this process cannot write a file of more bytes."""
     import resource  # Windows has none
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -630,7 +630,7 @@ def test_a_disk_that_fills_up(checkpoint, scans, large, tmp_path):
 
 @pytest.fixture
 def series(tmp_path) -> Path:
-    """The folder of a DICOM series: 8 columns, 6 rows, 4 slices; 0.8 x 0.5 x 2.5 mm."""
+    """Return the folder of a DICOM series: 8 columns, 6 rows, 4 slices; 0.8 x 0.5 x 2.5 mm."""
     return write(tmp_path / "patients" / "p1", make_series())
 
 
@@ -763,7 +763,7 @@ def test_a_scan_that_does_not_say_where_it_lies_is_segmented_when_asked_for(run,
 
 @pytest.fixture
 def many(tmp_path) -> Path:
-    """A folder of six scans: 0 to 5."""
+    """Return a folder of six scans: 0 to 5."""
     for seed in range(6):
         save_scan(tmp_path / "scans" / f"{seed}.nii.gz", make_voxels(SIZE, seed))
     return tmp_path / "scans"

@@ -59,7 +59,7 @@ def run(data, tmp_path, run_main):
 
 @contextmanager
 def power_cut(before_epoch: int) -> Iterator[None]:
-    """A block in which training breaks off before that epoch."""
+    """Make a block in which training breaks off before that epoch."""
     one_epoch = train.train_one_epoch
 
     def cut(run, *others):

@@ -101,7 +101,7 @@ def policy_of(scripts: Sequence[str], styles: Sequence[str]) -> str:
 
 
 def hashes(texts: Sequence[str]) -> str:
-    """The texts as a Content-Security-Policy names them."""
+    """Return the texts as a Content-Security-Policy names them."""
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
     return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 

@@ -47,7 +47,7 @@ def sort_slices(folder: Path, slices: Sequence[Slice]) -> list[Slice]:
 
 
 def affine_of(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
-    """The affine (4, 4) from (column, row, slice) indices to mm in RAS+, of slices in order.
+    """Return the affine (4, 4) from (column, row, slice) indices to mm in RAS+, of slices in order.
 
     PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1, places column i and row j of a slice at S + X di i + Y dj j in LPS+: S is
     ImagePositionPatient, X and Y are the halves of ImageOrientationPatient, di and dj the second and the first value of
@@ -77,7 +77,7 @@ def affine_of(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
 
 
 def gaps_of(slices: Sequence[Slice]) -> np.ndarray:
-    """The distances in mm between neighbouring slices, along their normal."""
+    """Return the distances in mm between neighbouring slices, along their normal."""
     normal = np.cross(*slices[0].orientation)
     return np.diff([one.position @ normal for one in slices])
 
@@ -116,7 +116,7 @@ def why_uneven(slices: Sequence[Slice], off_voxels: np.ndarray) -> str:
 
 
 def beside(slices: Sequence[Slice], gap: int) -> str:
-    """The names of the slices on both sides of a gap."""
+    """Return the names of the slices on both sides of a gap."""
     one, two = slices[gap], slices[gap + 1]
     if one.path == two.path:
         return f"frames {one.frame + 1} and {two.frame + 1} of {one.path.name}"
@@ -124,7 +124,7 @@ def beside(slices: Sequence[Slice], gap: int) -> str:
 
 
 def geometry_of(folder: Path, slices: Sequence[Slice], warn: Callable[[str], None]) -> Geometry:
-    """The geometry of a volume of slices in order, stored as (columns, rows, slices), with a NIfTI header made for it.
+    """Make the geometry of a volume of sorted slices, stored as (columns, rows, slices), with a NIfTI header.
 
     A tilted gantry's slices are sheared against each other; the sform holds that. A qform cannot and is left out then.
 

@@ -85,7 +85,7 @@ def is_series_folder(path: str | Path) -> bool:
 
 
 def files_of(folder: str | Path) -> list[Path]:
-    """The regular files of a folder by name, without hidden ones, the index DICOMDIR, and those named as NIfTI."""
+    """List the regular files of a folder by name, without hidden ones, the index DICOMDIR, and NIfTI files."""
     files = (path for path in sorted(Path(folder).iterdir()) if path.is_file())
     return [
         path
@@ -97,7 +97,7 @@ def files_of(folder: str | Path) -> list[Path]:
 
 
 def find_series(folder: str | Path, warn: Callable[[str], None] = print_warning) -> dict[str, Series]:
-    """The series in a folder by SeriesInstanceUID; only headers are read, folders within it are not.
+    """Find the series in a folder by SeriesInstanceUID; read headers only, and no folders within it.
 
     Args:
         folder: where the files are.
@@ -131,7 +131,7 @@ def find_series(folder: str | Path, warn: Callable[[str], None] = print_warning)
 
 
 def choose_series(folder: Path, series_uid: str | None, warn: Callable[[str], None]) -> Series:
-    """The CT series of that UID, or the only one in the folder; what else lies there is named in a warning.
+    """Choose the CT series of that UID, or the only one in the folder; name what else is there in a warning.
 
     Raises:
         FileNotFoundError, ValueError: as `find_series`, and when none or more than one can be meant.
@@ -238,7 +238,7 @@ def to_hu(stored: np.ndarray, one: Slice) -> np.ndarray:
 
 
 def decoded_frames(slices: Sequence[Slice]) -> Iterator[tuple[Path, int, np.ndarray]]:
-    """The stored values of all frames of the slices' files: file, frame and (rows, columns) int32.
+    """Return the stored values of all frames of the slices' files: file, frame and (rows, columns) int32.
 
     Another process decodes (core/scans/dicom_pixels.py says why).
 
@@ -264,7 +264,7 @@ def decoded_frames(slices: Sequence[Slice]) -> Iterator[tuple[Path, int, np.ndar
 
 
 def receive_frame(decoder: subprocess.Popen, path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """The next frame from the process that decodes, (rows, columns) int32.
+    """Return the next frame from the process that decodes, (rows, columns) int32.
 
     Raises:
         ValueError: when there is none: the file was refused there, or the process has ended.

@@ -63,11 +63,11 @@ class Geometry:
         return self.affine @ np.linalg.inv(inv_ornt_aff(ornt_transform(RAS, self.orientation), self.shape))
 
     def to_ras(self, stored: np.ndarray) -> np.ndarray:
-        """A view of an array in the file's own three axes as (X, Y, Z) in RAS+ order; further axes stay."""
+        """Return a view of an array in the file's own three axes as (X, Y, Z) in RAS+ order; further axes stay."""
         return apply_orientation(stored, self.orientation)
 
     def from_ras(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ras`: a view in the file's own axes of (X, Y, Z); further axes stay where they are."""
+        """Invert `to_ras`: return a view of (X, Y, Z) in the file's own axes; further axes stay where they are."""
         return apply_orientation(array, ornt_transform(RAS, self.orientation))
 
     def _in_ras_order(self, per_stored_axis: Sequence) -> tuple:

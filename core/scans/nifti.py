@@ -96,7 +96,7 @@ class NiftiFile:
 
     @contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
-        """The file, unpacked, from its first voxel on."""
+        """Return the file, unpacked, from its first voxel on."""
         with unpacked(self.path, self.packed) as stream:
             stream.seek(self.offset)
             yield stream
@@ -136,7 +136,7 @@ def open_nifti(path: str | Path, reading: Reading, warn: Callable[[str], None]) 
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a regular file; folders, pipes and links that lead nowhere are refused, and never waited for.
+    """Return the size of a regular file in bytes; refuse folders, pipes and broken links without waiting for them.
 
     Raises:
         FileNotFoundError, ValueError: naming what it is instead.
@@ -159,7 +159,7 @@ def size_of(path: Path) -> int:
 
 @contextmanager
 def unpacked(path: Path, packed: bool) -> Iterator[IO[bytes]]:
-    """A file's content as a stream, through ISA-L where it is gzip, in half of zlib's time."""
+    """Open a file's content as a stream, unpacked by ISA-L where it is gzip (half of zlib's time)."""
     with open(path, "rb") as file:
         if not packed:
             yield file
@@ -169,7 +169,7 @@ def unpacked(path: Path, packed: bool) -> Iterator[IO[bytes]]:
 
 
 def read_header(path: Path) -> tuple[bytes, bool, str]:
-    """The bytes of a NIfTI header and more, whether the file is gzip, and the byte order, "<" or ">".
+    """Return the bytes of a NIfTI header and more, whether the file is gzip, and the byte order, "<" or ">".
 
     Raises:
         ValueError: when it is another kind of file, said in words where they are known.
@@ -205,7 +205,7 @@ def check_magic(magic: bytes, length: int) -> None:
 
 
 def shape_of(header: nib.Nifti1Header) -> tuple[int, int, int]:
-    """The three extents of a volume; further ones of 1 are dropped.
+    """Return the three extents of a volume; further ones of 1 are dropped.
 
     Raises:
         ValueError: when it is no 3-D volume.
@@ -223,7 +223,7 @@ def shape_of(header: nib.Nifti1Header) -> tuple[int, int, int]:
 
 
 def type_of(header: nib.Nifti1Header) -> np.dtype:
-    """The type of the stored values.
+    """Return the type of the stored values.
 
     Raises:
         ValueError: when it is not one of real numbers, or its size is said to be another.

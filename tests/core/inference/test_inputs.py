@@ -16,7 +16,7 @@ SHAPE = (8, 6, 4)
 
 @pytest.fixture
 def scans(tmp_path) -> Path:
-    """A folder of three scans: one, three, two."""
+    """Return a folder of three scans: one, three, two."""
     for seed, case in enumerate(("one", "two", "three")):
         save_scan(tmp_path / "scans" / f"{case}_0000.nii.gz", make_voxels(SHAPE, seed))
     return tmp_path / "scans"
@@ -24,7 +24,7 @@ def scans(tmp_path) -> Path:
 
 @pytest.fixture
 def series(tmp_path) -> Path:
-    """The folder of a DICOM series of 8 x 6 x 4 voxels."""
+    """Return the folder of a DICOM series of 8 x 6 x 4 voxels."""
     return write(tmp_path / "patients" / "p1", make_series())
 
 

@@ -53,7 +53,7 @@ def torchrun(data: Path, folder: Path, *more: object, restarts: int = 0) -> subp
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory) -> Path:
-    """The folder of a run of two processes."""
+    """Return the folder of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     process = torchrun(data, folder)
     out, _ = process.communicate(timeout=240)

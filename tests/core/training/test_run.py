@@ -49,7 +49,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
+    """Return the folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     done = subprocess.run(command(data, folder), cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def command(data: Path, folder: Path, *flags: object) -> list[str]:
 
 
 def start(data: Path, folder: Path, *flags: object) -> subprocess.Popen:
-    """The script with --resume, as a scheduler would start it again and again, leader of a process group."""
+    """Return the script with --resume, as a scheduler would start it again and again, leader of a process group."""
     arguments = command(data, folder, "--resume", *flags)
     return subprocess.Popen(
         arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, start_new_session=True
@@ -108,12 +108,12 @@ def assert_same(first: object, second: object) -> None:
 
 
 def facts(folder: Path) -> dict:
-    """What run.json tells."""
+    """Return what run.json tells."""
     return json.loads((folder / "run.json").read_text())
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """The same weights, optimiser, scores and log as the run that nothing happened to."""
+    """Return the same weights, optimiser, scores and log as the run that nothing happened to."""
     assert_same(content(folder), content(whole))
     assert_same(load_checkpoint(folder / "best.pt")["network"], load_checkpoint(whole / "best.pt")["network"])
     rows = []
@@ -239,7 +239,7 @@ def test_a_damaged_last_falls_back_to_the_one_before(run, whole, tmp_path):
 
 @contextmanager
 def no_file_larger_than(size: int):
-    """A block in which writing beyond `size` bytes of a file fails, as it does on a full disk."""
+    """Make a block in which writing beyond `size` bytes of a file fails, as it does on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
