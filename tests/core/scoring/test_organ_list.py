@@ -21,7 +21,8 @@ from core.network import build_network
 from core.scans.geometry import Geometry
 from core.scans.volumes import read_geometry, save_label_map
 from core.scoring.organ_list import DEFAULT_NOTE
-from dataset import CaseDataset, describe_cases, find_cases
+from core.training.batches import describe_cases
+from dataset import CaseDataset, find_cases
 from visualization import movie, overlay, report, viewer
 
 ROOT = Path(__file__).resolve().parents[3]

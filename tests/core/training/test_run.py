@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import TINY
 
 import train
 from core.checkpoint import load_checkpoint
@@ -30,21 +31,15 @@ from dataset import CaseDataset
 fcntl = pytest.importorskip("fcntl")
 ROOT = Path(__file__).resolve().parents[3]
 # A network and a grid on which a step takes some hundredths of a second; last.pt is written after each.
-TINY = [
-    *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
-    *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--device", "cpu", "--augment"),
-    *("--epochs", "4", "--schedule", "cosine", "--checkpoint-minutes", "0"),
-]
+FLAGS = [*TINY, "--augment", "--epochs", "4", "--schedule", "cosine", "--checkpoint-minutes", "0"]
 STEPS = 16  # of a whole run: four epochs of four cases
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # with another number of threads the last bits differ
 NOT_COMPARED = ("seconds", "data_seconds", "peak_gib")  # of log.csv
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom(folder, cases=5, shape=(40, 36, 28), seed=0)
-    return folder
+def data(phantom_data) -> Path:
+    return phantom_data
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +62,7 @@ def run(data, tmp_path, run_main):
 
 def command(data: Path, folder: Path, *flags: object) -> list[str]:
     where = ["--data-dir", data, "--run-dir", folder / "run", "--cache-dir", folder / "cache"]
-    return [sys.executable, "train.py", *map(str, [*where, *TINY, "--workers", "0", *flags])]
+    return [sys.executable, "train.py", *map(str, [*where, *FLAGS, *flags])]
 
 
 def start(data: Path, folder: Path, *flags: object) -> subprocess.Popen:
