@@ -7,28 +7,23 @@ Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from core.config import Config
 from core.scans.anatomy import organs_in, swapped_sides
-from core.scans.cache import CACHE_VERSION, CHECKSUM_BYTES, checksum, write_cache
+from core.scans.cache import CACHE_VERSION, read_cache, write_cache
 from core.scans.files import find_files, listed, read_case_ids
 from core.scans.geometry import check_same_grid
 from core.scans.nifti import Reading
 from core.scans.resample import resize_labels
-from core.scans.typical import HU_PERCENTILES, hu_percentiles
+from core.scans.typical import hu_percentiles
 from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_image, read_geometry
-from core.system.exits import leave_signals_to_the_command, print_warning
-from core.system.processes import ALONE, Group
 
 DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
 
@@ -46,7 +41,7 @@ class Case:
 
 
 def find_data(data_dir: str | Path) -> Path:
-    """The folder that holds `images` and `labels`: `data_dir`, or one or two folders FLARE22Train below it.
+    """Find the folder of `images` and `labels`: `data_dir`, or one or two folders FLARE22Train below it.
 
     Raises:
         FileNotFoundError: when there is none.
@@ -63,7 +58,7 @@ def find_data(data_dir: str | Path) -> Path:
 
 
 def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list[Case]:
-    """The labelled cases of a data set, ordered by id.
+    """Find the labelled cases of a data set, ordered by id.
 
     Reads FLARE22's layout, also under one or two folders FLARE22Train, and label maps in folders of their own name
     (`labels/X.nii/X.nii`), as some mirrors unpack. Only headers are read.
@@ -151,7 +146,7 @@ def split_by_fold(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tu
 
 
 def reading_of(config: Config) -> Reading:
-    """What the settings accept of files."""
+    """Return what the settings accept of files."""
     return Reading(config.max_gib, config.assume_ras, config.replace_nonfinite)
 
 
@@ -208,11 +203,11 @@ class CaseDataset(Dataset):
         }
 
     def load(self, case: Case) -> tuple[np.ndarray, dict]:
-        """A case's volumes, (2, X, Y, Z) uint8: image and labels, and facts of its scan; from the cache if it can."""
+        """Load a case's image and labels, (2, X, Y, Z) uint8, and facts of its scan; from the cache where possible."""
         if self.cache_dir is None:
             return self.prepare(case)
         path = self.cache_dir / f"{case.id}-{self.key(case)}.cache"
-        cached = self.read_cache(path)
+        cached = read_cache(path, self.size)
         if cached is None:
             cached = self.prepare(case)
             write_cache(path, *cached)
@@ -237,27 +232,15 @@ class CaseDataset(Dataset):
         return volumes, facts
 
     def key(self, case: Case) -> str:
-        """A name for everything that a cached sample depends on."""
+        """Return a hash of everything that a cached sample depends on."""
         files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (case.scan, case.labels)]
         accepted = [self.reading.assume_ras, self.reading.replace_nonfinite]
         settings = [CACHE_VERSION, self.size, self.window_hu, self.organs, *accepted]
         return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()[:16]
 
-    def read_cache(self, path: Path) -> tuple[np.ndarray, dict] | None:
-        """Memory-map a cached case; None when there is none or it is damaged."""
-        length = 2 * math.prod(self.size)
-        try:
-            # Copy on write: torch wants writable memory, the file stays as it is.
-            content = np.memmap(path, np.uint8, mode="c")
-        except (FileNotFoundError, ValueError):  # ValueError: the file is empty
-            return None
-        if content.size <= length or checksum(content[:-CHECKSUM_BYTES]) != bytes(content[-CHECKSUM_BYTES:]):
-            return None
-        return content[:length].reshape(2, *self.size), json.loads(bytes(content[length:-CHECKSUM_BYTES]))
-
 
 def say_nothing(_message: str) -> None:
-    """A function, and no lambda, so that it can be handed to the processes that load cases."""
+    """Ignore a warning; a function, because a lambda cannot be sent to the processes that load cases."""
 
 
 def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case], str]:
@@ -271,30 +254,3 @@ def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case]
     if config.val_cases is not None:
         raise ValueError("folds: got val_cases too, expected one of the two; val_cases: null leaves it to the folds")
     return split_by_fold(cases, config.folds, config.fold, config.seed)
-
-
-def describe_cases(dataset: CaseDataset, workers: int, group: Group = ALONE) -> dict:
-    """Read every training case once, which fills the cache, and note what infer.py compares new scans with.
-
-    Each process reads its share of them.
-
-    Returns:
-        of each axis' extent in mm, and of each HU percentile of the body, the smallest and the largest.
-    """
-    found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
-    share = range(group.rank, len(dataset), group.size)
-    loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
-    for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
-        for name, values in found.items():
-            values += sample[name].tolist()
-        for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
-            if swapped:
-                print_warning(f"case {case}: {swapped}; mirrored, or ids mixed up? python -m data.doctor tells more")
-    found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
-    ranges = {
-        name: {"min": np.min(values, axis=0).tolist(), "max": np.max(values, axis=0).tolist()}
-        for name, values in found.items()
-        if values
-    }
-    dataset.warn_no_more()  # what a case's files are warned of has been said
-    return {"percentiles": list(HU_PERCENTILES), **ranges}

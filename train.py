@@ -24,12 +24,13 @@ from core.network import build_network
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.system.exits import REFUSED, USAGE, refusing, run_command
 from core.training.augment import augment
+from core.training.batches import describe_cases
 from core.training.losses import loss_named
 from core.training.memory_plans import step_that_fits
 from core.training.run import Run
 from core.training.setup import Training, check_settings, choose_precision, fit_network, make_optimizer, seed_torch
 from core.training.step import validation_step
-from dataset import CaseDataset, describe_cases, find_cases, find_data, reading_of, split
+from dataset import CaseDataset, find_cases, find_data, reading_of, split
 
 
 def start_training(config: Config, device: torch.device, processes: int = 1) -> Training:

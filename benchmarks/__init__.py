@@ -15,7 +15,7 @@ CPU_INFO = Path("/proc/cpuinfo")  # Linux only; elsewhere platform tells less
 
 
 def machine() -> dict[str, Any]:
-    """What a number depends on: processor, card, memory in GiB, versions and commit."""
+    """Return what a number depends on: processor, card, memory in GiB, versions and commit."""
     names = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
     cpu = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), platform.machine())
     return {
@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
+    """Return the version of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

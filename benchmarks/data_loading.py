@@ -101,7 +101,7 @@ def set_up(contender: Contender) -> None:
 
 
 def summarise_contender(contender: Contender) -> dict[str, Any]:
-    """A contender's numbers."""
+    """Return a contender's numbers."""
     files = [path for path in contender.folder.rglob("*") if path.is_file()] if contender.folder else []
     later = {str(workers): summarise(ms) for workers, ms in contender.later_ms.items()}
     return {
@@ -131,7 +131,7 @@ def resident_mib() -> float | None:
 
 
 def make_contenders(cases: Sequence[Case], config: Config, folder: Path) -> list[Contender]:
-    """This data set without and with its cache, and MONAI's two with the same transforms."""
+    """Make this data set without and with its cache, and MONAI's two with the same transforms."""
     cached = replace(config, cache_dir=str(folder / "ours"))
     uncached = replace(config, cache_dir=None)
     contenders = [
@@ -155,7 +155,7 @@ def make_contenders(cases: Sequence[Case], config: Config, folder: Path) -> list
 
 
 def monai_transforms(config: Config) -> Callable:
-    """What CaseDataset does to a case, with MONAI's transforms; label maps by nearest neighbour, its usual choice."""
+    """Make MONAI's transforms that do what CaseDataset does; label maps by nearest neighbour, its usual choice."""
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, Resized, ScaleIntensityRanged
 
     both = ["image", "labels"]
@@ -225,7 +225,7 @@ def measure_growth(case: Case, config: Config, folder: Path) -> list[dict[str, A
 
 
 def measure_demo(case: Case, folder: Path) -> dict[str, Any]:
-    """The demo's step on this machine's CPU, and its samples from the cache: who waits for whom."""
+    """Time the demo's step on this machine's CPU, and its samples from the cache."""
     config = replace(load_config(flags=DEMO), cache_dir=str(folder / "demo"), device="cpu")
     loader = DataLoader(CaseDataset([case], config))
     epoch_ms(loader)
@@ -243,7 +243,7 @@ def measure_demo(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def copy_gib_per_s() -> float:
-    """The rate at which memory is copied, the limit of what comes from a cache."""
+    """Return the rate at which memory is copied, the limit of what comes from a cache."""
     source = np.ones(64 * MIB, dtype=np.uint8)
     target = np.empty_like(source)
     seconds = []
@@ -287,13 +287,13 @@ def measure(cases: Sequence[Case], config: Config, repeats: int) -> dict[str, An
 
 
 def make_small_case(folder: Path) -> Case:
-    """A small phantom."""
+    """Write a small phantom."""
     write_phantom(folder / "small", cases=1, shape=GROWTH_SIZE, seed=0)
     return find_cases(folder / "small")[0]
 
 
 def format_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the tables."""
+    """Return the lines of the tables."""
     size = " x ".join(map(str, result["size"]))
     titles = ["first epoch", *(f"{workers} workers" for workers in WORKERS), "min", "max", "kept MiB", "disk MiB"]
     lines = [f"milliseconds a sample of {size}, {result['cases']} cases, n = {result['repeats']} later epochs"]
@@ -340,7 +340,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Time training samples, MONAI's caching data sets beside them.")
     parser.add_argument("--data-dir", metavar="DIR", help=f"a data set, of which {CASES} cases are used; else phantoms")
     parser.add_argument("--shape", nargs=3, type=int, default=SHAPE, metavar=("X", "Y", "Z"), help="of the phantoms")

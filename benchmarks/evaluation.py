@@ -68,7 +68,7 @@ class Contender:
 
 
 def wrong_copy(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A label map as a fair network would give it: each organ is moved by some voxels, and eroded or dilated by one."""
+    """Imitate a fair network's label map: move each organ by some voxels, and erode or dilate it by one."""
     wrong = np.zeros_like(labels)
     for organ, box in enumerate(find_objects(labels), start=1):
         if box is None:
@@ -85,7 +85,7 @@ def wrong_copy(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def speckled(labels: np.ndarray, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """A label map in which SPECKLE_SHARE of the voxels have an id drawn at random."""
+    """Return a label map in which SPECKLE_SHARE of the voxels have an id drawn at random."""
     drawn = rng.integers(0, classes, labels.shape, dtype=np.uint8)
     return np.where(rng.random(labels.shape, dtype=np.float32) < SPECKLE_SHARE, drawn, labels)
 
@@ -107,7 +107,7 @@ def overlap(case: Case) -> Scores:
 
 
 def overlap_by_masks(case: Case) -> Scores:
-    """The textbook's way, three boolean masks for each organ."""
+    """Score in the textbook's way, with three boolean masks for each organ."""
     in_both, in_either = [], []
     for organ in range(1, case.classes):
         expected, found = case.reference == organ, case.prediction == organ
@@ -149,7 +149,7 @@ def overlap_by_monai(case: Case) -> Scores:
 
 
 def surface_scores(surfaces: list[Surfaces]) -> Scores:
-    """What the task surface asks for."""
+    """Compute what the task `surface` asks for."""
     return {
         "nsd": np.array([nsd(each, TOLERANCE_MM) for each in surfaces]),
         "hd95_mm": np.array([hausdorff_mm(each, 95) for each in surfaces]),
@@ -274,7 +274,7 @@ def differences(scores: Scores, to: Scores) -> dict[str, float | None]:
 
 
 def rows_of(contenders: list[Contender]) -> dict[str, Any]:
-    """The results of a task, by contender, this repository the first of them."""
+    """Return the results of a task, by contender, this repository the first of them."""
     project = contenders[0]
     return {
         each.name: {
@@ -328,7 +328,7 @@ def measure(cases: dict[str, Case], repeats: int) -> dict[str, Any]:
 
 
 def format_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the tables, one table a task."""
+    """Return the lines of the tables, one table a task."""
     shape = " x ".join(map(str, result["shape"]))
     lines = [f"scoring {result['organs']} organs at {shape}; ratio: to this repository; rise: of resident memory"]
     for task, rows in result["tasks"].items():
@@ -361,7 +361,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Time the scoring of one case, the libraries for it beside.")
     parser.add_argument("--shape", nargs=3, type=int, default=SHAPE, metavar=("X", "Y", "Z"), help="voxels")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns after the warm-up (default: 5)")

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from benchmarks.peers import NO_MONAI, MonaiPipeline, monai_installed
 from benchmarks.train_step import clock, ratios, summarise
 from core.checkpoint import load_network
 from core.config import Config, load_config
-from core.inference.stages import Segmentation
+from core.inference.output_folder import OutputFolder
+from core.inference.stages import Segmentation, run_overlapped
 from core.network import build_network
 from core.scans.files import find_scans
 from core.scans.resample import logits_to_labels
@@ -39,7 +41,7 @@ from core.scans.volumes import load_scan, prepare_image, save_label_map
 from core.system.exits import DONE, USAGE, refusing, run_command
 from core.training.setup import choose_device
 from data.make_phantom import write_phantom
-from infer import Inference, predict, segment_all
+from infer import Inference, finish, predict, prepare
 from vnet import VNet, check_size
 
 SHAPE = (512, 512, 100)  # voxels of a clinical scan
@@ -74,7 +76,8 @@ class Contender:
 
 def run_project(inference: Inference, scans: dict[str, Path]) -> dict[str, float]:
     """Segment scans as infer.py does."""
-    for scan in segment_all(inference, scans):
+    stages = [partial(stage, inference) for stage in (prepare, predict, finish)]
+    for scan in run_overlapped(stages, scans, inference.device):
         if scan.failure:
             raise ValueError(scan.failure)
     return {}
@@ -94,14 +97,14 @@ def run_project_in_turn(inference: Inference, scans: dict[str, Path]) -> dict[st
         times.append(clock(inference.device))
         labels = logits_to_labels(scan.logits, geometry.shape)
         times.append(clock(inference.device))
-        save_label_map(labels, geometry, inference.output / f"{case}.nii.gz")
+        save_label_map(labels, geometry, inference.output.label_map(case))
         times.append(clock(inference.device))
         add_stages(seconds, times)
     return seconds
 
 
 def run_monai_in_turn(pipeline: MonaiPipeline, scans: dict[str, Path]) -> dict[str, float]:
-    """The same with MONAI's transforms."""
+    """Do the same with MONAI's transforms."""
     seconds = dict.fromkeys(STAGES, 0.0)
     stages = (pipeline.read, pipeline.resize, pipeline.forward, pipeline.restore, pipeline.write)
     for file in scans.values():
@@ -126,12 +129,12 @@ def make_contenders(
     contenders = []
 
     def add(name: str, precision: str, overlaps: bool, run: Callable, way: Any) -> None:
-        contenders.append(Contender(name, precision, overlaps, lambda: run(way, scans), way.output))
+        contenders.append(Contender(name, precision, overlaps, lambda: run(way, scans), folder / f"{name}_{precision}"))
 
     for precision, dtype in PRECISIONS.items():
         output = folder / f"{PROJECT}_{precision}"
         output.mkdir()
-        inference = Inference([network], config, ANY_SCAN, device, dtype, output, probabilities=False)
+        inference = Inference([network], config, ANY_SCAN, device, dtype, OutputFolder(output))
         add(PROJECT, precision, True, run_project, inference)
         add(PROJECT, precision, False, run_project_in_turn, inference)
         if monai_installed():
@@ -154,7 +157,7 @@ def take_turns(contenders: list[Contender], scans: int, repeats: int, device: to
 
 
 def same_voxels(project: Path, monai: Path, scans: dict[str, Path]) -> float:
-    """The share of voxels to which the label maps in both folders give the same organ, the mean over the scans."""
+    """Return the share of voxels that have the same organ in both folders' label maps, averaged over the scans."""
     shares = []
     for case, file in scans.items():
         maps = [np.asarray(nib.load(path).dataobj) for path in (project / f"{case}.nii.gz", monai / file.name)]
@@ -195,7 +198,7 @@ def measure(
 
 
 def format_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the table."""
+    """Return the lines of the table."""
     titles = ("s a scan", "min", "max", "to MONAI", "to in turn", *STAGES)
     lines = [f"{'':<28}" + "".join(f"{title:>11}" for title in titles)]
     for name, row in result["contenders"].items():
@@ -214,7 +217,7 @@ def format_table(result: dict[str, Any]) -> list[str]:
 
 
 def get_network(arguments: argparse.Namespace, device: torch.device) -> tuple[VNet, Config]:
-    """The network of the checkpoint, or an untrained one.
+    """Return the network of the checkpoint, or an untrained one.
 
     Raises:
         OSError, ValueError: when the checkpoint cannot be used, or the size does not fit the network.
@@ -248,7 +251,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Time infer.py, and the same job with MONAI's transforms beside it.")
     three = {"nargs": 3, "type": int, "metavar": ("X", "Y", "Z")}
     parser.add_argument("--checkpoint", metavar="FILE", help="a trained network (default: an untrained one)")

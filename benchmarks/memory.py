@@ -95,7 +95,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def format_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the table."""
+    """Return the lines of the table."""
     lines = [f"{'network':<24}{'peak GiB':>10}{'TFLOP':>10}"]
     for name, flops in result["step_flops"].items():
         peak_gib = result[f"{name}_gib"]
@@ -116,7 +116,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Count what one training step needs, peers beside it.")
     parser.add_argument("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="default: that of config.yaml")
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")

@@ -64,13 +64,13 @@ def trained_logits(checkpoint: Path, scan: Path, config: Config) -> Tensor:
 
 
 def restore_plainly(logits: Tensor, shape: Sequence[int]) -> Tensor:
-    """What logits_to_labels is measured against."""
+    """Restore labels in the plain way, against which logits_to_labels is measured."""
     full = F.interpolate(logits[None], size=tuple(shape), mode="trilinear", align_corners=False)[0]
     return full.argmax(dim=0).to("cpu", torch.uint8)
 
 
 def restore_with_monai(logits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The same with MONAI's transforms.
+    """Do the same with MONAI's transforms.
 
     Raises:
         ImportError: when MONAI is not installed.
@@ -105,7 +105,7 @@ def compare(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def boundary_share(logits: Tensor) -> float:
-    """The share of cells of eight neighbouring voxels with more than one winning class."""
+    """Return the share of cells of eight neighbouring voxels with more than one winning class."""
     return float(cells_with_boundary(logits.argmax(dim=0).to("cpu", torch.uint8).numpy()).mean())
 
 
@@ -192,7 +192,7 @@ def measure(config: Config, repeats: int, checkpoint: Path | None, scan: Path | 
 
 
 def format_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the tables."""
+    """Return the lines of the tables."""
     lines = [f"logits {result['logits']} on {result['device']}, n = {result['repeats']}"]
     for kind, row in result["kinds"].items():
         lines.append(f"{kind} logits ({row['boundary_share']:.1%} of the cells have a boundary) to {row['shape']}")
@@ -240,7 +240,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Time the way from logits to label maps, peers beside it.")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained network, instead of made-up logits")
     parser.add_argument("--scan", type=Path, metavar="SCAN", help="what the trained network is to see")

@@ -66,7 +66,7 @@ class Contender:
 
 
 def make_training(network: nn.Module, device: torch.device, variant: Sequence[str] = ()) -> Training:
-    """A network with everything that a step needs, as train.py has it."""
+    """Return a network with everything that a step needs, as train.py has it."""
     network = network.to(device).train()
     if CHANNELS_LAST in variant:
         to_channels_last(network)
@@ -81,7 +81,7 @@ def make_training(network: nn.Module, device: torch.device, variant: Sequence[st
 def make_contenders(
     config: Config, image: Tensor, channels_last: bool = False, compiled: bool = False
 ) -> list[Contender]:
-    """This network under each plan and MONAI's, and both once more in each way that is asked for and in all of them.
+    """Make this network under each plan and MONAI's, and both again in each variant asked for and in all.
 
     Raises:
         ValueError: when torch.compile does not work here.
@@ -146,13 +146,13 @@ def watch_memory(device: torch.device) -> Callable[[], float | None]:
 
 
 def resident_peak() -> int:
-    """The most resident memory of this process since the peak was set back, in bytes."""
+    """Return the most resident memory of this process since the peak was set back, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def matmul_flops_per_second(device: torch.device, precision: torch.dtype) -> float:
-    """The rate of a large matrix product, beside which a step's own rate says how well the device is used."""
+    """Return the rate of a large matrix product; a step's own rate beside it tells how well the device is used."""
     n = MATMUL_SIZE[device.type]
     a, b = torch.randn(2, n, n, device=device).to(precision)
     seconds = []
@@ -239,7 +239,7 @@ def measure(config: Config, repeats: int, channels_last: bool = False, compiled:
 
 
 def format_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the table."""
+    """Return the lines of the table."""
     titles = ("forward s", "step s", "min", "max", "fwd ratio", "step ratio", "rise GiB", "counted", "share")
     lines = [f"{'':<32}" + "".join(f"{title:>11}" for title in titles)]
     for name, row in result["contenders"].items():
@@ -275,7 +275,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Time one training step, MONAI's VNet in the same loop beside it.")
     parser.add_argument("--size", nargs=3, type=int, default=SIZE, metavar=("X", "Y", "Z"), help="voxels")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns after the warm-up (default: 5)")

@@ -211,7 +211,7 @@ def keep_slice(seen: Examined, voxels: np.ndarray, ids: np.ndarray, geometry: Ge
 
 
 def pair_files(data_dir: Path) -> tuple[list[tuple[str, Path | None, Path | None]], list[Finding]]:
-    """The files of every case, and what is wrong with their pairing; the folder of a DICOM series is a case alone."""
+    """Return the files of every case, and what is wrong with their pairing; a DICOM series is a case alone."""
     if data_dir.is_dir() and is_series_folder(data_dir):
         return [(data_dir.resolve().name, data_dir, None)], []
     folder = find_data(data_dir)
@@ -286,7 +286,7 @@ def listed(values: Sequence[float]) -> str:
 
 
 def format_table(cases: Sequence[Examined], findings: Sequence[Finding], organs: Sequence[str]) -> list[str]:
-    """A row for every case."""
+    """Return a row for every case."""
     codes = defaultdict(list)
     for finding in findings:
         codes[finding.case].append(finding.code)

@@ -17,7 +17,7 @@ SECRET = "SECRET"  # in all that names the patient; must never be printed
 
 
 def stored_values(k: int) -> np.ndarray:
-    """What slice k stores, (rows, columns): every voxel of the volume another value."""
+    """Return what slice k stores, (rows, columns): every voxel of the volume another value."""
     return (np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) + 100 * k + 1000).astype(np.uint16)
 
 

@@ -53,7 +53,7 @@ def nifti(
     extension: bytes = b"\0\0\0\0",
     **fields: object,
 ) -> bytes:
-    """A whole file: the array's own type and shape, an sform of code 1, millimetres; `fields` go before all that."""
+    """Return a whole file: the array's own type and shape, an sform of code 1, mm; `fields` override all that."""
     header = bytearray(HEADER_BYTES[version])
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     usual = {
@@ -157,7 +157,7 @@ def guess_kind(content: bytes, found: Found) -> tuple[int, str] | None:
 
 
 def parse_shape(dim: tuple[int, ...], found: Found) -> tuple[int, ...] | None:
-    """The extents without trailing ones, which must be three of 1 or more."""
+    """Return the extents without trailing ones, which must be three of 1 or more."""
     if not 1 <= dim[0] <= 7:
         found.refuse.append(f"dim[0] is {dim[0]}")
         return None
@@ -209,7 +209,7 @@ def parse_affine(header: dict, found: Found) -> None:
 
 
 def parse_qform(header: dict, found: Found) -> np.ndarray | None:
-    """The matrix of nifti1.h's method 2, None where there is none."""
+    """Return the matrix of nifti1.h's method 2, None where there is none."""
     b, c, d = header["quatern"]
     qfac, *spacing = header["pixdim"][:4]
     squares = b * b + c * c + d * d
@@ -240,7 +240,7 @@ def parse_qform(header: dict, found: Found) -> np.ndarray | None:
 
 
 def parse_voxels(header: dict, content: bytes, shape: tuple, endian: str, version: int, found: Found) -> None:
-    """The stored values and what they mean."""
+    """Return the stored values and what they mean."""
     (code,), (bitpix,), (offset,) = header["datatype"], header["bitpix"], header["vox_offset"]
     if code == 1536:
         found.either.append("long double")

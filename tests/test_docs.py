@@ -89,3 +89,9 @@ def test_a_flag_of_another_command_is_found():
 
 def test_readme_fits_its_budget():
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_every_file_of_core_has_a_row_in_the_list_of_files():
+    text = (ROOT / "docs" / "code.md").read_text()
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "core").rglob("*.py") if path.name != "__init__.py"]
+    assert not [name for name in files if f"[{name}](../{name})" not in text]

@@ -61,7 +61,7 @@ def two_cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 @pytest.fixture
 def folders(tmp_path) -> list[str]:
-    """The flags of a run on two cases, predictions and references with their axes stored in different orders."""
+    """Return the flags of a run on two cases, predictions and references with their axes stored in different orders."""
     for case, (reference, prediction) in two_cases().items():
         save(tmp_path / "labels" / f"{case}.nii.gz", reference, "LPS")
         save(tmp_path / "predictions" / f"{case}.nii.gz", prediction, "SAR")
@@ -75,7 +75,7 @@ def run(run_main):
 
 
 def read(folder: Path) -> tuple[dict, dict]:
-    """The rows of metrics.csv by (case, id), and summary.json."""
+    """Return the rows of metrics.csv by (case, id), and summary.json."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = {(row["case"], int(row["id"])): row for row in csv.DictReader(file)}
 
@@ -86,7 +86,7 @@ def read(folder: Path) -> tuple[dict, dict]:
 
 
 def score_pair(run, folder: Path, reference: np.ndarray, prediction: np.ndarray, *flags, axes: str = "RAS") -> dict:
-    """The row of each organ by id, of one case in files whose axes are stored in some order."""
+    """Return the row of each organ by id, of one case in files whose axes are stored in some order."""
     save(folder / "labels" / "a.nii.gz", reference, axes)
     save(folder / "predictions" / "a.nii.gz", prediction, axes)
     names = ("labels", "predictions", "output")
@@ -483,7 +483,7 @@ def test_tables_fit_100_columns_with_a_thousand_cases_and_long_names(run):
 
 
 def column(first: int, last: int, organ: int = AORTA) -> np.ndarray:
-    """A label map with an organ of 2 x 2 voxels from slice `first` to slice `last` along Z."""
+    """Return a label map with an organ of 2 x 2 voxels from slice `first` to slice `last` along Z."""
     labels = np.zeros((8, 8, 10))
     labels[2:4, 2:4, first : last + 1] = organ
     return labels
@@ -651,7 +651,7 @@ def test_an_interval_needs_two_cases():
 
 @pytest.fixture
 def ten_cases(tmp_path) -> list[str]:
-    """The flags of a comparison: two sets of predictions of ten cases, good ones and worse ones."""
+    """Return the flags of a comparison: two sets of predictions of ten cases, good ones and worse ones."""
     random = np.random.default_rng(0)
     for case in range(10):
         reference = np.zeros(SHAPE)
@@ -820,7 +820,7 @@ def test_the_ceiling_names_what_it_cannot_read(folders, run, tmp_path):
 
 @pytest.fixture
 def slow_cases(tmp_path) -> list[str]:
-    """The flags of a run on twelve cases of noise, each of which takes a moment."""
+    """Return the flags of a run on twelve cases of noise, each of which takes a moment."""
     random = np.random.default_rng(0)
     for case in range(12):
         for name in ("labels", "predictions"):
@@ -837,7 +837,7 @@ def start(*flags) -> subprocess.Popen:
 
 
 def lines_of(folder: Path) -> list[str]:
-    """The lines of metrics.csv as it is now; none when there is none."""
+    """Return the lines of metrics.csv as it is now; none when there is none."""
     path = folder / "metrics.csv"
     return path.read_text().splitlines() if path.is_file() else []
 
@@ -851,7 +851,7 @@ def wait_for(condition, seconds: float = 90.0) -> None:
 
 
 def group(command: subprocess.Popen) -> list[int]:
-    """The ids of all processes that still run in the command's group, workers of its own included."""
+    """Return the ids of all processes that still run in the command's group, workers of its own included."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

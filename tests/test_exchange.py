@@ -48,7 +48,7 @@ LOSSES["hardest"] = hardest
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
-    """A copy of the repository, in which a researcher has changed the network and added a loss; and phantoms."""
+    """Return a copy of the repository, in which a researcher has changed the network and added a loss; and phantoms."""
     house = tmp_path_factory.mktemp("house")
     for name in ("train.py", "infer.py", "evaluate.py", "dataset.py", "vnet.py", "config.yaml"):
         shutil.copy(ROOT / name, house)

@@ -54,7 +54,7 @@ def field(content: bytes, name: str, value: object) -> bytes:
 
 
 def typed(kind: str, slope: float, inter: float, **fields: object) -> bytes:
-    """The patient in a type, with slope and intercept that give its HU again."""
+    """Return the patient in a type, with slope and intercept that give its HU again."""
     stored = (HU.astype(np.float64) - inter) / slope
     assert np.array_equal(stored.astype(kind).astype(np.float64), stored)
     return scan(stored.astype(kind), scl_slope=slope, scl_inter=inter, **fields)
@@ -67,7 +67,7 @@ def with_value(value: float) -> bytes:
 
 
 def oblique(b: float = 0.0, c: float = 0.0, d: float = 0.0, **fields: object) -> bytes:
-    """The patient placed by a qform alone."""
+    """Return the patient placed by a qform alone."""
     return scan(sform_code=0, qform_code=1, quatern=(b, c, d), qoffset=(-30, 12, 500), **fields)
 
 
@@ -78,13 +78,13 @@ def units(factor: float, unit: int) -> bytes:
 
 
 def huge(shape: tuple[int, ...], pack: bool) -> bytes:
-    """A header that claims much, and a few bytes behind it."""
+    """Return a header that claims much, and a few bytes behind it."""
     content = field(scan(), "dim", (3, *shape, 1, 1, 1, 1))[:4000]
     return gzip_member(content) if pack else content
 
 
 def bomb(declared: bytes, gib: float) -> bytes:
-    """A good file that goes on with zeros: a MiB of them is a block of a kilobyte, written many times."""
+    """Return a good file that goes on with zeros: a MiB of them is a block of a kilobyte, written many times."""
     mib = bytes(2**20)
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = packer.compress(mib) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -253,7 +253,7 @@ def tiny_config() -> Config:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained network, said to have been trained on scans like the patient."""
+    """Return an untrained network, said to have been trained on scans like the patient."""
     path = tmp_path_factory.mktemp("training") / "best.pt"
     training_data = {
         "percentiles": [5, 50, 95],
@@ -275,7 +275,7 @@ class Done:
     mib: float
 
     def errors_about(self, name: str) -> list[str]:
-        """The error lines that name a file; the last line of infer.py lists all failures."""
+        """Return the error lines that name a file; the last line of infer.py lists all failures."""
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         whole_name = re.compile(rf"[ /]{re.escape(name)}\b")
         return [line for line in lines if whole_name.search(line) and not line.startswith("error: failed: ")]
@@ -334,7 +334,7 @@ def case_of(name: str) -> str:
 
 
 def with_verdict(*kinds: object) -> list[str]:
-    """The scans of these verdicts; `str` stands for all patterns."""
+    """Return the scans of these verdicts; `str` stands for all patterns."""
     found = {name: verdict if verdict in (None, EITHER) else str for name, (_, verdict) in SCANS.items()}
     return [name for name, kind in found.items() if kind in kinds]
 
@@ -450,7 +450,7 @@ def moved(mm: float) -> bytes:
 
 
 def other_order() -> bytes:
-    """The same label map of the same places with its X axis stored backwards."""
+    """Return the same label map of the same places with its X axis stored backwards."""
     affine = AFFINE.copy()
     affine[:, 0] *= -1
     affine[0, 3] = AFFINE[0, 3] + AFFINE[0, 0] * (SHAPE[0] - 1)
@@ -458,7 +458,7 @@ def other_order() -> bytes:
 
 
 def mirrored() -> bytes:
-    """A label map whose places are the mirror image of the scan's."""
+    """Return a label map whose places are the mirror image of the scan's."""
     affine = AFFINE.copy()
     affine[:, 0] *= -1
     return nifti(LABELS, affine)

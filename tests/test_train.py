@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, same_weights
 
 import train
 from core.checkpoint import load_checkpoint, load_network
@@ -27,23 +28,15 @@ from core.training.run_folder import RunFolder
 from core.training.setup import initialise_output_bias
 from core.training.step import PendingLoss
 from core.training.tensorboard import write_scalars
-from data.make_phantom import write_phantom
 from dataset import CaseDataset, find_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = [f"phantom_{number:04d}" for number in range(1, 6)]
-# A network and a grid on which an epoch takes a second.
-TINY = [
-    *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
-    *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--workers", "0", "--device", "cpu"),
-]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom(folder, cases=5, shape=(40, 36, 28), seed=0)
-    return folder
+@pytest.fixture
+def data(phantom_data) -> Path:
+    return phantom_data
 
 
 @pytest.fixture
@@ -59,7 +52,7 @@ def run(data, tmp_path, run_main):
 
 @contextmanager
 def power_cut(before_epoch: int) -> Iterator[None]:
-    """A block in which training breaks off before that epoch."""
+    """Make a block in which training breaks off before that epoch."""
     one_epoch = train.train_one_epoch
 
     def cut(run, *others):
@@ -92,11 +85,6 @@ def test_mixed_up_sides_are_said_before_the_first_epoch(run, data, tmp_path, mon
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(path)["network"]
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    a, b = weights(first), weights(second)
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def read_log(folder: Path) -> list[dict]:

@@ -64,7 +64,7 @@ class Mesh:
 def organ_mesh(
     labels: np.ndarray, organ: int, affine: np.ndarray, step_range_mm: tuple[float, float] = STEP_MM
 ) -> Mesh | None:
-    """The surface of an organ.
+    """Make the surface of an organ.
 
     Args:
         labels: (X, Y, Z) ids.
@@ -114,7 +114,7 @@ def context_meshes(voxels: np.ndarray, labels: np.ndarray, affine: np.ndarray) -
 
 
 def body_mask(voxels: np.ndarray) -> np.ndarray:
-    """The patient in a scan, (X, Y, Z) HU: the largest thing denser than air, filled, without table and clothes."""
+    """Find the patient in a scan, (X, Y, Z) HU: the largest object denser than air, filled, without table."""
     # What hangs together by a few voxels of a slice comes off.
     dense = ndimage.binary_opening(voxels > SKIN_HU, IN_PLANE, iterations=2)
     pieces, count = ndimage.label(dense)
@@ -153,14 +153,14 @@ def signed_distance(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
 
 
 def resampled(field: np.ndarray, spacing_mm: np.ndarray, step_mm: float) -> tuple[np.ndarray, np.ndarray]:
-    """A field on a grid of about `step_mm`, its ends where they were, and how many old voxels a new one is, (3,)."""
+    """Resample a field to about `step_mm`, its ends fixed; return it and the old voxels per new one, (3,)."""
     last = np.array(field.shape) - 1
     steps = np.maximum(np.round(last * spacing_mm / step_mm), 1).astype(int)
     return ndimage.zoom(field, (steps + 1) / (last + 1), order=1, mode="nearest"), last / steps
 
 
 def level_of_volume(field: np.ndarray, step_mm: float, volume: float) -> float:
-    """The level above which a field of distances in mm encloses `volume` of its voxels, whose edges are `step_mm`."""
+    """Return the level above which a field of distances in mm encloses `volume` voxels with edges of `step_mm`."""
     low, high = float(field.min()), float(field.max())
     for _ in range(HALVINGS):
         level = (low + high) / 2
@@ -173,7 +173,7 @@ def level_of_volume(field: np.ndarray, step_mm: float, volume: float) -> float:
 
 
 def smoothed(mesh: Mesh) -> Mesh:
-    """A mesh with its vertices moved towards their neighbours' mean and back, again and again."""
+    """Smooth a mesh: move its vertices towards their neighbours' mean and back, repeatedly."""
     count = len(mesh.vertices)
     start, end = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]]).T
     neighbours = sparse.csr_array((np.ones(len(start)), (start, end)), shape=(count, count))
@@ -185,7 +185,7 @@ def smoothed(mesh: Mesh) -> Mesh:
 
 
 def grown_to(mesh: Mesh, volume_ml: float) -> Mesh:
-    """A mesh that encloses a volume: moved along its normals, everywhere as far, then scaled for what is missing."""
+    """Move a mesh along its normals by one distance everywhere, then scale it, so that it encloses a volume."""
     area_mm2 = np.linalg.norm(mesh.face_normals, axis=1).sum() / 2
     move_mm = np.clip((volume_ml - mesh.volume_ml) * 1000 / area_mm2, -MOST_MOVE_MM, MOST_MOVE_MM)
     mesh = Mesh(mesh.vertices + move_mm * mesh.normals, mesh.faces)

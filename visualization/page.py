@@ -62,17 +62,6 @@ def make_page(
         if "</script" in script.lower():
             raise ValueError("a script holds its element's end; write <\\/script in it")
     styles = [STYLE.read_text(encoding="utf-8"), *styles]
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src {hashes(scripts)}",
-            f"style-src {hashes(styles)}",
-            "img-src data: blob:",
-            "media-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
-    )
     blocks = [f'<script id="{name}" type="{item.kind}">{item.text}</script>' for name, item in (data or {}).items()]
     return "\n".join(
         (
@@ -80,7 +69,7 @@ def make_page(
             '<html lang="en">',
             "<head>",
             '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy_of(scripts, styles)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
             f"<title>{escaped(title)}</title>",
@@ -96,8 +85,23 @@ def make_page(
     )
 
 
+def policy_of(scripts: Sequence[str], styles: Sequence[str]) -> str:
+    """Return a Content-Security-Policy that allows these scripts and styles and nothing from the network."""
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {hashes(scripts)}",
+            f"style-src {hashes(styles)}",
+            "img-src data: blob:",
+            "media-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+
+
 def hashes(texts: Sequence[str]) -> str:
-    """The texts as a Content-Security-Policy names them."""
+    """Return the texts as a Content-Security-Policy names them."""
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
     return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 

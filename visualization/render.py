@@ -58,7 +58,7 @@ class View:
 
 
 def view_at(degrees: float) -> View:
-    """The camera after so many degrees: 0 from the front, 90 from the patient's left, 180 from behind."""
+    """Return the camera after so many degrees: 0 from the front, 90 from the patient's left, 180 from behind."""
     angle = np.radians(degrees)
     back = np.array([-np.sin(angle), np.cos(angle), 0.0])
     up = np.array([0.0, 0.0, 1.0])
@@ -199,7 +199,7 @@ def look(
     columns: np.ndarray,
     behind: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What (N,) rays through places of the picture see: light (N, 3), organ ids and depths in mm.
+    """Return what (N,) rays through the picture see: light (N, 3), organ ids and depths in mm.
 
     `behind` (N, 3) is the light where they meet nothing.
     """
@@ -226,7 +226,7 @@ def ray_starts(
 
 
 def shaded(colour: np.ndarray, normals: np.ndarray, openness: np.ndarray, view: View) -> np.ndarray:
-    """The light that surfaces of (N, 3) colours send to the camera: from all around, two lamps, and a highlight."""
+    """Return the light from surfaces of (N, 3) colours to the camera: ambient, two lamps, and a highlight."""
     normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), np.finfo(float).tiny)
     axes = np.stack([view.right, view.up, view.back])
     key, fill = (np.array(place) / np.linalg.norm(place) @ axes for place in (KEY_FROM, FILL_FROM))

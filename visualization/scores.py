@@ -160,7 +160,7 @@ def name_cells(axes: Axes, table: np.ndarray, cases: Sequence[str], organs: Sequ
 
 
 def shorten(name: str) -> str:
-    """A case's or organ's name, cut in the middle where it is long: ids differ at their ends."""
+    """Shorten a long name of a case or organ in its middle: ids differ at their ends."""
     return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS // 2 - 1]}…{name[-NAME_LETTERS // 2 :]}"
 
 

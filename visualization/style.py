@@ -40,7 +40,7 @@ def colour_table(classes: int) -> np.ndarray:
 
 
 def organ_rules(classes: int) -> str:
-    """The organs' colours for a web page, as CSS classes `organ-1`, `organ-2`, ... up to K - 1."""
+    """Return the organs' colours for a web page, as CSS classes `organ-1`, `organ-2`, ... up to K - 1."""
     rules = []
     for organ in range(1, classes):
         colour = " ".join(str(round(255 * part)) for part in colour_of(organ))

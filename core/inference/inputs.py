@@ -1,4 +1,4 @@
-"""Find the scans that infer.py is given: NIfTI files, folders of them, DICOM series."""
+"""Find and read the scans that infer.py is given: NIfTI files, folders of them, DICOM series."""
 
 import argparse
 import math
@@ -6,18 +6,67 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.scans.files import case_id, find_files, find_scans
+import numpy as np
+
+from core.scans.dicom_header import import_pydicom
+from core.scans.dicom_series import is_series_folder, load_series
+from core.scans.files import case_id, find_files, find_scans, select_cases
+from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
+from core.scans.volumes import load_scan, warn_of_values
 from core.system.exits import print_error
 
-# ---- The command -----------------------------------------------------------------------------------------------------
 
-
-def find_inputs(inputs: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
-    """The scans of the inputs, ordered by case id, and the inputs that had to be refused, each named on stderr.
+def choose_reading(arguments: argparse.Namespace) -> Reading:
+    """Return what the command line says about which scans are accepted.
 
     Raises:
-        ValueError: when two inputs mean the same case.
+        ValueError: when --max-gib is not a size.
+    """
+    try:
+        max_gib = float(arguments.max_gib)
+    except ValueError:
+        max_gib = math.nan
+    if not 0 < max_gib < math.inf:
+        raise ValueError(f"--max-gib: got {arguments.max_gib}, expected a number above 0")
+    return Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
+
+
+# ---- Find scans ------------------------------------------------------------------------------------------------------
+
+
+def choose_scans(
+    inputs: Sequence[str], cases: Sequence[str] | None, series_uid: str | None, show: bool = True
+) -> tuple[dict[str, Path], list[Path]]:
+    """Return the scans that the command line asks for, and the inputs that were refused.
+
+    Args:
+        inputs: NIfTI files, folders of them, folders of DICOM series.
+        cases: ids, or the name of a file of ids, as `select_cases` takes them; None for all.
+        series_uid: the DICOM series that is asked for, or None.
+        show: whether to name refused inputs on stderr.
+
+    Returns:
+        the scans by case id, in order, and the inputs that were refused. No scan only when all inputs were refused.
+
+    Raises:
+        ValueError: when two inputs are the same case, an id is not among the cases, or a series is asked for but no
+            scan is DICOM.
+    """
+    found, refused = find_inputs(inputs, show)
+    if not found:
+        return {}, refused
+    selected = select_cases(found, cases)
+    if series_uid is not None and not any(scan.is_dir() for scan in selected.values()):
+        raise ValueError("--series: none of the scans is DICOM, expected the folder of a series; leave it out")
+    return selected, refused
+
+
+def find_inputs(inputs: Sequence[str], show: bool = True) -> tuple[dict[str, Path], list[Path]]:
+    """Return all scans of the inputs by case id, in order, and the inputs that were refused, each named on stderr.
+
+    Raises:
+        ValueError: when two inputs are the same case.
     """
     found: dict[str, Path] = {}
     refused: list[Path] = []
@@ -25,7 +74,8 @@ def find_inputs(inputs: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
         try:
             scans = find_input(path)
         except (ValueError, OSError) as error:
-            print_error(error)
+            if show:
+                print_error(error)
             refused.append(path)
             continue
         for case, scan in scans.items():
@@ -35,17 +85,14 @@ def find_inputs(inputs: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
 
 
 def find_input(path: Path) -> dict[str, Path]:
-    """The scans of one input by case id: a NIfTI file, those of a folder, or the folder itself where it is a series'.
+    """Return the scans of one input by case id: a NIfTI file, all files of a folder, or the folder of a DICOM series.
 
-    A folder with files of both kinds is refused: often they are one scan twice, and which is meant is not ours to say.
+    A folder with files of both kinds is refused: often both are the same scan, and only the user knows which to take.
 
     Raises:
         OSError, ValueError: when there is no scan, or it is DICOM and pydicom is not installed.
     """
     if path.is_dir() and not (path / "images").is_dir():
-        from core.scans.dicom_header import import_pydicom
-        from core.scans.dicom_series import is_series_folder
-
         nifti = find_files(path)
         if is_series_folder(path):
             if nifti:
@@ -58,20 +105,26 @@ def find_input(path: Path) -> dict[str, Path]:
 
 
 def named_case(path: Path) -> str:
-    """The case that an input's name stands for, whether or not it can be read; for a folder, its own name."""
+    """Return the case id that an input's name gives, whether or not the input can be read; for a folder, its name."""
     return case_id(Path(os.path.abspath(path)))
 
 
-def choose_reading(arguments: argparse.Namespace) -> Reading:
-    """What is accepted of scans, by the command line.
+# ---- Read one scan ---------------------------------------------------------------------------------------------------
+
+
+def read_scan(file: Path, reading: Reading, series_uid: str | None = None) -> tuple[np.ndarray, Geometry]:
+    """Return a scan's HU, (X, Y, Z) float32 in RAS+ order, and its geometry.
+
+    Args:
+        file: a NIfTI file, or the folder of a DICOM series.
+        reading: which scans are accepted.
+        series_uid: which of the series in a DICOM folder to read; None when there is only one.
 
     Raises:
-        ValueError: when --max-gib is no size.
+        OSError, ValueError: when it cannot be read.
     """
-    try:
-        max_gib = float(arguments.max_gib)
-    except ValueError:
-        max_gib = math.nan
-    if not 0 < max_gib < math.inf:
-        raise ValueError(f"--max-gib: got {arguments.max_gib}, expected a number above 0")
-    return Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
+    if not file.is_dir():
+        return load_scan(file, reading)
+    voxels, geometry = load_series(file, series_uid, reading.warn, reading.max_gib)
+    warn_of_values(voxels, reading.warn)
+    return voxels, geometry

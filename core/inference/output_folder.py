@@ -1,49 +1,148 @@
-"""What infer.py leaves in its output folder: label maps, probabilities, and volumes.csv with a row per case and organ.
+"""The output folder of infer.py: label maps, probabilities, and volumes.csv with a row for each case and organ.
 
-Every file is replaced whole, and volumes.csv is changed by one process at a time, so that several may share a folder.
-The label map is the sign that all of a case is done: it comes last, and goes when the case fails.
+Every file is replaced whole, and one process at a time changes volumes.csv, so several may share a folder. The label
+map shows that a case is done: it is written last, and it is renamed when the case fails.
 """
 
 import csv
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from core.inference.inputs import named_case
+from core.scans.geometry import Geometry
+from core.scans.volumes import save_probabilities
 from core.system.exits import print_error, print_warning
-from core.system.files import locked, whole_file
+from core.system.files import check_room, locked, whole_file
 
 VOLUMES, VOLUMES_LOCK = "volumes.csv", ".volumes.lock"
 VOLUME_COLUMNS = ["case", "id", "organ", "ml"]
-BLOCK_BYTES = 4096  # of a disk; one that has none left is full
-AS_IS = {"newline": "", "errors": "surrogateescape"}  # file names need not be UTF-8, so nor need the cases' ids
+BLOCK_BYTES = 4096  # of a disk; a full disk cannot store one more
+PROBABILITY_BYTES = 2  # for each voxel and class, in the temporary file from which they are compressed
+AS_IS = {"newline": "", "errors": "surrogateescape"}  # file names need not be UTF-8, nor do case ids
 
-# The folder of reports, and what the report of a case consists of beside the viewer.
+# The folder of reports, and the files of one case's report beside the viewer.
 REPORTS, REPORT_PAGE, REPORT_NUMBERS = "reports", "index.html", "report.json"
 
 
 def label_map_path(output: Path, case: str) -> Path:
-    """Where the label map of a case is."""
+    """Return the path of a case's label map."""
     return output / f"{case}.nii.gz"
 
 
 def probabilities_path(output: Path, case: str) -> Path:
-    """Where the probabilities of a case are."""
+    """Return the path of a case's probabilities."""
     return output / f"{case}_probabilities.nii.gz"
 
 
 def report_files(output: Path, case: str) -> tuple[Path, Path]:
-    """Where the report of a case is: its page, and what is in it in numbers."""
+    """Return the paths of a case's report: its page, and its numbers."""
     folder = output / REPORTS / case
     return folder / REPORT_PAGE, folder / REPORT_NUMBERS
 
 
-def is_finished(output: Path, case: str, probabilities: bool) -> bool:
-    """Whether a case's label map is there, and its probabilities if they are wanted."""
-    return label_map_path(output, case).is_file() and (not probabilities or probabilities_path(output, case).is_file())
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder that results are written to.
+
+    Attributes:
+        path: the folder; `prepare` makes it.
+        probabilities: whether probabilities are written too.
+    """
+
+    path: Path
+    probabilities: bool = False
+
+    def prepare(self, cases: dict[str, Path], refused: Sequence[Path]) -> None:
+        """Make the folder and check it before the work starts; without cases nothing is made.
+
+        Args:
+            cases: the scans by case id.
+            refused: inputs that could not be read.
+
+        Raises:
+            OSError, ValueError: when nothing can be written there, or results could replace inputs.
+        """
+        check_inputs_are_elsewhere(self.path, [*cases.values(), *(path for path in refused if not path.is_dir())])
+        if cases:
+            make_folder(self.path)
+            check_paths_are_free(self.path, cases)
+
+    @property
+    def reports(self) -> Path:
+        """Return the path of the folder of reports."""
+        return self.path / REPORTS
+
+    def label_map(self, case: str) -> Path:
+        """Return the path of a case's label map."""
+        return label_map_path(self.path, case)
+
+    def unfinished(self, cases: dict[str, Path]) -> dict[str, Path]:
+        """Return the cases without a label map, or without probabilities where those are wanted."""
+        return {case: scan for case, scan in cases.items() if not self.is_finished(case)}
+
+    def is_finished(self, case: str) -> bool:
+        """Return True when a case's label map exists, and its probabilities where those are wanted."""
+        with_probabilities = not self.probabilities or probabilities_path(self.path, case).is_file()
+        return self.label_map(case).is_file() and with_probabilities
+
+    def write_probabilities(self, case: str, logits: Tensor, geometry: Geometry) -> None:
+        """Write a case's probabilities from logits (K, X, Y, Z) where wanted; else rename earlier ones to *.old.
+
+        Raises:
+            OSError: when they cannot be written, or the disk has no room for them.
+        """
+        path = probabilities_path(self.path, case)
+        if not self.probabilities:
+            rename_old(path, f"case {case}: without --probabilities")
+            return
+        needed = PROBABILITY_BYTES * len(logits) * math.prod(geometry.shape)
+        check_room(self.path, needed, f"the probabilities of {case}")
+        save_probabilities(logits, geometry, path)
+
+    def write_volumes(self, case: str, volumes_ml: Sequence[float], organs: Sequence[str]) -> None:
+        """Write a case's volumes, (K,) in mL by id, into volumes.csv, as `write_volumes` does."""
+        write_volumes(self.path, case, volumes_ml, organs)
+
+    def set_aside(self, case: str) -> None:
+        """Rename earlier outputs of a failed case to *.old, and remove its rows from volumes.csv.
+
+        stderr names what is renamed and what cannot be; an older *.old file is replaced.
+        """
+        paths = (self.label_map(case), probabilities_path(self.path, case), *report_files(self.path, case))
+        for path in paths:
+            try:
+                rename_old(path, f"case {case}: failed")
+            except OSError as error:
+                print_error(error)
+        try:
+            if any(row["case"] == case for row in read_volumes(self.path)):
+                write_volumes(self.path, case, (), ())
+        except (OSError, ValueError) as error:
+            print_error(error)
+
+    def set_aside_refused(self, refused: Sequence[Path], cases: Iterable[str]) -> None:
+        """Rename earlier outputs of refused inputs to *.old, unless another input gives the same case."""
+        for case in {named_case(path) for path in refused} - set(cases):
+            self.set_aside(case)
+
+    def set_aside_reports(self, cases: Iterable[str]) -> None:
+        """Rename earlier reports of cases to *.old, which were made of earlier label maps.
+
+        Raises:
+            OSError: when one cannot be renamed.
+        """
+        for case in cases:
+            for path in report_files(self.path, case):
+                rename_old(path, f"{case}: segmented without --report")
 
 
-# ---- The folder ------------------------------------------------------------------------------------------------------
+# ---- Checks before the work starts -----------------------------------------------------------------------------------
 
 
 def check_inputs_are_elsewhere(output: Path, inputs: Iterable[Path]) -> None:
@@ -51,10 +150,10 @@ def check_inputs_are_elsewhere(output: Path, inputs: Iterable[Path]) -> None:
 
     Args:
         output: the folder for the results; need not exist.
-        inputs: scans and folders of DICOM series; those that cannot be read too.
+        inputs: scans and folders of DICOM series, also those that cannot be read.
 
     Raises:
-        ValueError: when the folder holds one of the inputs, their label maps, or lies in a series' folder.
+        ValueError: when the folder holds one of the inputs or their label maps, or is inside a series' folder.
     """
     for path in inputs:
         if path.is_dir() and Path(os.path.realpath(path)) in (output.resolve(), *output.resolve().parents):
@@ -67,11 +166,11 @@ def check_inputs_are_elsewhere(output: Path, inputs: Iterable[Path]) -> None:
                 raise ValueError(f"--output: {output} holds the data's own label maps; choose another folder")
 
 
-def prepare_folder(output: Path, cases: dict[str, Path]) -> None:
-    """Make the folder for the results of cases, given with their scans; what can be found wrong before the work, is.
+def make_folder(output: Path) -> None:
+    """Make the folder, and check that a file can be written there.
 
     Raises:
-        OSError, ValueError: when nothing can be written there, or not where the cases' results belong.
+        OSError: when nothing can be written there.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -81,6 +180,14 @@ def prepare_folder(output: Path, cases: dict[str, Path]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(output)) from error
+
+
+def check_paths_are_free(output: Path, cases: dict[str, Path]) -> None:
+    """Check that the results of cases, given with their scans, can be written, and that volumes.csv can be read.
+
+    Raises:
+        OSError, ValueError: when a folder, a scan itself or a table of another kind has a result's name.
+    """
     for case, scan in cases.items():
         for path in (label_map_path(output, case), probabilities_path(output, case)):
             if path.is_dir():
@@ -92,36 +199,18 @@ def prepare_folder(output: Path, cases: dict[str, Path]) -> None:
 
 
 def rename_old(path: Path, why: str) -> None:
-    """Give an earlier file, if there is one, the ending .old, in place of an older one, and say so on stderr."""
+    """Rename an earlier file, if there is one, to *.old, and print it on stderr; an older *.old file is replaced."""
     if path.is_file():
         old = path.with_name(f"{path.name}.old")
         os.replace(path, old)
         print_warning(f"{why}, so the earlier {path.name} is now {old}")
 
 
-def set_aside(output: Path, case: str) -> None:
-    """Take what there is of a case that failed out of the way, so that nothing earlier can pass for new.
-
-    Its files get the ending .old, in place of older ones, which stderr says; its rows leave volumes.csv. What cannot
-    be done is named on stderr too.
-    """
-    for path in (label_map_path(output, case), probabilities_path(output, case), *report_files(output, case)):
-        try:
-            rename_old(path, f"case {case}: failed")
-        except OSError as error:
-            print_error(error)
-    try:
-        if any(row["case"] == case for row in read_volumes(output)):
-            write_volumes(output, case, (), ())
-    except (OSError, ValueError) as error:
-        print_error(error)
-
-
 # ---- volumes.csv -----------------------------------------------------------------------------------------------------
 
 
 def read_volumes(output: Path) -> list[dict]:
-    """The rows of volumes.csv; none when there is no such file.
+    """Return the rows of volumes.csv; none when there is no such file.
 
     Raises:
         OSError, ValueError: when it cannot be read, or is another kind of table.
@@ -146,7 +235,7 @@ def read_volumes(output: Path) -> list[dict]:
 
 
 def write_volumes(output: Path, case: str, volumes_ml: Sequence[float], organs: Sequence[str]) -> None:
-    """Put the volumes of a case, (K,) in mL by id, into volumes.csv in place of its earlier rows; none removes those.
+    """Replace a case's rows in volumes.csv by its volumes, (K,) in mL by id; without volumes they are removed.
 
     The rows of other cases stay.
 

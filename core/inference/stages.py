@@ -1,68 +1,124 @@
 """Overlap the stages of inference: read the next scan and write the one before while the network works on one."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from core.scans.geometry import Geometry
-from core.system.exits import is_out_of_memory
+from core.system.exits import is_out_of_memory, print_warning
+
+Stage = Callable[["Segmentation"], None]
+# RuntimeErrors by which the libraries under torch say that memory ran out: oneDNN on a CPU, C++, cuBLAS and cuDNN.
+OUT_OF_MEMORY = (
+    "could not create a primitive",
+    "could not create a memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "find an engine to execute",
+    "find a valid cuDNN algorithm",
+)
 
 
 @dataclass
 class Segmentation:
-    """A scan on its way to a label map; each stage leaves what the next one needs, and drops what it took itself.
+    """A scan that is being segmented. Each stage stores what the next stage needs and deletes its own input.
 
     Attributes:
         case: the scan's id.
-        file: where it is read from; for a DICOM series, its folder.
-        geometry: its geometry, once it is read.
-        image: (X, Y, Z) uint8, what the network is to see.
-        logits: (K, X, Y, Z) float32, what it gave.
-        failure: why no stage can go on with it.
-        out_of_memory: whether that was for want of memory.
+        file: the NIfTI file, or the folder of a DICOM series.
+        geometry: the scan's geometry, once it is read.
+        image: (X, Y, Z) uint8, the network's input.
+        logits: (K, X, Y, Z) float32, the network's output.
+        failure: the reason why the scan failed, or None.
+        out_of_memory: whether it failed because memory ran out.
     """
 
     case: str
     file: Path
     geometry: Geometry | None = None
     image: np.ndarray | None = None
-    logits: torch.Tensor | None = None
+    logits: Tensor | None = None
     failure: str | None = None
     out_of_memory: bool = False
 
     def named(self, message: str) -> str:
-        """A message that says which scan it is about."""
+        """Return a message that names this scan."""
         return message if message.startswith(str(self.file)) else f"case {self.case}: {message}"
 
+    def warn(self, message: str) -> None:
+        """Print a warning about this scan on stderr."""
+        print_warning(self.named(message))
 
-def attempt(stage: Callable[[Segmentation], None], scan: Segmentation) -> Segmentation:
-    """Take a scan through a stage, unless it has failed before; a failure is noted, so that the other scans go on."""
+
+def run_overlapped(stages: Iterable[Stage], scans: dict[str, Path], device: torch.device) -> Iterator[Segmentation]:
+    """Segment scans in three stages at a time: the network runs on one, while the next is read and the last is written.
+
+    Each stage works on one scan at a time. At most one scan waits for the next stage, as the network's input or as its
+    logits. So memory peaks at the sum of the three stages: about 10 bytes for each voxel of the scan that is read, the
+    network's activations, and the logits and labels of the scan that is written (the logits twice while a third scan
+    waits). A scan that runs out of memory is tried again at the end, alone: other scans may have used the memory.
+
+    Args:
+        stages: prepare, predict and finish; each takes a scan as a Segmentation and changes it.
+        scans: the file of each scan by case id.
+        device: where the network runs.
+
+    Yields:
+        each scan when it is done or has failed; in order, except for those tried again.
+    """
+    preparing, predicting, finishing = (partial(attempt, stage) for stage in stages)
+    once_more = []
+    with stage_thread(device) as reader, stage_thread(device) as writer:
+        prepared = in_thread(reader, preparing, starmap(Segmentation, scans.items()))
+        try:
+            for scan in in_thread(writer, finishing, map(predicting, prepared)):
+                if scan.out_of_memory:
+                    once_more.append(Segmentation(scan.case, scan.file))
+                else:
+                    yield scan
+        except KeyboardInterrupt:
+            print("interrupted; what is being written is finished first", file=sys.stderr)
+            raise
+    yield from map(finishing, map(predicting, map(preparing, once_more)))
+
+
+def attempt(stage: Stage, scan: Segmentation) -> Segmentation:
+    """Run a stage on a scan that has not failed before. A failure is stored in the scan, and the other scans go on."""
     if scan.failure:
         return scan
     try:
         stage(scan)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = str(error) or type(error).__name__
         scan.out_of_memory = is_out_of_memory(error.__cause__ or error)
         if isinstance(error, RuntimeError) and not scan.out_of_memory:
-            raise
-        # In words, since the error itself would keep alive all that the stage was working on.
-        scan.failure = scan.named(str(error) or type(error).__name__)
+            if not any(words in message for words in OUT_OF_MEMORY):
+                raise
+            scan.out_of_memory, message = True, f"out of memory ({message})"
+        # As text: the error itself would keep all of the stage's arrays in memory.
+        scan.failure = scan.named(message)
         scan.image = scan.logits = None
     return scan
 
 
 @contextmanager
 def stage_thread(device: torch.device) -> Iterator[Executor]:
-    """A thread for one stage. When the block ends, it finishes what it is at, but nothing that still waits."""
-    # On a CPU the network has all cores, and more threads beside it would wait for one another. torch keeps this number
-    # thread by thread: the main thread's stays.
+    """Yield a thread for one stage. When the block ends, it finishes its scan but starts no other."""
+    # On a CPU the network uses all cores, and more threads would only wait for one another. torch keeps this number for
+    # each thread: the main thread's does not change.
     cores = 1 if device.type == "cpu" else torch.get_num_threads()
     thread = ThreadPoolExecutor(max_workers=1, initializer=torch.set_num_threads, initargs=(cores,))
+    thread.submit(int).result()  # starts it now: later, a scan may have taken the memory that a thread needs
     try:
         yield thread
     finally:
@@ -72,7 +128,7 @@ def stage_thread(device: torch.device) -> Iterator[Executor]:
 def in_thread(
     thread: Executor, stage: Callable[[Segmentation], Segmentation], scans: Iterable[Segmentation]
 ) -> Iterator[Segmentation]:
-    """Take scans through a stage, in order: the thread is at work on the next one while the caller is on this one."""
+    """Run a stage on scans, in order: the thread works on the next scan while the caller works on this one."""
     running = None
     for scan in scans:
         following = thread.submit(stage, scan)

@@ -66,7 +66,7 @@ class Organ:
 
 
 def organs_in(labels: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> dict[str, Organ]:
-    """The organs that occur in labels, (X, Y, Z) integers below K in RAS+ order, by name; background left out."""
+    """Return the organs in labels, (X, Y, Z) integers below K in RAS+ order, by name, without the background."""
     found = {}
     boxes = ndimage.find_objects(labels, max_label=len(organs) - 1)
     for organ, (name, box) in enumerate(zip(organs[1:], boxes, strict=True), start=1):
@@ -88,7 +88,7 @@ def organs_in(labels: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> 
 
 
 def swapped_sides(found: dict[str, Organ]) -> list[tuple[str, str]]:
-    """The pairs of RIGHT_OF that lie the wrong way round."""
+    """Return the pairs of RIGHT_OF that lie the wrong way round."""
     pairs = [(right, left) for right, left in RIGHT_OF if right in found and left in found]
     return [(right, left) for right, left in pairs if found[right].right_mm <= found[left].right_mm]
 
@@ -104,7 +104,7 @@ def odd_volumes(found: dict[str, Organ]) -> list[tuple[str, float]]:
 
 
 def remarks(found: dict[str, Organ], organs: Sequence[str]) -> list[str]:
-    """What to look at in a label map, in words: organs that are missing, cut off, in pieces, too small or too large.
+    """List in words what to look at in a label map: organs missing, cut off, in pieces, too small or too large.
 
     Args:
         found: as `organs_in` gives it.

@@ -1,6 +1,7 @@
 """Keep resized cases on disk as bytes, with a checksum."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,19 @@ def write_cache(path: Path, volumes: np.ndarray, facts: dict) -> None:
         temporary.write_bytes(content + checksum(content))
 
 
+def read_cache(path: Path, size: tuple[int, int, int]) -> tuple[np.ndarray, dict] | None:
+    """Memory-map a cache file: volumes (2, X, Y, Z) uint8 and the scan's facts; None when it is missing or damaged."""
+    length = 2 * math.prod(size)
+    try:
+        # Copy on write: torch wants writable memory, the file stays as it is.
+        content = np.memmap(path, np.uint8, mode="c")
+    except (FileNotFoundError, ValueError):  # ValueError: the file is empty
+        return None
+    if content.size <= length or checksum(content[:-CHECKSUM_BYTES]) != bytes(content[-CHECKSUM_BYTES:]):
+        return None
+    return content[:length].reshape(2, *size), json.loads(bytes(content[length:-CHECKSUM_BYTES]))
+
+
 def checksum(content: bytes | np.ndarray) -> bytes:
-    """CRC-32 in CHECKSUM_BYTES bytes."""
+    """Return the CRC-32 in CHECKSUM_BYTES bytes."""
     return isal_zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big")

@@ -99,7 +99,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def import_pydicom() -> Any:
-    """The pydicom package, told to be silent: what it says of odd values may hold a patient's data.
+    """Import pydicom without its warnings, which may contain a patient's data.
 
     Raises:
         ValueError: when it is not installed.
@@ -116,7 +116,7 @@ def import_pydicom() -> Any:
 
 
 def read_header(path: Path) -> "Dataset":
-    """What this module needs of a file's header; pixels are not read.
+    """Read from a file's header what this module needs, without the pixels.
 
     Raises:
         ValueError: when it cannot be read, or ends before the pixels.
@@ -175,14 +175,14 @@ def kind_of(header: "Dataset") -> str | None:
 
 
 def storage_class(header: "Dataset") -> "UID":
-    """What kind of object a file is; anonymizers may empty it in the dataset."""
+    """Return what kind of object a file is; anonymizers may empty it in the dataset."""
     from pydicom.uid import UID
 
     return UID(str(header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID") or ""))
 
 
 def text(header: "Dataset", keyword: str) -> str:
-    """A text attribute in printable characters; empty when it is absent."""
+    """Return a text attribute in printable characters; empty when it is absent."""
     value = header.get(keyword)
     return printable("" if value is None else str(value))
 
@@ -207,7 +207,7 @@ def number_of_frames(header: "Dataset") -> int:
 
 
 def slices_of(path: Path, header: "Dataset") -> Iterator[Slice]:
-    """The slices of a CT file.
+    """Return the slices of a CT file.
 
     Raises:
         ValueError: naming the file and the attribute that is missing, or is not what it is in CT.
@@ -256,7 +256,7 @@ def slice_of(path: Path, header: "Dataset", frame: int, frames: int) -> Slice:
 
 
 def attribute(header: "Dataset", frame: int, keyword: str) -> Any:
-    """An attribute of a frame: of the file, or from the functional groups of an enhanced one; None when absent."""
+    """Return an attribute of a frame, from the file or an enhanced file's functional groups; None when absent."""
     if "PerFrameFunctionalGroupsSequence" not in header:
         return header.get(keyword)
     shared = header.get("SharedFunctionalGroupsSequence") or ()
@@ -268,7 +268,7 @@ def attribute(header: "Dataset", frame: int, keyword: str) -> Any:
 
 
 def numbers(header: "Dataset", frame: int, keyword: str, count: int) -> np.ndarray:
-    """An attribute of `count` numbers, (count,) float64.
+    """Return an attribute of `count` numbers, (count,) float64.
 
     Raises:
         Unfit: when it is missing, has another number of values, or one is not finite.
@@ -315,7 +315,7 @@ def check_pixels(header: "Dataset") -> None:
 
 
 def padding_of(header: "Dataset") -> tuple[int, int] | None:
-    """The stored values that PixelPaddingValue and PixelPaddingRangeLimit name (PS3.3 C.7.5.1.1.2); None without.
+    """Return the stored values of PixelPaddingValue and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2), or None.
 
     Writers mix up its signed and unsigned type, so it is wrapped into the pixels' own range.
     """

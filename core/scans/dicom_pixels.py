@@ -34,7 +34,7 @@ REASON_CHARACTERS = 200  # of what a decoder says
 
 
 def decode_errors() -> tuple[type[Exception], ...]:
-    """What pydicom and its decoders raise on bad files; none has a base of its own for them."""
+    """Return what pydicom and its decoders raise on bad files; they have no base class of their own."""
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
     return (
@@ -44,7 +44,7 @@ def decode_errors() -> tuple[type[Exception], ...]:
 
 
 def decode(path: str, frames: int) -> Iterator[np.ndarray]:
-    """The stored values of a file's frames, (rows, columns) int32 each.
+    """Return the stored values of a file's frames, (rows, columns) int32 each.
 
     Raises:
         ValueError: when it holds more frames or fewer.

@@ -8,7 +8,7 @@ from core.scans.volumes import NIFTI_SUFFIXES
 
 
 def find_scans(path: str | Path) -> dict[str, Path]:
-    """The scan at a path, or those in a folder, by case id and in order; of a whole data set its `images` are taken.
+    """Find the scan at a path, or those in a folder, by case id in order; in a data set, those in its `images`.
 
     Raises:
         FileNotFoundError: when there is nothing, or no scan in the folder.
@@ -27,7 +27,7 @@ def find_scans(path: str | Path) -> dict[str, Path]:
 
 
 def find_label_maps(folder: str | Path) -> dict[str, Path]:
-    """The label maps of a folder by case id, in order; the folder may be a whole data set (its `labels` are taken).
+    """Find the label maps of a folder by case id, in order; in a data set, those in its `labels`.
 
     Raises:
         FileNotFoundError: when there is no such folder, or no label map in it.
@@ -42,7 +42,7 @@ def find_label_maps(folder: str | Path) -> dict[str, Path]:
 
 
 def find_files(folder: str | Path) -> dict[str, Path]:
-    """The NIfTI files of a folder by case id; hidden files are passed over.
+    """Find the NIfTI files of a folder by case id; ignore hidden files.
 
     Raises:
         FileNotFoundError: when there is no such folder.
@@ -78,12 +78,12 @@ def list_files(folder: str | Path) -> dict[str, list[Path]]:
 
 
 def nifti_in(folder: Path) -> list[Path]:
-    """What in a folder is named like a NIfTI file, hidden ones left out, in order."""
+    """List what in a folder is named like a NIfTI file, in order, without hidden files."""
     return [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
 
 
 def case_id(path: Path) -> str:
-    """The file's name without its suffix and without the channel number _0000 of FLARE22's scans."""
+    """Return the file's name without its suffix and without the channel number _0000 of FLARE22's scans."""
     return re.sub(r"(_0000)?(\.nii|\.nii\.gz)$", "", path.name, flags=re.IGNORECASE)
 
 
@@ -111,7 +111,7 @@ def read_case_ids(given: Sequence[str]) -> list[str]:
 
 
 def select_cases(found: dict[str, Path], given: Sequence[str] | None) -> dict[str, Path]:
-    """The files of the cases that `given` names (ids or a file of ids), in the order of `found`; all when it is None.
+    """Return the files of the cases in `given` (ids or a file of ids), in the order of `found`; all for None.
 
     Raises:
         ValueError: naming the ids that are not among the cases.

@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from core.scans.nifti import NiftiFile, corners_mm, voxels_apart
+from core.scans.nifti import NiftiFile
+from core.scans.placement import corners_mm, voxels_apart
 
 GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and still count as the same
 
@@ -62,11 +63,11 @@ class Geometry:
         return self.affine @ np.linalg.inv(inv_ornt_aff(ornt_transform(RAS, self.orientation), self.shape))
 
     def to_ras(self, stored: np.ndarray) -> np.ndarray:
-        """A view of an array in the file's own three axes as (X, Y, Z) in RAS+ order; further axes stay."""
+        """Return a view of an array in the file's own three axes as (X, Y, Z) in RAS+ order; further axes stay."""
         return apply_orientation(stored, self.orientation)
 
     def from_ras(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ras`: a view in the file's own axes of (X, Y, Z); further axes stay where they are."""
+        """Invert `to_ras`: return a view of (X, Y, Z) in the file's own axes; further axes stay where they are."""
         return apply_orientation(array, ornt_transform(RAS, self.orientation))
 
     def _in_ras_order(self, per_stored_axis: Sequence) -> tuple:

@@ -8,7 +8,6 @@ What a file is, packed or not, is read from its content and not from its name. "
 import math
 import os
 import stat
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +18,12 @@ from typing import IO
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
-from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.spatialimages import HeaderDataError
 
+from core.scans.placement import affine_of
 from core.system.exits import one_line, print_warning
 
 MAX_GIB = 8.0  # of voxels as float32; 1024x1024x1500 take 6
-SPACING_MM = (0.1, 20.0)  # between neighbouring voxels of any CT
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by their length in bytes, which they begin with
 MAGIC_AT = {348: slice(344, 348), 540: slice(4, 12)}
 SINGLE_MAGIC = {348: b"n+1\0", 540: b"n+2\0\r\n\x1a\n"}
@@ -36,11 +34,7 @@ MAX_BEHIND = 64 * 2**20  # bytes that may follow the voxels
 MAX_DEFLATE_RATIO = 1032  # no deflated byte gives more
 # By the standard's codes; of its other types no scan is made (bits, complex numbers, colours, 128-bit numbers).
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metre, millimetre, micron; of xyzt_units & UNIT_BITS
-UNIT_BITS = 7
 SMALLEST_SLOPE = float(np.finfo(np.float32).tiny)  # smaller numbers lose digits, and scale no scan
-SAME_PLACE = 0.1  # voxels by which sform and qform may differ at a corner
-SHEAR_DEGREES = 0.5  # by which axes may be off right angles
 # What else comes under the name of a scan, by its first bytes.
 OTHER_KINDS = {
     b"version https://git-lfs": "is a Git LFS pointer and not the file itself; run git lfs pull",
@@ -102,7 +96,7 @@ class NiftiFile:
 
     @contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
-        """The file, unpacked, from its first voxel on."""
+        """Return the file, unpacked, from its first voxel on."""
         with unpacked(self.path, self.packed) as stream:
             stream.seek(self.offset)
             yield stream
@@ -131,7 +125,7 @@ def open_nifti(path: str | Path, reading: Reading, warn: Callable[[str], None]) 
         offset = offset_of(header, length)
         check_size(shape, dtype, offset, size, packed, reading)
         slope, intercept = scaling_of(header)
-        affine = affine_of(header, shape, reading, warn)
+        affine = affine_of(header, shape, reading.assume_ras, warn)
     except (ValueError, HeaderDataError) as error:
         raise ValueError(f"{path}: {error}") from error
     except READ_ERRORS as error:
@@ -142,7 +136,7 @@ def open_nifti(path: str | Path, reading: Reading, warn: Callable[[str], None]) 
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a regular file; folders, pipes and links that lead nowhere are refused, and never waited for.
+    """Return the size of a regular file in bytes; refuse folders, pipes and broken links without waiting for them.
 
     Raises:
         FileNotFoundError, ValueError: naming what it is instead.
@@ -165,7 +159,7 @@ def size_of(path: Path) -> int:
 
 @contextmanager
 def unpacked(path: Path, packed: bool) -> Iterator[IO[bytes]]:
-    """A file's content as a stream, through ISA-L where it is gzip, in half of zlib's time."""
+    """Open a file's content as a stream, unpacked by ISA-L where it is gzip (half of zlib's time)."""
     with open(path, "rb") as file:
         if not packed:
             yield file
@@ -175,7 +169,7 @@ def unpacked(path: Path, packed: bool) -> Iterator[IO[bytes]]:
 
 
 def read_header(path: Path) -> tuple[bytes, bool, str]:
-    """The bytes of a NIfTI header and more, whether the file is gzip, and the byte order, "<" or ">".
+    """Return the bytes of a NIfTI header and more, whether the file is gzip, and the byte order, "<" or ">".
 
     Raises:
         ValueError: when it is another kind of file, said in words where they are known.
@@ -211,7 +205,7 @@ def check_magic(magic: bytes, length: int) -> None:
 
 
 def shape_of(header: nib.Nifti1Header) -> tuple[int, int, int]:
-    """The three extents of a volume; further ones of 1 are dropped.
+    """Return the three extents of a volume; further ones of 1 are dropped.
 
     Raises:
         ValueError: when it is no 3-D volume.
@@ -229,7 +223,7 @@ def shape_of(header: nib.Nifti1Header) -> tuple[int, int, int]:
 
 
 def type_of(header: nib.Nifti1Header) -> np.dtype:
-    """The type of the stored values.
+    """Return the type of the stored values.
 
     Raises:
         ValueError: when it is not one of real numbers, or its size is said to be another.
@@ -293,112 +287,3 @@ def scaling_of(header: nib.Nifti1Header) -> tuple[float, float]:
             f"has scl_slope {slope:g} and scl_inter {intercept:g}, expected finite numbers that float32 holds in full"
         )
     return slope, intercept
-
-
-# ---- Where the voxels lie --------------------------------------------------------------------------------------------
-
-
-def affine_of(
-    header: nib.Nifti1Header, shape: tuple[int, int, int], reading: Reading, warn: Callable[[str], None]
-) -> np.ndarray:
-    """From voxel indices to mm in the patient: by the sform if its code is above 0, else by the qform if that one's is.
-
-    Raises:
-        ValueError: when neither is and `reading` does not allow it, or when it is no place a scan can have.
-    """
-    ways = {}
-    if header["sform_code"] > 0:
-        ways["sform"] = header.get_sform()
-    if header["qform_code"] > 0:
-        try:
-            ways["qform"] = qform_of(header)
-        except ValueError:
-            if not ways:
-                raise
-    if not ways:
-        if not reading.assume_ras:
-            raise ValueError(
-                "does not say where its voxels lie (sform_code and qform_code are 0); where you know that they are in "
-                "RAS+ order, give --assume-ras"
-            )
-        warn("does not say where its voxels lie; taken to be in RAS+ order")
-        # Of the sizes only: a minus sign, which some writers leave, would turn an axis round.
-        ways["assumed"] = np.diag([*np.abs(header["pixdim"][1:4].astype(float)), 1.0])
-    unit = int(header["xyzt_units"]) & UNIT_BITS
-    affine, *other = (in_mm(affine, MM_PER_UNIT.get(unit, 1.0)) for affine in ways.values())
-    check_affine(affine)
-    if other:
-        warn_of_two_places(affine, *other, shape, warn)
-    warn_of_shear(affine, warn)
-    return affine
-
-
-def qform_of(header: nib.Nifti1Header) -> np.ndarray:
-    """The affine of quaternion, offset and spacing.
-
-    Raises:
-        ValueError: when they make none.
-    """
-    header = header.copy()
-    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 means 1 (the standard)
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            affine = header.get_qform()
-    except (HeaderDataError, ValueError) as error:
-        raise ValueError(f"has a qform that is no rotation ({one_line(error)})") from error
-    if not np.isfinite(affine).all():
-        raise ValueError("has a qform with numbers that are not finite")
-    return affine
-
-
-def in_mm(affine: np.ndarray, mm: float) -> np.ndarray:
-    """An affine to a unit of so many mm as one to mm."""
-    with np.errstate(over="ignore"):  # what becomes infinite is refused
-        return affine * [[mm], [mm], [mm], [1.0]]
-
-
-def check_affine(affine: np.ndarray) -> None:
-    """Check that voxels of this affine have a place and a size.
-
-    Raises:
-        ValueError: when they have not.
-    """
-    if not np.isfinite(affine).all():
-        raise ValueError("has an affine with numbers that are not finite, so that the scan has no place in the patient")
-    with np.errstate(over="ignore"):
-        spacing = voxel_sizes(affine)
-    low, high = SPACING_MM
-    if not (spacing.min() >= low * (1 - 1e-6) and spacing.max() <= high * (1 + 1e-6)):
-        listed = " x ".join(f"{mm:.4g}" for mm in spacing)
-        raise ValueError(f"has voxels of {listed} mm, expected {low:g} to {high:g}; are its units (xyzt_units) right?")
-    if abs(np.linalg.det(affine[:3, :3])) < 1e-3 * spacing.prod():
-        raise ValueError("has an affine that cannot be inverted: its axes lie in a plane")
-
-
-def warn_of_two_places(
-    used: np.ndarray, other: np.ndarray, shape: tuple[int, int, int], warn: Callable[[str], None]
-) -> None:
-    """Warn when sform and qform put the corners of a volume in different places."""
-    apart_mm = corners_mm(used, shape) - corners_mm(other, shape)
-    if not voxels_apart(apart_mm, used) <= SAME_PLACE:
-        warn(f"its sform and qform put it in places {np.abs(apart_mm).max():.3g} mm apart; the sform is used")
-
-
-def corners_mm(affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Where the centres of a volume's eight corner voxels lie, (8, 3)."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1).T
-    return apply_affine(affine, corners)
-
-
-def voxels_apart(apart_mm: np.ndarray, affine: np.ndarray) -> float:
-    """The largest of (N, 3) differences between places, in voxels: along each axis by that axis' own spacing."""
-    return float(np.abs(np.linalg.solve(affine[:3, :3], apart_mm.T)).max())
-
-
-def warn_of_shear(affine: np.ndarray, warn: Callable[[str], None]) -> None:
-    """Warn when the axes are not at right angles, as with a tilted gantry; everything is right for them too."""
-    axes = affine[:3, :3] / voxel_sizes(affine)
-    degrees = 90 - np.degrees(np.arccos(np.clip(np.abs(axes.T @ axes)[np.triu_indices(3, 1)], 0, 1))).min()
-    if degrees > SHEAR_DEGREES:
-        warn(f"its slices are sheared by {degrees:.1f} degrees (tilted gantry); the affine keeps that")

@@ -21,7 +21,7 @@ DENSE_ABOVE = 0.4  # share of cells with a boundary above which interpolating al
 
 
 def axis_weights(n_in: int, n_out: int, antialias: bool = False) -> Tensor:
-    """The linear interpolation from `n_in` to `n_out` voxels over the same length, as a matrix.
+    """Return the linear interpolation from `n_in` to `n_out` voxels over the same length, as a matrix.
 
     Voxel i of the output has its centre at (i + 1/2) n_in / n_out - 1/2 of the input (half-voxel aligned); beyond the
     outermost centres the outermost value goes on. With `antialias` and shrinking by more than ANTIALIAS_ABOVE the
@@ -119,7 +119,7 @@ def logits_to_labels(logits: Tensor, shape: Sequence[int]) -> np.ndarray:
 
 
 def largest_class(scores: Tensor) -> np.ndarray:
-    """The largest class of (K, ...) float32 scores, uint8; ties go to the lower id."""
+    """Return the class of the largest of (K, ...) float32 scores, uint8; ties go to the lower id."""
     if scores.device.type != "cpu":
         return scores.max(dim=0).indices.to("cpu", torch.uint8).numpy()
     # A running maximum: four times as fast as torch's max, which keeps int64 indices too.
@@ -166,7 +166,7 @@ def interpolate_boundary(logits: Tensor, winners: np.ndarray, mixed: np.ndarray,
 def interpolation_in_plane(
     places: tuple[np.ndarray, np.ndarray], in_plane: Sequence[tuple], plane: tuple[int, int]
 ) -> tuple[np.ndarray, sparse.csr_array]:
-    """The bilinear interpolation of a plane of (Y, Z) points at `places`, N indices along Y' and along Z'.
+    """Interpolate a plane of (Y, Z) points bilinearly at `places`, N indices along Y' and along Z'.
 
     Args:
         places: of the plane that is interpolated to.
@@ -208,7 +208,7 @@ def slabs(logits: Tensor, shape: Sequence[int]) -> list[slice]:
 
 
 def resize_slab(logits: Tensor, shape: Sequence[int], slab: slice) -> Tensor:
-    """The part `slab` along X of (K, X, Y, Z) logits resized to `shape`: (K, slab, Y', Z') float32."""
+    """Resize (K, X, Y, Z) logits to `shape` and return the part `slab` along X: (K, slab, Y', Z') float32."""
     along_x = neighbours(logits.shape[1], shape[0])
     low, high, share = (torch.from_numpy(each[slab]).to(logits.device) for each in along_x)
     part = torch.lerp(logits[:, low].float(), logits[:, high].float(), share[:, None, None])  # (K, slab, Y, Z)

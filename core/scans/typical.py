@@ -6,24 +6,33 @@ from core.scans.geometry import Geometry
 
 BODY_ABOVE_HU = -500  # voxels above it belong to the body; its HU percentiles tell CT from other things
 HU_PERCENTILES = (5, 50, 95)
+EXTENT_TOLERANCE = 0.25  # a scan may be this much smaller or larger than every training case before infer.py warns
+HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may be outside those of the training cases
 
 
 def hu_percentiles(voxels: np.ndarray) -> list[float]:
-    """HU_PERCENTILES of the body's voxels in HU (of every fourth along each axis); of all where none is body."""
+    """Return HU_PERCENTILES of the body's voxels (every fourth along each axis); of all voxels where none is body."""
     sample = voxels[::4, ::4, ::4]
     body = sample[sample > BODY_ABOVE_HU]
     return np.percentile(body if body.size else sample, HU_PERCENTILES).tolist()
 
 
-EXTENT_TOLERANCE = 0.25  # a scan may be this much smaller or larger than every training case before infer.py warns
-HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may lie outside those of the training cases
+def ranges_of(found: dict[str, list]) -> dict:
+    """Return the smallest and the largest value of each name's (cases, n) numbers, and HU_PERCENTILES.
 
-
-# ---- What a scan is beside the training cases ------------------------------------------------------------------------
+    Args:
+        found: for `extent_mm` and `hu_percentiles` a row of numbers for each case; no row: no range.
+    """
+    ranges = {
+        name: {"min": np.min(values, axis=0).tolist(), "max": np.max(values, axis=0).tolist()}
+        for name, values in found.items()
+        if values
+    }
+    return {"percentiles": list(HU_PERCENTILES), **ranges}
 
 
 def differences(voxels: np.ndarray, geometry: Geometry, training_data: dict) -> list[str]:
-    """In words, what sets a scan apart from all the cases that the network was trained on, theirs in brackets."""
+    """Describe in words how a scan differs from all training cases, with their range in brackets."""
     found = []
     extent = training_data["extent_mm"]
     for axis, mm, low, high in zip("XYZ", geometry.extent_mm, extent["min"], extent["max"], strict=True):

@@ -4,15 +4,18 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from core.config import Config
+from core.scans.typical import ranges_of
 from core.system.exits import leave_signals_to_the_command, print_warning
-from core.system.processes import Group
+from core.system.processes import ALONE, Group
 
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
 
@@ -106,3 +109,29 @@ def naming_dead_workers() -> Iterator[None]:
             "a process that loads cases was killed, most likely because memory ran out; go on with --resume and fewer "
             "--workers"
         ) from error
+
+
+def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE) -> dict:
+    """Read every case once, which fills the cache and shows broken files; return what infer.py compares scans with.
+
+    Each process reads its share of the cases. Warnings about a case's files are given here, and not again.
+
+    Args:
+        dataset: a CaseDataset.
+        workers: processes that load cases.
+        group: the processes of the run.
+
+    Returns:
+        `ranges_of` the cases.
+    """
+    found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
+    share = range(group.rank, len(dataset), group.size)
+    loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
+    for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
+        for name, values in found.items():
+            values += sample[name].tolist()
+        for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
+            if swapped:
+                print_warning(f"case {case}: {swapped}; mirrored, or ids mixed up? python -m data.doctor tells more")
+    dataset.warn_no_more()
+    return ranges_of({name: list(chain(*group.gather(values))) for name, values in found.items()})

@@ -35,14 +35,14 @@ def without_monai(monkeypatch):
 
 @pytest.fixture
 def with_a_peer(monkeypatch):
-    """A network of one convolution in MONAI's place."""
+    """Return a network of one convolution in MONAI's place."""
     for module in (memory, train_step):
         monkeypatch.setattr(module, "monai_installed", lambda: True)
         monkeypatch.setattr(module, "monai_vnet", lambda classes: nn.Conv3d(1, classes, kernel_size=1))
 
 
 def run(monkeypatch, capsys, module, *flags: object) -> tuple[list[str], dict]:
-    """A benchmark on the small network: the lines that it prints, and its last line read as JSON."""
+    """Return a benchmark on the small network: the lines that it prints, and its last line read as JSON."""
 
     def load(flags: dict):
         return replace(SMALL, size=tuple(map(int, flags["size"])))

@@ -37,7 +37,7 @@ def small(monkeypatch):
 
 
 def answer(run_main, module: ModuleType, *flags: object) -> tuple[list[str], dict]:
-    """The lines that a benchmark prints, and its last line read as JSON."""
+    """Return the lines that a benchmark prints, and its last line read as JSON."""
     code, out, _ = run_main(module, *flags)
     assert code == 0
     lines = out.splitlines()

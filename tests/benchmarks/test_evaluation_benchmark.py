@@ -14,7 +14,7 @@ ALWAYS_THERE = {PROJECT, "boolean masks", "scikit-learn", "surface-distance"}  #
 
 @pytest.fixture
 def one_box() -> np.ndarray:
-    """An organ of 8 x 8 x 6 voxels with the id 2, and one in the array's corner with the id 5."""
+    """Return an organ of 8 x 8 x 6 voxels with the id 2, and one in the array's corner with the id 5."""
     labels = np.zeros((30, 20, 12), np.uint8)
     labels[16:24, 6:14, 3:9] = 2
     labels[:6, :6, :6] = 5

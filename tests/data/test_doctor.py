@@ -32,7 +32,7 @@ def healthy(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def data(healthy, tmp_path) -> Path:
-    """A copy to make ill."""
+    """Return a copy to make ill."""
     return Path(shutil.copytree(healthy, tmp_path / "data"))
 
 
@@ -56,7 +56,7 @@ def labels_of(data_dir: Path, number: int) -> Path:
 
 
 def rewrite(path: Path, change, affine: np.ndarray | None = None, to: Path | None = None) -> None:
-    """The same file with other voxels, or another affine, or both."""
+    """Return the same file with other voxels, or another affine, or both."""
     file = nib.load(path)
     array = change(np.asanyarray(file.dataobj))
     nib.save(nib.Nifti1Image(array, file.affine if affine is None else affine), to or path)
@@ -75,7 +75,7 @@ def test_a_healthy_data_set_has_no_findings(healthy):
 
 
 def mirrored(path: Path) -> None:
-    """The file's voxels the other way round along the axis nearest to X, under the same affine."""
+    """Return the file's voxels the other way round along the axis nearest to X, under the same affine."""
     axis = int(np.argmax(np.abs(nib.load(path).affine[0, :3])))
     rewrite(path, lambda array: np.flip(array, axis))
 

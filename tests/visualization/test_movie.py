@@ -47,7 +47,7 @@ def scene(*balls: tuple[int, tuple[float, float, float], float]) -> Scene:
 
 @pytest.fixture
 def case(tmp_path) -> tuple[Path, Path]:
-    """A scan and its label map: liver on the patient's right and in front, spleen on the left."""
+    """Return a scan and its label map: liver on the patient's right and in front, spleen on the left."""
     labels = np.zeros((40, 30, 20), np.uint8)
     labels[ball(labels.shape, (3, 3, 5), (90, 60, 50), 20)] = LIVER
     labels[ball(labels.shape, (3, 3, 5), (30, 40, 50), 15)] = SPLEEN

@@ -325,7 +325,7 @@ def check_texts(figure: Figure) -> None:
 
 
 def drawn(figure: Figure) -> np.ndarray:
-    """The figure's pixels, (rows, columns, 3) from 0 to 1."""
+    """Return the figure's pixels, (rows, columns, 3) from 0 to 1."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3] / 255

@@ -17,7 +17,8 @@ from core.config import load_config, load_organs
 from core.network import build_network
 from core.scans.anatomy import organs_in, remarks
 from core.scans.geometry import Geometry
-from dataset import CaseDataset, describe_cases, find_cases
+from core.training.batches import describe_cases
+from dataset import CaseDataset, find_cases
 from visualization import report
 
 ORGANS = load_organs()
@@ -137,7 +138,7 @@ def test_swapped_sides_are_said():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A scan, the truth, and a prediction that lacks the spleen and half of the left kidney and adds a gallbladder."""
+    """Return a scan, the reference, and a prediction without spleen and half of the left kidney, with a gallbladder."""
     folder = tmp_path_factory.mktemp("report")
     _, y, z = BOXES[LEFT_KIDNEY]
     half = {LIVER: BOXES[LIVER], LEFT_KIDNEY: (slice(8, 13), y, z), BLADDER: (slice(24, 27), y, z)}

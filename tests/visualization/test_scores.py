@@ -47,7 +47,7 @@ def write_metrics(path: Path, table: np.ndarray, organs: tuple[str, ...] = ORGAN
 
 
 def axes_of(width: float = 6, height: float = 6):
-    """An empty panel."""
+    """Return an empty panel."""
     return Figure(figsize=(width, height)).subplots()
 
 

@@ -57,7 +57,7 @@ def scan() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A scan, a prediction without the spleen and the truth with it."""
+    """Return a scan, a prediction without the spleen and the truth with it."""
     folder = tmp_path_factory.mktemp("viewer")
     volumes = {"scan": scan(), "prediction": label_map(LIVER, LEFT_KIDNEY), "truth": label_map(LIVER, SPLEEN)}
     for name, volume in volumes.items():
@@ -302,7 +302,7 @@ NO_WEBGL = "HTMLCanvasElement.prototype.getContext = () => null;"
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A browser without a screen; its log tells of errors and requests."""
+    """Return a browser without a screen; its log tells of errors and requests."""
     missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
     if missing:
         reason = f"{' and '.join(missing)} not found; Debian: apt-get install chromium chromium-driver"

@@ -57,7 +57,7 @@ def warned(folder: Path, **options: object) -> tuple[list[str], tuple]:
 
 
 def refusal(folder: Path, **options: object) -> str:
-    """The one sentence by which a series is refused; it names the folder and nothing of the patient."""
+    """Return the one sentence by which a series is refused; it names the folder and nothing of the patient."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         load_series(folder, warn=lambda _: None, **options)
     message = str(caught.value)
@@ -189,7 +189,7 @@ def test_padding_may_be_a_range_and_warns_where_it_is_as_in_tissue(tmp_path):
 
 
 def make_enhanced(count: int = SLICES) -> Dataset:
-    """The series of `make_series` as one enhanced multi-frame file, frames in mixed order."""
+    """Return the series of `make_series` as one enhanced multi-frame file, frames in mixed order."""
     one = make_slice(0, ImagePositionPatient=None, ImageOrientationPatient=None, PixelSpacing=None)
     del one.RescaleSlope, one.RescaleIntercept
     one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID = ENHANCED_CT
@@ -334,7 +334,7 @@ def test_folders_without_a_series_are_refused(tmp_path):
 
 
 def every(**changes: object) -> Callable[[list[Dataset]], None]:
-    """A change of all slices."""
+    """Return a change of all slices."""
 
     def change(slices: list[Dataset]) -> None:
         for one in slices:
@@ -345,7 +345,7 @@ def every(**changes: object) -> Callable[[list[Dataset]], None]:
 
 
 def third(**changes: object) -> Callable[[list[Dataset]], None]:
-    """A change of the third slice only."""
+    """Return a change of the third slice only."""
     return lambda slices: every(**changes)(slices[2:3])
 
 

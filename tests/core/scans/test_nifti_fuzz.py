@@ -32,7 +32,7 @@ EDGES["d"] = (*EDGES["f"], 1e300, -1e300)
 
 
 def base_of(rng: np.random.Generator) -> tuple[bytearray, int, str]:
-    """A good file of one of all types, versions and byte orders; version and byte order."""
+    """Return a good file of one of all types, versions and byte orders; version and byte order."""
     version, endian = int(rng.integers(1, 3)), "<>"[rng.integers(2)]
     kind = list(TYPES.values())[rng.integers(len(TYPES))]
     stored = rng.integers(0, CLASSES, SHAPE).astype(kind)
@@ -82,7 +82,7 @@ def read_field(content: bytearray, offset: int, form: str, endian: str) -> tuple
 
 
 def mutated(seed: int) -> tuple[bytes, bool]:
-    """The unpacked file of a seed, and whether it is to be packed."""
+    """Return the unpacked file of a seed, and whether it is to be packed."""
     rng = np.random.default_rng(seed)
     content, version, endian = base_of(rng)
     for _ in range(rng.integers(0, 4)):
@@ -91,7 +91,7 @@ def mutated(seed: int) -> tuple[bytes, bool]:
 
 
 def attempt(read, path: Path, *arguments: object) -> tuple | None:
-    """What a reader gives, None when it refuses; anything but one sentence that names the file is a failure."""
+    """Return what a reader gives, None when it refuses; anything but one sentence that names the file is a failure."""
     warnings = []
     try:
         return read(path, *arguments, Reading(max_gib=MAX_GIB, warn=warnings.append))
@@ -106,7 +106,7 @@ def attempt(read, path: Path, *arguments: object) -> tuple | None:
 
 
 def complaint(content: bytes, path: Path) -> str | None:
-    """What is wrong about the way the reader takes a file; None where nothing is."""
+    """Return what is wrong about the way the reader takes a file; None where nothing is."""
     found = parse(content)
     scan, labels = attempt(load_scan, path), attempt(load_labels, path, CLASSES)
     geometry = attempt(read_geometry, path)
@@ -138,7 +138,7 @@ def attempt_message(path: Path) -> str:
 
 
 def complaint_about_labels(labels: tuple | None, found: Found) -> str | None:
-    """The same of a file read as a label map."""
+    """Return the same of a file read as a label map."""
     whole = np.rint(found.scaled)
     far = np.abs(found.scaled - whole).max()
     fine = far < 0.049 and whole.min() >= 0 and whole.max() < CLASSES

@@ -155,5 +155,5 @@ def test_names_without_letters_differ():
 
 
 def test_two_organs_of_one_name_make_no_list():
-    with pytest.raises(ValueError, match=r"a\.nii: the organ names in its header: got .* no name twice"):
+    with pytest.raises(ValueError, match=r"a\.nii: the organ names in its header: got .* all different"):
         as_list({1: "liver", 2: "liver"}, "a.nii")

@@ -56,7 +56,7 @@ def affine_of(oblique: bool = False) -> np.ndarray:
 
 
 def store_as(order: tuple, array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same voxels at the same places with axes permuted and flipped, by hand: array and affine of the copy."""
+    """Return a copy with permuted and flipped axes, its voxels at the same places, by hand: array and affine."""
     permutation, signs = order
     to_first = np.zeros((4, 4))  # from the copy's indices to those of `array`
     to_first[3, 3] = 1
@@ -76,7 +76,7 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray | None = None, slope
 
 
 def values_by_place(path: Path) -> dict:
-    """What nibabel alone finds: the value of every voxel by its place in mm, rounded to 0.01 mm."""
+    """Return what nibabel alone finds: the value of every voxel by its place in mm, rounded to 0.01 mm."""
     file = nib.load(path)
     array = np.asarray(file.dataobj)
     indices = np.stack(np.meshgrid(*map(range, array.shape), indexing="ij"), axis=-1)
@@ -240,21 +240,21 @@ def test_every_damage_to_a_gzipped_scan_is_found(tmp_path):
 
 
 def cut_short(path: Path) -> Path:
-    """A gzipped scan that lacks its last third."""
+    """Return a gzipped scan that lacks its last third."""
     write(path, NOISE)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     return path
 
 
 def cut_short_plain(path: Path) -> Path:
-    """A scan, not compressed, that lacks its last ten bytes."""
+    """Return a scan, not compressed, that lacks its last ten bytes."""
     write(path.with_suffix(""), HU)
     path.with_suffix("").write_bytes(path.with_suffix("").read_bytes()[:-10])
     return path.with_suffix("")
 
 
 def one_bit_wrong(path: Path) -> Path:
-    """A gzipped scan with one bit of one voxel changed, so that only gzip's checksum tells."""
+    """Return a gzipped scan with one bit of one voxel changed, so that only gzip's checksum tells."""
     write(path, NOISE)
     content = bytearray(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=0))
     content[content.index(NOISE.tobytes(order="F")[9000:9040])] ^= 1  # level 0: the voxels stand there as they are
@@ -263,7 +263,7 @@ def one_bit_wrong(path: Path) -> Path:
 
 
 def too_large(path: Path) -> Path:
-    """A file whose header promises 32767 voxels along each axis."""
+    """Return a file whose header promises 32767 voxels along each axis."""
     write(path, HU)
     content = bytearray(gzip.decompress(path.read_bytes()))
     content[42:48] = np.full(3, 32767, "<i2").tobytes()
@@ -278,7 +278,7 @@ def not_nifti(path: Path) -> Path:
 
 
 def another_format(path: Path) -> Path:
-    """A volume that nibabel reads but that is no NIfTI."""
+    """Return a volume that nibabel reads but that is no NIfTI."""
     path = path.with_name("scan.mgz")
     nib.save(nib.MGHImage(HU.astype(np.float32), affine_of()), path)
     return path
@@ -293,7 +293,7 @@ def with_holes(path: Path) -> Path:
 
 
 def singular(path: Path) -> Path:
-    """An affine that lays all of Z into one plane."""
+    """Return an affine that lays all of Z into one plane."""
     file = nib.Nifti1Image(HU, None)
     file.header.set_sform(np.diag([1, 1, 0, 1]), code=1)
     nib.save(file, path)

@@ -21,7 +21,8 @@ from core.network import build_network
 from core.scans.geometry import Geometry
 from core.scans.volumes import read_geometry, save_label_map
 from core.scoring.organ_list import DEFAULT_NOTE
-from dataset import CaseDataset, describe_cases, find_cases
+from core.training.batches import describe_cases
+from dataset import CaseDataset, find_cases
 from visualization import movie, overlay, report, viewer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,7 +59,7 @@ def geometry(tmp_path) -> Geometry:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A network of three organs, and the settings it was trained under as config.yaml beside it."""
+    """Return a network of three organs, and the settings it was trained under as config.yaml beside it."""
     folder = tmp_path_factory.mktemp("training")
     config = dataclasses.replace(
         load_config(), size=SHAPE, channels=2, down_convs=(1, 1), up_convs=(1,), device="cpu", cache_dir=None,
@@ -83,7 +84,7 @@ def folders(folder: Path) -> list[str]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The organ names of metrics.csv, one case's."""
+    """Return the organ names of metrics.csv, one case's."""
     with open(folder / "output" / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [row["organ"] for row in rows if row["case"] == rows[0]["case"]]

@@ -20,7 +20,7 @@ def scores_of(reference, prediction, classes: int) -> dict[str, np.ndarray]:
 
 
 def by_masks(reference: np.ndarray, prediction: np.ndarray, organ: int) -> dict[str, float]:
-    """The scores of one organ from the textbook's four counts, without a confusion matrix."""
+    """Return the scores of one organ from the textbook's four counts, without a confusion matrix."""
     expected, found = reference == organ, prediction == organ
     hits, false_alarms = int((expected & found).sum()), int((~expected & found).sum())
     misses, rest = int((expected & ~found).sum()), int((~expected & ~found).sum())

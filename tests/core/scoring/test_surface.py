@@ -37,14 +37,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning
 
 
 def box_mask(shape: tuple, low: tuple, high: tuple) -> np.ndarray:
-    """A mask of one box, from voxel `low` to below `high`."""
+    """Return a mask of one box, from voxel `low` to below `high`."""
     mask = np.zeros(shape, bool)
     mask[tuple(map(slice, low, high))] = True
     return mask
 
 
 def area_mm2(mask: np.ndarray, spacing_mm: tuple) -> float:
-    """The area of a mask's whole surface."""
+    """Return the area of a mask's whole surface."""
     return float(surfaces_of(mask, mask, spacing_mm).reference_mm2.sum())
 
 
@@ -59,7 +59,7 @@ def scores_of(
 def scores_by_deepmind(
     reference: np.ndarray, prediction: np.ndarray, spacing_mm: tuple, tolerance_mm: float, percents: tuple = PERCENTS
 ) -> list[float]:
-    """The same from the package surface-distance, whose means of the two ways are put together by area."""
+    """Return the same from the package surface-distance, whose means of the two ways are put together by area."""
     both = surface_distance.compute_surface_distances(reference, prediction, spacing_mm)
     areas = [both["surfel_areas_gt"].sum(), both["surfel_areas_pred"].sum()]
     mean = np.average(surface_distance.compute_average_surface_distance(both), weights=areas)
@@ -68,7 +68,7 @@ def scores_by_deepmind(
 
 
 def blobs(seed: int, shape: tuple = (24, 20, 16), voxels: float = 2.0) -> np.ndarray:
-    """A mask of smooth blobs over about half of the array, its edges included."""
+    """Return a mask of smooth blobs over about half of the array, its edges included."""
     noise = np.random.default_rng(seed).standard_normal(shape)
     return gaussian_filter(noise, voxels) > 0
 

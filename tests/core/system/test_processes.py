@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TINY, same_weights
 from torch import nn
 
 from core.checkpoint import load_checkpoint
@@ -18,10 +19,9 @@ from data.make_phantom import write_phantom
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are ended by signals of POSIX")
 ROOT = Path(__file__).resolve().parents[3]
-TINY = [
-    *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
-    *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--device", "cpu", "--augment", "--workers", "0"),
-    *("--epochs", "3", "--schedule", "poly", "--checkpoint-minutes", "0", "--val-fraction", "0.375"),
+FLAGS = [
+    *TINY,
+    *("--augment", "--epochs", "3", "--schedule", "poly", "--checkpoint-minutes", "0", "--val-fraction", "0.375"),
 ]
 
 
@@ -35,7 +35,7 @@ def data(tmp_path_factory) -> Path:
 
 def flags(data: Path, folder: Path, *more: object) -> list[str]:
     where = ["--data-dir", data, "--run-dir", folder / "run", "--cache-dir", folder / "cache"]
-    return ["train.py", *map(str, [*where, *TINY, *more])]
+    return ["train.py", *map(str, [*where, *FLAGS, *more])]
 
 
 def torchrun(data: Path, folder: Path, *more: object, restarts: int = 0) -> subprocess.Popen:
@@ -53,7 +53,7 @@ def torchrun(data: Path, folder: Path, *more: object, restarts: int = 0) -> subp
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory) -> Path:
-    """The folder of a run of two processes."""
+    """Return the folder of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
     process = torchrun(data, folder)
     out, _ = process.communicate(timeout=240)
@@ -85,11 +85,6 @@ def test_two_processes_are_one_at_the_whole_batch(data, two, tmp_path):
         assert (weight - b["network"][name]).abs().max() < 2e-3, name
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = (load_checkpoint(folder / "last.pt")["network"] for folder in (one, other))
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
 def wait_for(process: subprocess.Popen, last: Path) -> None:
     while not last.exists() and process.poll() is None:
         time.sleep(0.005)
@@ -105,7 +100,7 @@ def test_a_killed_process_is_restarted_and_the_run_ends_the_same(data, two, tmp_
     assert process.returncode == 0, out
     assert "Traceback" not in out
     assert "another process of this run has ended" in out
-    assert same_weights(tmp_path / "run", two)
+    assert same_weights(tmp_path / "run" / "last.pt", two / "last.pt")
     assert [row["train_loss"] for row in log(tmp_path / "run")] == [row["train_loss"] for row in log(two)]
 
 
@@ -119,7 +114,7 @@ def test_a_signal_to_torchrun_stops_all_at_the_same_step(data, two, tmp_path):
     process = torchrun(data, tmp_path, "--resume")
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    assert same_weights(tmp_path / "run", two)
+    assert same_weights(tmp_path / "run" / "last.pt", two / "last.pt")
 
 
 def test_batch_norm_is_refused(data, tmp_path):

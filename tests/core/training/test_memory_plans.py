@@ -98,7 +98,7 @@ def test_plan_for_a_card():
 
 
 def out_of_memory_under(plans: set[str], real):
-    """A function like `real` for which memory runs out under some plans, after the forward pass has left its traces."""
+    """Return a function like `real` that runs out of memory under some plans, after the forward pass."""
 
     def run(training: Training, *arguments, **settings):
         if training.plan in plans:
@@ -133,7 +133,7 @@ def test_out_of_memory_under_the_smallest_plan_stops(monkeypatch):
 
 @pytest.fixture
 def card(monkeypatch) -> torch.device:
-    """A made-up card of 6 GiB: the functions of torch.cuda that choosing a plan asks."""
+    """Return a made-up card of 6 GiB: the functions of torch.cuda that choosing a plan asks."""
     properties = type("Properties", (), {"total_memory": 6 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)

@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import TINY
 
 import train
 from core.checkpoint import load_checkpoint
@@ -30,26 +31,20 @@ from dataset import CaseDataset
 fcntl = pytest.importorskip("fcntl")
 ROOT = Path(__file__).resolve().parents[3]
 # A network and a grid on which a step takes some hundredths of a second; last.pt is written after each.
-TINY = [
-    *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
-    *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--device", "cpu", "--augment"),
-    *("--epochs", "4", "--schedule", "cosine", "--checkpoint-minutes", "0"),
-]
+FLAGS = [*TINY, "--augment", "--epochs", "4", "--schedule", "cosine", "--checkpoint-minutes", "0"]
 STEPS = 16  # of a whole run: four epochs of four cases
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # with another number of threads the last bits differ
 NOT_COMPARED = ("seconds", "data_seconds", "peak_gib")  # of log.csv
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantom(folder, cases=5, shape=(40, 36, 28), seed=0)
-    return folder
+def data(phantom_data) -> Path:
+    return phantom_data
 
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
+    """Return the folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     done = subprocess.run(command(data, folder), cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
@@ -67,11 +62,11 @@ def run(data, tmp_path, run_main):
 
 def command(data: Path, folder: Path, *flags: object) -> list[str]:
     where = ["--data-dir", data, "--run-dir", folder / "run", "--cache-dir", folder / "cache"]
-    return [sys.executable, "train.py", *map(str, [*where, *TINY, "--workers", "0", *flags])]
+    return [sys.executable, "train.py", *map(str, [*where, *FLAGS, *flags])]
 
 
 def start(data: Path, folder: Path, *flags: object) -> subprocess.Popen:
-    """The script with --resume, as a scheduler would start it again and again, leader of a process group."""
+    """Return the script with --resume, as a scheduler would start it again and again, leader of a process group."""
     arguments = command(data, folder, "--resume", *flags)
     return subprocess.Popen(
         arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, start_new_session=True
@@ -108,12 +103,12 @@ def assert_same(first: object, second: object) -> None:
 
 
 def facts(folder: Path) -> dict:
-    """What run.json tells."""
+    """Return what run.json tells."""
     return json.loads((folder / "run.json").read_text())
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """The same weights, optimiser, scores and log as the run that nothing happened to."""
+    """Return the same weights, optimiser, scores and log as the run that nothing happened to."""
     assert_same(content(folder), content(whole))
     assert_same(load_checkpoint(folder / "best.pt")["network"], load_checkpoint(whole / "best.pt")["network"])
     rows = []
@@ -209,7 +204,7 @@ def test_a_signal_during_validation_is_acted_on_and_the_validation_done_later(ru
 
 
 def test_a_second_signal_quits_at_once(data, tmp_path):
-    slow = ["--size", "96", "96", "64", "--channels", "8", "--workers", "0"]
+    slow = ["--size", "96", "96", "64", "--channels", "8", "--batch-size", "4", "--accumulation-steps", "4"]
     process = start(data, tmp_path, *slow)
     wait_for_checkpoint(process, tmp_path / "run" / "last.pt", 2)
     process.send_signal(signal.SIGTERM)
@@ -239,7 +234,7 @@ def test_a_damaged_last_falls_back_to_the_one_before(run, whole, tmp_path):
 
 @contextmanager
 def no_file_larger_than(size: int):
-    """A block in which writing beyond `size` bytes of a file fails, as it does on a full disk."""
+    """Make a block in which writing beyond `size` bytes of a file fails, as it does on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -233,7 +233,7 @@ def test_the_deterministic_loss_is_the_same(name):
 
 
 def hardest_half(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """A loss that no sums over voxels give: the mean over the hardest half of the voxels."""
+    """Return a loss that no sums over voxels give: the mean over the hardest half of the voxels."""
     losses = nn.functional.cross_entropy(logits, labels.long(), reduction="none").flatten()
     return losses.topk(losses.numel() // 2).values.mean()
 

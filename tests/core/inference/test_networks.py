@@ -1,0 +1,48 @@
+"""Several networks predict the mean of their probabilities; the precision suits the device."""
+
+import math
+
+import pytest
+import torch
+
+from core.inference.networks import choose_inference_precision, mean_logits
+
+
+def logits_of(*probabilities: float) -> torch.Tensor:
+    """Return logits, (K, 1, 1, 1), whose softmax gives these probabilities, shifted by a constant."""
+    return torch.tensor([math.log(p) + 7 for p in probabilities]).view(-1, 1, 1, 1)
+
+
+def test_the_probabilities_are_averaged_not_the_logits():
+    each = [logits_of(0.90, 0.09, 0.01), logits_of(0.2, 0.5, 0.3), logits_of(0.1, 0.1, 0.8)]
+    found = mean_logits(iter(each), 3).softmax(dim=0).flatten()
+    torch.testing.assert_close(found, torch.tensor([1.2 / 3, 0.69 / 3, 1.11 / 3]))
+
+
+def test_a_probability_of_zero_in_all_networks_stays_finite():
+    logits = torch.tensor([200.0, -200.0]).view(2, 1, 1, 1)
+    found = mean_logits([logits, logits.clone()], 2)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.softmax(dim=0).flatten(), torch.tensor([1.0, 0.0]))
+
+
+def test_the_logits_of_one_network_are_left_as_they_are():
+    logits = torch.randn(3, 2, 2, 2)
+    assert mean_logits(iter([logits]), 1) is logits
+
+
+@pytest.mark.parametrize(
+    ("name", "trained_in", "device", "expected"),
+    [
+        ("auto", "auto", "cpu", torch.float32),
+        ("auto", "bf16", "cpu", torch.float32),
+        ("float32", "bf16", "cpu", torch.float32),
+        ("bf16", "float32", "cpu", torch.bfloat16),
+        ("auto", "float32", "cuda", torch.float32),
+        ("auto", "fp16", "cuda", torch.float16),
+        ("bf16", "fp16", "cuda", torch.bfloat16),
+        ("float32", "bf16", "cuda", torch.float32),
+    ],
+)
+def test_precision_is_the_one_asked_for_or_that_of_the_training(name, trained_in, device, expected):
+    assert choose_inference_precision(name, trained_in, torch.device(device)) == expected
