@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with refusing(USAGE):
         if args.workers < 1:
             raise ValueError(f"--workers: got {args.workers}, expected 1 or more")
+        if args.data_dir.resolve().is_relative_to(args.source.resolve()):
+            raise ValueError(f"{args.data_dir}: is in {args.source}; write into a folder outside of it")
         organs = read_organ_list(args.organs, args.config)
         source = read_source(args.source, args.layout)
         given = parse_source_organs(args.source_organs, source.has_masks)
@@ -69,11 +71,11 @@ def convert(source: Source, organ_map: OrganMap, folder: DataFolder, copy: bool,
                 if result.error:
                     failures[case.id] = result.error
                 else:
-                    folder.finish(case, organ_map)
+                    folder.finish(case, organ_map, result.present)
                     results.append(result)
     finally:
         folder.write_annotated()
-    for line in summarise(results, organ_map):
+    for line in [*summarise(results, organ_map), *doubts(folder.never_found(source.cases), source, organ_map, folder)]:
         print_warning(line)
     counts = f"{len(results)} cases converted, {len(finished)} were finished before, {len(failures)} failed"
     print(f"{folder.path}: {counts}", flush=True)
@@ -122,6 +124,18 @@ def summarise(results: Sequence[Converted], organ_map: OrganMap) -> list[str]:
     for case, first, second, n in overlaps:
         lines.append(f"case {case}: {n} voxels are both {first} and {second}; they became {second}")
     return lines
+
+
+def doubts(absent: Sequence[str], source: Source, organ_map: OrganMap, folder: DataFolder) -> list[str]:
+    """Return a sentence about organs that the source should annotate but that no case has; none where all occur."""
+    keys = [key for key, target in organ_map.target.items() if folder.organs[target] in absent]
+    if not keys:
+        return []
+    flags = " ".join(f"{key}={BACKGROUND}" for key in keys)
+    return [
+        f"in none of {len(source.cases)} cases: {', '.join(absent)}; annotated.csv says that they are annotated; "
+        f"if they are not, --source-organs {flags}"
+    ]
 
 
 def read_organ_list(names: Sequence[str] | None, config: Path) -> tuple[str, ...]:

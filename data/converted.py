@@ -4,7 +4,6 @@ convert_case(case, ...) -> images/CASE_0000.nii.gz, labels/CASE.nii.gz
 DataFolder              -> convert.json, organs.yaml, annotated.csv
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from core.scans.annotated import write_annotated
 from core.scans.files import list_files
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.organ_names import read_organ_names
@@ -28,7 +28,7 @@ from data.label_names import Key, OrganMap, same_organ
 from data.layouts import SourceCase
 from data.other_formats import NIFTI_SUFFIXES, is_other_format, write_as_nifti
 
-RECORD, ANNOTATED, ORGANS = "convert.json", "annotated.csv", "organs.yaml"
+RECORD, ORGANS = "convert.json", "organs.yaml"
 IDS = 256  # that a label map can hold
 
 
@@ -39,12 +39,14 @@ class Converted:
     Attributes:
         case: its id.
         error: why it failed; empty when it did not.
+        present: names of the organs that occur in it.
         dropped: voxels that became background, by the source's key.
         overlaps: voxels that two masks claim, by the names of the loser and the winner.
     """
 
     case: str
     error: str = ""
+    present: tuple[str, ...] = ()
     dropped: Counter = field(default_factory=Counter)
     overlaps: Counter = field(default_factory=Counter)
 
@@ -66,6 +68,7 @@ def convert_case(case: SourceCase, organ_map: OrganMap, organs: Sequence[str], d
             check_same_grid(read_geometry(scan), geometry, f"case {case.id}")
             place(scan, scan_file, copy or scan != case.scan)
             save_label_map(labels, geometry, labels_file, organs)
+        result.present = tuple(organs[organ] for organ in np.flatnonzero(count_ids(labels)) if organ)
     except (ValueError, OSError, MemoryError) as error:
         result.error = str(error).removeprefix(f"case {case.id}: ") or type(error).__name__
     finally:
@@ -96,7 +99,7 @@ def read_label_map(path: Path, organ_map: OrganMap, result: Converted, folder: P
     nifti = as_nifti(path, folder)
     check_header_names(nifti, organ_map)
     ids, geometry = load_labels(nifti)
-    counts = np.bincount(ids.ravel(), minlength=IDS)
+    counts = count_ids(ids)
     present = [int(key) for key in np.flatnonzero(counts) if key]
     unknown = [key for key in present if key not in organ_map.names]
     if unknown:
@@ -123,7 +126,7 @@ def check_header_names(path: Path, organ_map: OrganMap) -> None:
     """
     for key, name in read_organ_names(path).items():
         taken = organ_map.names.get(key)
-        if taken is not None and key in organ_map.target and not same_organ(name, taken) and organ_map.target[key]:
+        if taken is not None and key not in organ_map.given and not same_organ(name, taken):
             raise ValueError(f"{path}: its header says that id {key} is {name!r}, but it is read as {taken!r}")
 
 
@@ -135,7 +138,7 @@ def read_masks(
     for name in sorted(used_masks(case, organ_map), key=organ_map.target.get):
         organ = organ_map.target[name]
         mask, own = load_labels(as_nifti(case.masks[name], folder))
-        values = np.flatnonzero(np.bincount(mask.ravel(), minlength=1)[1:]) + 1
+        values = np.flatnonzero(count_ids(mask)[1:]) + 1
         if len(values) > 1:
             found = ", ".join(map(str, values[:5]))
             raise ValueError(f"{case.masks[name]}: holds the ids {found}, expected a mask of one organ")
@@ -150,6 +153,12 @@ def read_masks(
     if labels is None:
         raise ValueError(f"none of its {len(case.masks)} masks is an organ of the list")
     return labels, geometry
+
+
+def count_ids(labels: np.ndarray) -> np.ndarray:
+    """Return the number of voxels by id, (IDS,), of labels, (X, Y, Z) uint8."""
+    # Plane by plane, because bincount copies its input to 64 bits.
+    return sum((np.bincount(plane.ravel(), minlength=IDS) for plane in labels), np.zeros(IDS, np.int64))
 
 
 def used_masks(case: SourceCase, organ_map: OrganMap) -> list[str]:
@@ -223,6 +232,13 @@ class DataFolder:
         """Names of the organs that the source annotates, by finished case."""
         return {case: about["annotated"] for case, about in sorted(self.cases.items()) if about["key"]}
 
+    def never_found(self, cases: Sequence[SourceCase]) -> list[str]:
+        """Return the organs that these cases annotate, but that occur in none of those that are finished."""
+        finished = [self.cases[case.id] for case in cases if self.cases.get(case.id, {}).get("key")]
+        annotated = {name for about in finished for name in about["annotated"]}
+        present = {name for about in finished for name in about["present"]}
+        return [name for name in self.organs if name in annotated - present]
+
     def plan(
         self, cases: Sequence[SourceCase], organ_map: OrganMap
     ) -> tuple[list[SourceCase], list[SourceCase], dict[str, str]]:
@@ -254,11 +270,11 @@ class DataFolder:
         self.cases |= {case.id: {"scan": str(case.scan.resolve()), "key": None, "annotated": []} for case in todo}
         self.write_record()
 
-    def finish(self, case: SourceCase, organ_map: OrganMap) -> None:
-        """Note that a case is finished."""
+    def finish(self, case: SourceCase, organ_map: OrganMap, present: Sequence[str]) -> None:
+        """Note that a case is finished, and which organs occur in it."""
         keys = used_masks(case, organ_map) if case.masks else list(organ_map.names)
         annotated = [self.organs[organ] for organ in organ_map.annotated(keys)]
-        self.cases[case.id] |= {"key": key_of(case, organ_map), "annotated": annotated}
+        self.cases[case.id] |= {"key": key_of(case, organ_map), "annotated": annotated, "present": list(present)}
         self.write_record()
 
     def write_record(self) -> None:
@@ -267,11 +283,8 @@ class DataFolder:
             temporary.write_text(json.dumps({"organs": self.organs, "cases": self.cases}, indent=1) + "\n")
 
     def write_annotated(self) -> None:
-        """Write annotated.csv: of each finished case the organs of the list that the source annotates."""
-        with whole_file(self.path / ANNOTATED) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["case", "organs"])
-            rows.writerows([case, ";".join(organs)] for case, organs in self.annotated.items())
+        """Write annotated.csv for the finished cases."""
+        write_annotated(self.path, self.annotated)
 
 
 def key_of(case: SourceCase, organ_map: OrganMap) -> str:

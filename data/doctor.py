@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from core.config import DEFAULT_CONFIG, check, load_organs
 from core.scans.anatomy import PLAUSIBLE_ML, misplaced, odd_volumes, organs_in, swapped_sides
+from core.scans.annotated import read_annotated
 from core.scans.dicom_series import is_series_folder, load_series
 from core.scans.files import list_files
 from core.scans.geometry import Geometry, check_same_grid
@@ -121,7 +122,12 @@ class Examined:
 # ---- One case --------------------------------------------------------------------------------------------------------
 
 
-def examine(files: tuple[str, Path | None, Path | None], organs: tuple[str, ...], reading: Reading) -> Examined:
+def examine(
+    files: tuple[str, Path | None, Path | None],
+    organs: tuple[str, ...],
+    reading: Reading,
+    annotated: Mapping[str, Sequence[str]],
+) -> Examined:
     """Read a case's files to their end and look at them; no error leaves it."""
     case, scan, labels = files
     seen = Examined(case)
@@ -140,7 +146,7 @@ def examine(files: tuple[str, Path | None, Path | None], organs: tuple[str, ...]
     try:
         if labels:
             ids, labels_geometry = load_labels(labels, len(organs), reading)
-            describe_labels(seen, ids, labels_geometry, organs)
+            describe_labels(seen, ids, labels_geometry, organs, annotated.get(case, organs))
     except (ValueError, OSError, MemoryError) as error:
         about_ids = "organ ids" in str(error) or "ids outside" in str(error)
         seen.find("bad_labels" if about_ids else "unreadable", str(error))
@@ -170,11 +176,13 @@ def describe_scan(seen: Examined, voxels: np.ndarray, geometry: Geometry) -> Non
     seen.coarse = image / np.float32(length) if length else None
 
 
-def describe_labels(seen: Examined, ids: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> None:
-    """Note which organs are there, how large, and on which side."""
+def describe_labels(
+    seen: Examined, ids: np.ndarray, geometry: Geometry, organs: Sequence[str], annotated: Sequence[str]
+) -> None:
+    """Note which organs are there, how large, and on which side; only annotated ones can be absent."""
     found = organs_in(ids, geometry, organs)
     seen.volumes_ml = {name: organ.ml for name, organ in found.items()}
-    absent = [name for name in organs[1:] if name not in found]
+    absent = [name for name in organs[1:] if name in annotated and name not in found]
     if not found:
         seen.find("no_organs", "its label map is empty")
     elif absent:
@@ -352,7 +360,7 @@ def diagnose(data_dir: Path, output: Path, organs: tuple[str, ...], reading: Rea
 
     pairs, findings = pair_files(data_dir)
     output.mkdir(parents=True, exist_ok=True)
-    look = partial(examine, organs=organs, reading=reading)
+    look = partial(examine, organs=organs, reading=reading, annotated=read_annotated(data_dir))
     with closing(in_processes(look, pairs, min(workers, len(pairs)))) as done:
         cases = [seen for _, seen in tqdm(done, total=len(pairs), desc="reading", disable=None)]
     cases.sort(key=lambda seen: seen.case)

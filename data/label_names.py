@@ -30,12 +30,14 @@ class OrganMap:
         target: id in the organ list by key; 0 for keys that `dropped` lists.
         dropped: keys of organs that the list does not have.
         ignored: keys of voxels that are not annotated.
+        given: keys that the user has named.
     """
 
     names: dict[Key, str]
     target: dict[Key, int]
     dropped: tuple[Key, ...]
     ignored: tuple[Key, ...]
+    given: frozenset[Key] = frozenset()
 
     def annotated(self, keys: Sequence[Key]) -> tuple[int, ...]:
         """Return the ids of the organ list that `keys` stand for, in order."""
@@ -77,7 +79,11 @@ def match_organs(names: Mapping[Key, str], given: Mapping[Key, str], organs: Seq
     Raises:
         ValueError: when two keys mean the same organ without the user saying so, or no organ of the list is there.
     """
-    wanted = {words_for(name): organ for organ, name in enumerate(organs)}
+    wanted: dict[tuple[str, ...], int] = {}
+    for organ, name in enumerate(organs):
+        other = wanted.setdefault(words_for(name), organ)
+        if other != organ:
+            raise ValueError(f"the organ list has one organ twice, {organs[other]!r} and {name!r}; leave one out")
     wanted[words_for(BACKGROUND)] = 0
     merged = {**names, **given}
     target = {key: wanted.get(words_for(name), 0) for key, name in merged.items()}
@@ -98,7 +104,7 @@ def match_organs(names: Mapping[Key, str], given: Mapping[Key, str], organs: Seq
             f"none of the source's organs ({listed}) is in the organ list ({', '.join(organs[1:])}); "
             "give another list (--organs, --config), or other names (--source-organs)"
         )
-    return OrganMap(merged, target, dropped, ignored)
+    return OrganMap(merged, target, dropped, ignored, frozenset(given))
 
 
 def read_dataset_json(path: Path) -> dict[int, str]:
@@ -115,14 +121,14 @@ def read_dataset_json(path: Path) -> dict[int, str]:
         labels = content["labels"]
         pairs = [(k, v) for k, v in labels.items() if not isinstance(v, list) or len(v) == 1]
         pairs = [(k, v[0] if isinstance(v, list) else v) for k, v in pairs]
-        channels = content.get("channel_names", content.get("modality", {}))
+        channels = len(content.get("channel_names", content.get("modality", {})))
         names = {int(k): str(v) for k, v in pairs} if by_id(labels) else {int(v): str(k) for k, v in pairs}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         expected = '"labels": {"1": "liver", ...} or {"liver": 1, ...}'
         raise ValueError(f"{path}: cannot be read ({reason}), expected {expected}") from error
-    if len(channels) > 1:
-        raise ValueError(f"{path}: says that a case has {len(channels)} images, expected one CT scan")
+    if channels > 1:
+        raise ValueError(f"{path}: says that a case has {channels} images, expected one CT scan")
     if len(set(names.values())) < len(names) or (by_id(labels) is False and len(names) < len(pairs)):
         raise ValueError(f"{path}: its labels name an id or an organ twice")
     if not same_organ(names.pop(0, BACKGROUND), BACKGROUND):

@@ -216,8 +216,11 @@ def find_masked_cases(source: Source) -> None:
     """Find a case in each folder with ct.nii.gz: masks in segmentations/, otherwise combined_labels.nii.gz."""
     for folder in sorted(path for path in source.folder.iterdir() if path.is_dir() and path.name[0] != "."):
         scan, combined = named(folder, SCAN), named(folder, COMBINED)
-        masks = {stem(path): path for path in scans_in(folder / MASKS)} if (folder / MASKS).is_dir() else {}
-        if scan is None:
+        files = scans_in(folder / MASKS) if (folder / MASKS).is_dir() else []
+        masks = {stem(path): path for path in files}
+        if len(masks) < len(files):
+            source.failures[folder.name] = f"{folder / MASKS}: two files of the same name; remove one"
+        elif scan is None:
             if masks or combined:
                 source.failures[folder.name] = f"{folder}: no {SCAN}.nii.gz beside its labels"
         elif masks:

@@ -1,0 +1,35 @@
+"""annotated.csv: what is written comes back, and what is no such file is refused by name."""
+
+import os
+
+import pytest
+
+from core.scans.annotated import read_annotated, write_annotated
+
+
+def test_what_is_written_comes_back(tmp_path):
+    organs = {"a, b": ("liver", "right kidney"), "#2": (), "café": ("spleen",)}
+    write_annotated(tmp_path, organs)
+    assert read_annotated(tmp_path) == organs
+    assert (tmp_path / "annotated.csv").read_text(encoding="utf-8").splitlines()[:2] == [
+        "case,organs",
+        '"a, b",liver;right kidney',
+    ]
+
+
+def test_no_file_annotates_nothing_in_particular(tmp_path):
+    assert read_annotated(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["", "case\na\n", "case,organs\na,liver\na,spleen\n", "case,organs\na,liver,spleen\n"])
+def test_another_file_is_refused(tmp_path, text):
+    (tmp_path / "annotated.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"annotated\.csv: "):
+        read_annotated(tmp_path)
+
+
+def test_case_ids_that_are_not_utf8_come_back(tmp_path):
+    case = os.fsdecode(b"M\xfcller")
+    write_annotated(tmp_path, {case: ("liver",)})
+    assert (tmp_path / "annotated.csv").read_bytes() == b"case,organs\nM\xfcller,liver\n"
+    assert read_annotated(tmp_path) == {case: ("liver",)}

@@ -1,0 +1,193 @@
+"""What conversion refuses, which cases fail alone, and what a second run does."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from foreign_layouts import (
+    ALL_BUT_DUODENUM,
+    AMOS,
+    BTCV,
+    CASES,
+    annotated,
+    check_converted,
+    voxels,
+    write_labels,
+    write_pairs,
+)
+
+from data import doctor
+from dataset import find_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_unknown_layouts_and_ids_are_refused_in_one_sentence(phantoms, run, tmp_path):
+    empty = tmp_path / "empty"
+    (empty / "scans").mkdir(parents=True)
+    code, _, err, data = run(empty)
+    assert (code, err.count("\n"), data.exists()) == (2, 1, False)
+    assert "no layout that is known, found scans/; known are: imagesTr and labelsTr" in err
+    code, _, err, _ = run(tmp_path, to=tmp_path / "inside")
+    assert (code, "write into a folder outside of it" in err) == (2, True)
+    code, _, err, _ = run(tmp_path / "nowhere")
+    assert (code, "no such folder" in err) == (2, True)
+    source = write_pairs(phantoms, tmp_path / "s", "imagesTr", "labelsTr", "case_{}.nii.gz", "case_{}.nii.gz", AMOS)
+    code, _, err, _ = run(source)
+    assert (code, err.count("\n"), "nothing says which organs the ids are" in err) == (2, 1, True)
+    assert "found case_1" in err
+    code, _, err, data = run(source, "--source-organs", "6=liver", "1=spleen")
+    assert code == 1
+    assert "case case_1: " in err
+    assert "ids without a name: 2 (" in err
+    assert not (data / "labels" / "case_1.nii.gz").exists()
+    (source / "images").mkdir()
+    (source / "labels").mkdir()
+    code, _, err, _ = run(source, "--layout", "amos", to=tmp_path / "two")
+    assert (code, "several layouts" in err) == (2, True)
+    (source / "dataset.json").write_text(json.dumps({"labels": {"liver": 1}}))
+    shutil.rmtree(source / "images")
+    code, _, err, _ = run(source, "--layout", "amos", to=tmp_path / "two")
+    assert (code, "id 1 is 'liver', but 'spleen' in amos" in err) == (2, True)
+
+
+def test_no_organ_of_the_list(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "imagesTr", "labelsTr", "c{}.nii.gz", "c{}.nii.gz", {1: 1})
+    (source / "dataset.json").write_text(json.dumps({"labels": {"Vessel": 1}}))
+    code, _, err, _ = run(source)
+    assert (code, "none of the source's organs (Vessel) is in the organ list" in err) == (2, True)
+
+
+def test_voxels_that_nobody_annotated(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "imagesTr", "labelsTr", "c{}.nii.gz", "c{}.nii.gz", {1: 1, 3: 2})
+    (source / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "ignore": 2}}))
+    code, _, err, data = run(source)
+    assert (code, "voxels are 'ignore' (id 2), which nobody annotated" in err) == (1, True)
+    code, _, _, data = run(source, "--source-organs", "2=background")
+    assert code == 0
+    check_converted(data, phantoms, "c{}", [1])
+
+
+def test_one_bad_case_leaves_the_others(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    labels = source / "label" / "label0002.nii.gz"
+    good = labels.read_bytes()
+    write_labels(phantoms[0][0], voxels(labels)[:-1], labels)
+    shutil.copyfile(source / "img" / "img0001.nii.gz", source / "img" / "img0003.nii.gz")
+    code, out, err, data = run(source)
+    assert code == 1
+    assert "case img0002: the scan has" in err
+    assert "case img0003: no label map for" in err
+    assert "1 cases converted, 0 were finished before, 2 failed" in out
+    assert [case.id for case in find_cases(data)] == ["img0001"]
+    assert annotated(data) == {"img0001": ALL_BUT_DUODENUM}
+    first = (data / "labels" / "img0001.nii.gz").stat().st_mtime_ns
+    labels.write_bytes(good)
+    (source / "img" / "img0003.nii.gz").unlink()
+    code, out, _, _ = run(source)
+    assert (code, "1 cases converted, 1 were finished before, 0 failed" in out) == (0, True)
+    assert (data / "labels" / "img0001.nii.gz").stat().st_mtime_ns == first
+    check_converted(data, phantoms, "img{:04d}", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13])
+
+
+def test_a_second_run_follows_changes_and_touches_nothing_of_others(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    _, _, _, data = run(source)
+    # Other names for the same ids: both cases are converted again.
+    code, out, _, _ = run(source, "--source-organs", "6=background")
+    assert (code, "2 cases converted, 0 were finished before" in out) == (0, True)
+    assert "liver" not in annotated(data)["img0001"]
+    assert not np.any(voxels(data / "labels" / "img0001.nii.gz") == 1)
+    code, _, err, _ = run(source, "--organs", "liver")
+    assert (code, "was converted with other organs" in err) == (2, True)
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    code, _, err, _ = run(copy)
+    assert (code, "has a case of this name already, from" in err) == (1, True)
+    foreign = tmp_path / "foreign"
+    for name in ("images", "labels"):
+        (foreign / name).mkdir(parents=True)
+    (foreign / "labels" / "img0001.nii.gz").write_bytes(b"mine")
+    code, _, err, _ = run(source, to=foreign)
+    assert (code, "from elsewhere" in err) == (1, True)
+    assert (foreign / "labels" / "img0001.nii.gz").read_bytes() == b"mine"
+    assert sorted(path.name for path in (foreign / "images").iterdir()) == ["img0002_0000.nii.gz"]
+
+
+def test_organs_in_no_case_are_doubted(phantoms, run, tmp_path):
+    """Some copies of BTCV lack organs that the collection has."""
+    few = {organ: other for organ, other in BTCV.items() if organ not in (7, 8)}
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", few)
+    code, _, err, data = run(source)
+    assert code == 0
+    assert "in none of 2 cases: right adrenal gland, left adrenal gland; annotated.csv says" in err
+    assert "--source-organs 12=background 13=background" in err
+    code, _, err, _ = run(source, "--source-organs", "12=background", "13=background")
+    assert (code, err) == (0, "")
+    assert annotated(data)["img0002"] == [name for name in ALL_BUT_DUODENUM if "adrenal" not in name]
+
+
+def raise_other_disk(*_: object) -> None:
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+def test_scans_are_linked_or_copied(phantoms, run, tmp_path, monkeypatch):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    scan = source / "img" / "img0001.nii.gz"
+    _, _, _, linked = run(source)
+    _, _, _, copied = run(source, "--copy", to=tmp_path / "copied")
+    assert (linked / "images" / "img0001_0000.nii.gz").samefile(scan)
+    monkeypatch.setattr(os, "link", raise_other_disk)
+    _, _, _, symbolic = run(source, to=tmp_path / "symbolic")
+    assert (symbolic / "images" / "img0001_0000.nii.gz").readlink() == scan.resolve()
+    assert [case.id for case in find_cases(symbolic)] == ["img0001", "img0002"]
+    copy = copied / "images" / "img0001_0000.nii.gz"
+    assert not copy.samefile(scan)
+    assert copy.read_bytes() == scan.read_bytes()
+
+
+def test_simpleitk_formats_say_what_to_install(phantoms, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    for part in ("imagesTr", "labelsTr"):
+        (tmp_path / "s" / part).mkdir(parents=True)
+        (tmp_path / "s" / part / "a.mha").write_bytes(b"ObjectType = Image\n")
+    code, _, err, data = run(tmp_path / "s", "--layout", "amos")
+    assert (code, err.count("\n"), data.exists()) == (2, 1, False)
+    assert "a.mha: .mha files (2) are read with SimpleITK; pip install SimpleITK" in err
+
+
+def test_simpleitk_formats_are_read(phantoms, run, tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    names = "amos_{:04d}.nii.gz"
+    source = write_pairs(phantoms, tmp_path / "s", "imagesTr", "labelsTr", names, names, AMOS)
+    for path in [*source.rglob("*.nii.gz")]:
+        sitk.WriteImage(sitk.ReadImage(str(path)), str(path).replace(".nii.gz", ".mha"))
+        path.unlink()
+    code, _, _, data = run(source)
+    assert code == 0
+    for case, (scan, labels) in zip(find_cases(data), phantoms, strict=True):
+        np.testing.assert_array_equal(voxels(case.labels), voxels(labels))
+        np.testing.assert_array_equal(voxels(case.scan), voxels(scan))
+        np.testing.assert_allclose(nib.load(case.labels).affine, nib.load(labels).affine, atol=1e-3)
+
+
+def test_the_command_ends_with_the_doctor(phantoms, tmp_path, run_main):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    command = [sys.executable, "-m", "data.convert", source, tmp_path / "data"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    report = json.loads((tmp_path / "data" / "doctor" / "doctor.json").read_text())
+    assert sorted(report["cases"]) == ["img0001", "img0002"]
+    assert done.returncode == any(finding["severity"] == "error" for finding in report["findings"])
+    # The duodenum is in the list, and BTCV does not annotate it: the doctor does not miss it.
+    assert "organ_absent" not in {finding["code"] for finding in report["findings"]}
+    assert "without duodenum" not in done.stdout
+    (tmp_path / "data" / "annotated.csv").unlink()
+    code, out, _ = run_main(doctor, tmp_path / "data", "--workers", "1")
+    assert (code, out.count("without duodenum")) == (done.returncode, CASES)
