@@ -72,7 +72,7 @@ def convert_case(case: SourceCase, organ_map: OrganMap, organs: Sequence[str], d
     except (ValueError, OSError, MemoryError) as error:
         result.error = str(error).removeprefix(f"case {case.id}: ") or type(error).__name__
     finally:
-        if result.error or not labels_file.exists():  # the second where a signal ends the command
+        if not labels_file.exists():  # it failed, or a signal ends the command
             with suppress(OSError):
                 remove(written)
     return result
@@ -97,8 +97,8 @@ def read_labels(
 def read_label_map(path: Path, organ_map: OrganMap, result: Converted, folder: Path) -> tuple[np.ndarray, Geometry]:
     """Read a label map and change its ids; count what is dropped. Returns and raises as `read_labels`."""
     nifti = as_nifti(path, folder)
-    check_header_names(nifti, organ_map)
     ids, geometry = load_labels(nifti)
+    check_header_names(nifti, organ_map)
     counts = count_ids(ids)
     present = [int(key) for key in np.flatnonzero(counts) if key]
     unknown = [key for key in present if key not in organ_map.names]
@@ -127,7 +127,10 @@ def check_header_names(path: Path, organ_map: OrganMap) -> None:
     for key, name in read_organ_names(path).items():
         taken = organ_map.names.get(key)
         if taken is not None and key not in organ_map.given and not same_organ(name, taken):
-            raise ValueError(f"{path}: its header says that id {key} is {name!r}, but it is read as {taken!r}")
+            raise ValueError(
+                f"{path}: its header says that id {key} is {name!r}, but it is read as {taken!r}; "
+                f"--source-organs {key}=NAME decides"
+            )
 
 
 def read_masks(

@@ -10,6 +10,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -264,13 +265,24 @@ def name_organs(source: Source, given: str | None) -> None:
         if wrong:
             says = f"id {wrong[0]} is {names[wrong[0]]!r}, but {ids[wrong[0]]!r} in {given}"
             raise ValueError(f"{table}: says that {says}; leave --layout out to use {DATASET_JSON}, or move it away")
-    first = source.cases[0].labels
-    in_header = {} if is_other_format(first) else read_organ_names(first)
-    if not given and (names or in_header):
-        source.names, source.named_by = (names, DATASET_JSON) if names else (in_header, f"the header of {first}")
+    if names and not given:
+        source.names, source.named_by = names, DATASET_JSON
+        return
+    in_header, path = ({}, None) if given else names_in_headers(source)
+    if in_header:
+        source.names, source.named_by = in_header, f"the header of {path}"
     elif recognised:
         source.names = dict(collections[recognised]["ids"])
         source.named_by = f"the collection {recognised} in data/collections.yaml"
+
+
+def names_in_headers(source: Source) -> tuple[dict[int, str], Path | None]:
+    """Return the organ names in the header of the first label map that can be read, and its path."""
+    for case in source.cases:
+        if not is_other_format(case.labels):
+            with suppress(ValueError, OSError):  # a damaged file fails as a case
+                return read_organ_names(case.labels), case.labels
+    return {}, None
 
 
 def recognise(source: Source) -> str | None:

@@ -81,20 +81,44 @@ def test_one_bad_case_leaves_the_others(phantoms, run, tmp_path):
     good = labels.read_bytes()
     write_labels(phantoms[0][0], voxels(labels)[:-1], labels)
     shutil.copyfile(source / "img" / "img0001.nii.gz", source / "img" / "img0003.nii.gz")
+    shutil.copyfile(source / "img" / "img0001.nii.gz", source / "img" / "img0000.nii.gz")
+    broken = source / "label" / "label0000.nii.gz"
+    broken.write_bytes(good[: len(good) // 2])
     code, out, err, data = run(source)
     assert code == 1
     assert "case img0002: the scan has" in err
+    assert f"case img0000: {broken}: " in err
     assert "case img0003: no label map for" in err
-    assert "1 cases converted, 0 were finished before, 2 failed" in out
+    assert "1 cases converted, 0 were finished before, 3 failed" in out
     assert [case.id for case in find_cases(data)] == ["img0001"]
     assert annotated(data) == {"img0001": ALL_BUT_DUODENUM}
     first = (data / "labels" / "img0001.nii.gz").stat().st_mtime_ns
     labels.write_bytes(good)
-    (source / "img" / "img0003.nii.gz").unlink()
+    for path in (source / "img" / "img0003.nii.gz", source / "img" / "img0000.nii.gz", broken):
+        path.unlink()
     code, out, _, _ = run(source)
     assert (code, "1 cases converted, 1 were finished before, 0 failed" in out) == (0, True)
     assert (data / "labels" / "img0001.nii.gz").stat().st_mtime_ns == first
     check_converted(data, phantoms, "img{:04d}", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13])
+
+
+def test_a_case_that_is_damaged_later_goes(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    run(source)
+    (source / "label" / "label0002.nii.gz").write_bytes(b"no label map")
+    code, out, _, data = run(source)
+    assert (code, "0 cases converted, 1 were finished before, 1 failed" in out) == (1, True)
+    assert [case.id for case in find_cases(data)] == ["img0001"]
+    assert list(annotated(data)) == ["img0001"]
+
+
+def test_two_cases_of_one_name(phantoms, run, tmp_path):
+    names = "amos_{:04d}.nii.gz"
+    source = write_pairs(phantoms, tmp_path / "s", "imagesTr", "labelsTr", names, names, AMOS)
+    write_pairs(phantoms[1:], source, "imagesVa", "labelsVa", names, names, AMOS)
+    code, out, err, _ = run(source)
+    assert (code, "1 failed" in out) == (1, True)
+    assert "imagesVa/amos_0001.nii.gz is a second case of this name" in err
 
 
 def test_a_second_run_follows_changes_and_touches_nothing_of_others(phantoms, run, tmp_path):
@@ -105,6 +129,7 @@ def test_a_second_run_follows_changes_and_touches_nothing_of_others(phantoms, ru
     assert (code, "2 cases converted, 0 were finished before" in out) == (0, True)
     assert "liver" not in annotated(data)["img0001"]
     assert not np.any(voxels(data / "labels" / "img0001.nii.gz") == 1)
+    assert (data / "images" / "img0001_0000.nii.gz").samefile(source / "img" / "img0001.nii.gz")
     code, _, err, _ = run(source, "--organs", "liver")
     assert (code, "was converted with other organs" in err) == (2, True)
     copy = Path(shutil.copytree(source, tmp_path / "copy"))
