@@ -24,7 +24,7 @@ from core.scans.nifti import MAX_GIB, Reading
 from core.scoring.case import Rules, Task
 from core.scoring.cases import name_unpaired, pair_up, score_cases
 from core.scoring.ceiling import score_ceiling
-from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM
+from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.organ_list import choose_organs, load_given
 from core.scoring.results import RESULTS, prepare_output, write_comparison, write_summary
 from core.scoring.tables import comparison_text, score_table
@@ -111,7 +111,7 @@ def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argpars
     rules = Rules(
         organs=organs,
         organs_note=note,
-        tolerances_mm=tuple(TOLERANCES_MM.get(organ, arguments.tolerance_mm) for organ in organs),
+        tolerances_mm=tuple(tolerance_mm(organ, arguments.tolerance_mm) for organ in organs),
         protocol=arguments.protocol,
         distances=arguments.distances,
         size=size,

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.config import DEFAULT_CONFIG, check, load_organs
-from core.scans.anatomy import PLAUSIBLE_ML, misplaced, odd_volumes, organs_in, swapped_sides
+from core.scans.anatomy import misplaced, odd_volumes, organs_in, plausible_ml, swapped_sides
 from core.scans.annotated import read_annotated
 from core.scans.dicom_series import is_series_folder, load_series
 from core.scans.files import list_files
@@ -191,7 +191,7 @@ def describe_labels(
         apart = found[left].right_mm - found[right].right_mm
         seen.find("sides_swapped", f"the {right} lies {apart:.0f} mm to the patient's left of the {left}")
     for name, ml in odd_volumes(found):
-        low, high = PLAUSIBLE_ML[name]
+        low, high = plausible_ml(name)
         seen.find("odd_volume", f"{name} of {ml:.4g} mL, expected {low:g} to {high:g} in an adult")
 
 

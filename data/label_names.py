@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from core.scans.organ_names import words_of
+from core.scans.organ_words import words_of
 from core.system.yaml_files import read_yaml
 
 COLLECTIONS = Path(__file__).with_name("collections.yaml")

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
 from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
-from core.scans.anatomy import PLAUSIBLE_ML, organs_in, remarks
+from core.scans.anatomy import organs_in, plausible_ml, remarks
 from core.scans.geometry import Geometry
 from core.scans.volumes import load_labels
-from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM
+from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
@@ -91,7 +91,7 @@ def compare(prediction: np.ndarray, reference: np.ndarray, shown: Shown) -> dict
     """Return volume in the reference, Dice and NSD by id, background first; None when not defined."""
     matrix = confusion_matrix(reference, prediction, len(shown.organs))
     surfaces = organ_surfaces(reference, prediction, len(shown.organs), shown.geometry.spacing_mm)
-    tolerances_mm = [TOLERANCES_MM.get(name, TOLERANCE_MM) for name in shown.organs]
+    tolerances_mm = [tolerance_mm(name, TOLERANCE_MM) for name in shown.organs]
     return {
         "truth_ml": (matrix.sum(axis=1) * shown.geometry.voxel_ml).tolist(),
         "dice": [defined(value) for value in organ_scores(matrix)["dice"]],
@@ -157,7 +157,7 @@ def organ_table(facts: dict) -> str:
     heading += ["reference mL", "Dice", "NSD"] if compared else []
     lines = []
     for row in facts["organs"]:
-        low, high = PLAUSIBLE_ML.get(row["organ"], (None, None))
+        low, high = plausible_ml(row["organ"]) or (None, None)
         cells = [
             number(row.get("ml"), 1) if row["found"] else "not found",
             "" if low is None else f"{low:g} to {high:g}",

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from core.scans.geometry import Geometry
+from core.scans.organ_words import standard_name
 
 # Volumes in mL of adults' organs, set generously: wide enough for small and diseased ones and for tubes (aorta,
 # vena cava, esophagus, duodenum) of which a scan shows a part. What lies outside is worth a look, not wrong.
@@ -89,15 +90,21 @@ def organs_in(labels: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> 
 
 def swapped_sides(found: dict[str, Organ]) -> list[tuple[str, str]]:
     """Return the pairs of RIGHT_OF that lie the wrong way round."""
-    pairs = [(right, left) for right, left in RIGHT_OF if right in found and left in found]
+    names = {standard_name(name): name for name in found}
+    pairs = [(names[right], names[left]) for right, left in RIGHT_OF if right in names and left in names]
     return [(right, left) for right, left in pairs if found[right].right_mm <= found[left].right_mm]
+
+
+def plausible_ml(name: str) -> tuple[float, float] | None:
+    """Return the volumes in mL between which an adult's organ of that name is, or None for an unknown organ."""
+    return PLAUSIBLE_ML.get(standard_name(name))
 
 
 def odd_volumes(found: dict[str, Organ]) -> list[tuple[str, float]]:
     """Organs with a volume outside PLAUSIBLE_ML, in mL; one that the scan's edge cuts may be as small as it likes."""
     odd = []
     for name, organ in found.items():
-        low, high = PLAUSIBLE_ML.get(name, (0, np.inf))
+        low, high = plausible_ml(name) or (0, np.inf)
         if organ.ml > high or (organ.ml < low and not organ.cut):
             odd.append((name, organ.ml))
     return odd
@@ -125,7 +132,7 @@ def remarks(found: dict[str, Organ], organs: Sequence[str]) -> list[str]:
         if apart > CRUMBS:
             said.append(f"{name} in {len(organ.pieces_ml)} pieces, {apart:.0%} of it apart from the largest")
     for name, ml in odd_volumes(found):
-        low, high = PLAUSIBLE_ML[name]
+        low, high = plausible_ml(name)
         said.append(f"{name} of {ml:.3g} mL, expected {low:g} to {high:g} in an adult")
     return said
 
@@ -138,7 +145,7 @@ def share_off_tissue(voxels: np.ndarray, labels: np.ndarray, organs: Sequence[st
         labels: (X, Y, Z) ids on the same grid, below K.
         organs: names by id, background first.
     """
-    hu = voxels[np.array([name in SOLID_ORGANS for name in organs])[labels]]
+    hu = voxels[np.array([standard_name(name) in SOLID_ORGANS for name in organs])[labels]]
     low, high = SOLID_HU
     return np.count_nonzero((hu < low) | (hu > high)) / max(1, hu.size)
 

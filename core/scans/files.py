@@ -1,5 +1,6 @@
 """Find scans and label maps on disk by case id."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,21 +94,38 @@ def listed(cases: Sequence[str], most: int = 5) -> str:
 
 
 def read_case_ids(given: Sequence[str]) -> list[str]:
-    """Case ids as given, or the lines of a file when one name is given that is a file's.
+    """Return case ids as given, or those of a file when one name is given that is a file's.
+
+    The file has one id a line, as `format_case_ids` writes it. A `#` at the start of a line, or after a blank, begins a
+    comment.
 
     Raises:
-        ValueError: when the file lists no case.
+        ValueError: when the file is no text, or lists no case.
     """
-    if len(given) == 1 and Path(given[0]).is_file():
-        try:
-            text = Path(given[0]).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{given[0]}: is no text, expected one case id a line") from error
-        lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-        if not any(lines):
-            raise ValueError(f"{given[0]}: lists no case, expected one id a line")
-        return [line for line in lines if line]
-    return list(given)
+    if len(given) != 1 or not Path(given[0]).is_file():
+        return list(given)
+    content = Path(given[0]).read_bytes()
+    if b"\0" in content:
+        raise ValueError(f"{given[0]}: is no text, expected one case id a line")
+    ids = []
+    for line in content.decode("utf-8-sig", "surrogateescape").split("\n"):
+        if line.startswith('"'):
+            try:
+                ids.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{given[0]}: {line} is no id in quotes; expected one case id a line") from error
+        else:
+            ids.append(re.sub(r"(^|\s)#.*", "", line).strip())
+    if not any(ids):
+        raise ValueError(f"{given[0]}: lists no case, expected one id a line")
+    return [case for case in ids if case]
+
+
+def format_case_ids(ids: Sequence[str]) -> bytes:
+    """Return the content of a file that `read_case_ids` reads back as it was, for every id a file system allows."""
+    plain = re.compile(r"(?![\s\"#])(?!.*\s#).*\S")
+    lines = [case if plain.fullmatch(case) else json.dumps(case) for case in ids]
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
 
 
 def select_cases(found: dict[str, Path], given: Sequence[str] | None) -> dict[str, Path]:

@@ -274,13 +274,13 @@ def check_size(
 
 
 def scaling_of(header: nib.Nifti1Header) -> tuple[float, float]:
-    """Slope and intercept of the stored values; a slope of 0 means that they are not scaled (the standard).
+    """Return slope and intercept; a slope of 0 (the standard) or NaN (nibabel, nifti_clib) means "not scaled".
 
     Raises:
         ValueError: when they are not finite.
     """
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0:
+    if slope == 0 or math.isnan(slope):
         return 1.0, 0.0
     if not (math.isfinite(slope) and math.isfinite(intercept) and abs(slope) >= SMALLEST_SLOPE):
         raise ValueError(

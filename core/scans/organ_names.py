@@ -7,7 +7,6 @@ into its label maps.
     <Label Key="1" Red="0.615686" Green="0.262745" Blue="0" Alpha="1"><![CDATA[liver]]></Label>
 """
 
-import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from nibabel.nifti1 import Nifti1Extension
 from core.config import check
 from core.scans.nifti import EXTENSION_FLAG, HEADERS, READ_ERRORS, read_header, unpacked
 from core.scans.organ_colours import colour_of
+from core.scans.organ_words import same_name
 from core.system.exits import one_line
 
 XML_CODE = 0  # of the extension; NIfTI calls it unknown, and so do the programs that write this table
@@ -131,16 +131,6 @@ def check_organ_names(path: str | Path, organs: Sequence[str]) -> None:
                 f"{path}: its header says that id {organ} is {name!r}, but the organ list {has}; "
                 "give the list of this label map by --config or --checkpoint"
             )
-
-
-def same_name(first: str, second: str) -> bool:
-    """Return True when two names have the same words, in any order and case: `kidney_right` is `right kidney`."""
-    return words_of(first) == words_of(second)
-
-
-def words_of(name: str) -> list[str]:
-    """Return the words of a name, sorted, in lower case; the name itself when it has no letter and no digit."""
-    return sorted(re.findall(r"[^\W_]+", name.casefold())) or [name]
 
 
 def as_list(names: dict[int, str], source: str | Path) -> tuple[str, ...]:

@@ -28,6 +28,9 @@ def affine_of(
     ways = {}
     if header["sform_code"] > 0:
         ways["sform"] = header.get_sform()
+        if header["qform_code"] > 0 and not ways["sform"][:3, :3].any():
+            del ways["sform"]
+            warn("its sform is all zeros; the qform is used")
     if header["qform_code"] > 0:
         try:
             ways["qform"] = qform_of(header)

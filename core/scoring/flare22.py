@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.ndimage import find_objects
 
+from core.scans.organ_words import standard_name
 from core.scoring.surface import nsd, surfaces_of, union
 
 # Tolerances of NSD in mm, by organ; the organs are in the order of their ids.
@@ -42,6 +43,11 @@ NSD_FROM_DICE = 0.2  # below this Dice, NSD is 0
 DECIMALS = 4
 
 Box = tuple[slice, slice, slice]
+
+
+def tolerance_mm(organ: str, otherwise: float) -> float:
+    """Return FLARE22's tolerance of NSD for an organ, however its name is spelled; `otherwise` for other organs."""
+    return TOLERANCES_MM.get(standard_name(organ), otherwise)
 
 
 def flare22_scores(
@@ -80,7 +86,7 @@ def flare22_scores(
 def compared_box(organ: str, in_reference: Box, in_prediction: Box) -> Box:
     """Return the box in which an organ is compared, from its boxes in the reference and in the prediction."""
     *in_plane, slices = union((in_reference, in_prediction))
-    if organ in WITHIN_REFERENCE:
+    if standard_name(organ) in WITHIN_REFERENCE:
         first, end = in_reference[2].start, in_reference[2].stop
         slices = slice(first, max(end - 1, first + 1))
     return (*in_plane, slices)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from core.checkpoint import load_checkpoint
 from core.config import Config, load_config, load_organs
-from core.scans.organ_names import as_list, read_organ_names, same_name
+from core.scans.organ_names import as_list, read_organ_names
+from core.scans.organ_words import same_name
 
 DEFAULT_NOTE = "Organ names from config.yaml, since the label maps hold none; --config or --checkpoint gives others."
 

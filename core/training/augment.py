@@ -1,6 +1,5 @@
 """Random augmentation on the device: affine, left-right flip, contrast, brightness, gamma, noise."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.config import Config
+from core.scans.organ_words import mirrored_ids
 
 
 def augment(
@@ -71,13 +71,6 @@ def flip_left_right(
     chosen = torch.tensor(flips, device=image.device)
     image = torch.where(chosen[:, None, None, None, None], image.flip(2), image)
     return image, torch.where(chosen[:, None, None, None], swapped[labels.long()].flip(1), labels)
-
-
-def mirrored_ids(organs: Sequence[str]) -> list[int]:
-    """Return for each id that of the organ on the other side, as right kidney for left kidney; itself without one."""
-    other = {"right": "left", "left": "right"}
-    names = [re.sub(r"\b(right|left)\b", lambda side: other[side[0]], organ) for organ in organs]
-    return [organs.index(name) if name in organs else i for i, name in enumerate(names)]
 
 
 def change_values(image: Tensor, rng: np.random.Generator, config: Config) -> Tensor:

@@ -25,6 +25,7 @@ from torch import nn
 
 from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
+from core.scans.files import format_case_ids
 from core.system.exits import Stopped, one_line, print_warning
 from core.system.files import lock_file, remove_left_over, whole_file
 from core.system.provenance import git_commit, versions
@@ -206,7 +207,7 @@ class RunFolder:
             shutil.rmtree(self.scalars, ignore_errors=True)
         save_config(self.config, self.path / "config.yaml")
         with whole_file(self.val_cases) as temporary:
-            temporary.write_text("".join(f"{case}\n" for case in cases["val"]))
+            temporary.write_bytes(format_case_ids(cases["val"]))
         facts = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from core.config import Config
+from core.scans.organ_words import mirrored_ids
 from core.system.processes import Group
 from core.training.losses import Loss
 from core.training.low_memory import is_supported
@@ -146,6 +147,8 @@ def check_settings(config: Config, processes: int) -> None:
             "norm: got batch with accumulation_steps, whose micro-batches would each have their own statistics; "
             f"{expected}"
         )
+    if config.augment and config.augment_flip:
+        mirrored_ids(config.organs)  # refuses a side without a partner
     if config.compile and config.memory not in ("auto", "off"):
         raise ValueError(f"compile: got true with memory: {config.memory}, expected false, or memory: auto or off")
 

@@ -12,7 +12,8 @@ from nibabel.nifti1 import Nifti1Extension
 
 from core.scans.geometry import Geometry
 from core.scans.organ_colours import colour_of
-from core.scans.organ_names import as_list, check_organ_names, organ_names_extension, read_organ_names, same_name
+from core.scans.organ_names import as_list, check_organ_names, organ_names_extension, read_organ_names
+from core.scans.organ_words import same_name
 from core.scans.volumes import load_labels, read_geometry, save_label_map
 
 AFFINE = np.array([[0, -2.0, 0, 30], [1.5, 0, 0, -12], [0, 0, 3, 500], [0, 0, 0, 1]])
