@@ -233,7 +233,9 @@ class CaseDataset(Dataset):
 
     def key(self, case: Case) -> str:
         """Return a hash of everything that a cached sample depends on."""
-        files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in (case.scan, case.labels)]
+        # ctime too, because some tools keep size and modification time.
+        stats = [(p.resolve(), p.stat()) for p in (case.scan, case.labels)]
+        files = [(str(p), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for p, stat in stats]
         accepted = [self.reading.assume_ras, self.reading.replace_nonfinite]
         settings = [CACHE_VERSION, self.size, self.window_hu, self.organs, *accepted]
         return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()[:16]

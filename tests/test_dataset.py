@@ -419,6 +419,20 @@ def test_a_changed_scan_is_read_anew(tmp_path):
     assert not (before["image"] == 255).all()
 
 
+def test_a_changed_scan_is_read_anew_though_size_and_time_are_kept(tmp_path):
+    folder = make_data(tmp_path / "data", ("a",))
+    config = settings(cache_dir=str(tmp_path / "cache"))
+    labels = folder / "labels" / "a.nii"
+    write_volume(labels, np.zeros(SHAPE, np.uint8))
+    (folder / "labels" / "a.nii.gz").unlink()
+    assert not CaseDataset(find_cases(folder), config)[0]["labels"].any()
+    before = labels.stat()
+    write_volume(labels, np.ones(SHAPE, np.uint8))
+    os.utime(labels, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (labels.stat().st_size, labels.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert (CaseDataset(find_cases(folder), config)[0]["labels"] == 1).all()
+
+
 def read_first(cases: list[Case], config: Config, go: object, answers: object) -> None:
     """In a process of its own: wait for the others, then read the first case."""
     torch.set_num_threads(1)

@@ -37,6 +37,9 @@ GZIP_LEVEL = 2  # of ISA-L's 0 to 3: label maps come out smaller than with level
 AIR_HU = -1024.0  # what voxels without a value become
 LEAST_FAT_HU = -100.0  # a scan whose lowest value is above it shows neither fat nor air, and is no CT in HU
 SOFT_TISSUE_HU = (-200.0, 300.0)
+PADDING_BELOW_HU = -1500.0  # lower values stand for "not scanned", as -2000 or -3024
+SHIFTED_HU = 1024.0  # by which values are too high that were stored without a rescale intercept
+SHIFTED_SOFT_TISSUE = 0.1  # share of a scan's voxels that would be soft tissue after subtracting SHIFTED_HU
 LEAST_SOFT_TISSUE = 0.02  # share of a scan's voxels; below it is no abdomen, or values are not HU
 NIFTI_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL of nifti1.h
 
@@ -80,17 +83,26 @@ def load_scan(path: str | Path, reading: Reading = DEFAULT_READING) -> tuple[np.
 def warn_of_values(voxels: np.ndarray, warn: Callable[[str], None]) -> None:
     """Warn of a scan, in HU, whose values (of every fourth voxel along each axis) are unlike those of a CT."""
     sample = voxels[::4, ::4, ::4]
+    scanned = sample[sample > PADDING_BELOW_HU]
+    sample = scanned if scanned.size else sample
     low, high = float(sample.min()), float(sample.max())
-    softest, hardest = SOFT_TISSUE_HU
-    soft = np.count_nonzero((sample > softest) & (sample < hardest)) / sample.size
     if low == high and voxels.min() == voxels.max():
         warn(f"all its voxels are {low:g}, so that there is nothing to see")
+    elif low > LEAST_FAT_HU and soft_tissue_share(sample - SHIFTED_HU) > SHIFTED_SOFT_TISSUE:
+        warn(f"its values go from {low:g} to {high:g} and look {SHIFTED_HU:g} too high; subtract that, or is it MR?")
     elif low > LEAST_FAT_HU:
         warn(f"its values go from {low:g} to {high:g}, without the fat and air of every CT; is it MR, or not in HU?")
-    elif soft < LEAST_SOFT_TISSUE:
+    elif (soft := soft_tissue_share(sample)) < LEAST_SOFT_TISSUE:
+        softest, hardest = SOFT_TISSUE_HU
         warn(
             f"{soft:.1%} of its voxels are soft tissue ({softest:g} to {hardest:g} HU); is it CT of the abdomen, in HU?"
         )
+
+
+def soft_tissue_share(voxels: np.ndarray) -> float:
+    """Return the share of HU values that are soft tissue, 0 to 1."""
+    softest, hardest = SOFT_TISSUE_HU
+    return np.count_nonzero((voxels > softest) & (voxels < hardest)) / voxels.size
 
 
 def load_labels(

@@ -770,3 +770,18 @@ def test_odd_real_files(tmp_path):
         written = nib.load(tmp_path / "labels.nii.gz")
         np.testing.assert_array_equal(written.affine, file.affine, err_msg=path.name)
         np.testing.assert_array_equal(nib.as_closest_canonical(written).dataobj, labels, err_msg=path.name)
+
+
+@pytest.mark.parametrize("padding", [None, -2000, -3024])
+def test_values_that_are_1024_too_high_are_said_with_and_without_padding(padding):
+    hu = np.full((16, 16, 16), -1000.0, np.float32)  # air
+    hu[4:12, 4:12, 4:12] = 40  # soft tissue
+    right, wrong = hu.copy(), hu + 1024
+    for voxels in (right, wrong):
+        if padding is not None:
+            voxels[:2] = padding
+    said = []
+    preprocess.warn_of_values(right, said.append)
+    assert said == []
+    preprocess.warn_of_values(wrong, said.append)
+    assert said == ["its values go from 24 to 1064 and look 1024 too high; subtract that, or is it MR?"]
