@@ -549,3 +549,14 @@ def test_learning_rates_by_hand():
     assert train.learning_rate(poly, 0, 8) == pytest.approx(0.1)
     assert train.learning_rate(poly, 4, 8) == pytest.approx(0.1 * 0.5**0.9)
     assert train.learning_rate(load_config(), 7, 8) == 1e-4
+
+
+def test_without_matplotlib_a_run_warns_once_and_goes_on(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "visualization.curves", raising=False)
+    monkeypatch.delitem(sys.modules, "visualization.style", raising=False)
+    code, _, err = run("--epochs", "2")
+    assert code == 0
+    assert err.count("warning: no curves.png, since matplotlib is not installed") == 1
+    assert len(read_log(tmp_path / "run")) == 2
+    assert not (tmp_path / "run" / "curves.png").exists()

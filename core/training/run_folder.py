@@ -282,7 +282,7 @@ class RunFolder:
         try:
             self.draw(self.log, self.curves, self.config.organs)
         except ModuleNotFoundError as error:
-            if error.name != "matplotlib":
+            if (error.name or "").partition(".")[0] != "matplotlib":
                 raise
             self.can_draw = False
             print_warning("no curves.png, since matplotlib is not installed (pip install matplotlib)")
