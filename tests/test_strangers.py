@@ -183,8 +183,8 @@ SCANS: dict[str, tuple[bytes, str | None]] = {
     "web_page.nii.gz": (b"<!DOCTYPE html><html>404</html>" * 20, r"."),
     "zip.nii.gz": (b"PK\x03\x04" + bytes(600), r"."),
     "wrong_magic.nii": (scan(magic=b"abc\0"), r"."),
-    "pair_magic.nii": (scan(magic=b"ni1\0"), r"."),
-    "analyze.nii": (scan(magic=b"\0\0\0\0"), r"."),
+    "pair_magic.nii": (scan(magic=b"ni1\0"), r"is one of a pair, \.hdr and \.img"),
+    "analyze.nii": (scan(magic=b"\0\0\0\0"), r"lacks NIfTI's mark"),
     "gz_of_text.nii.gz": (gzip_member(b"no scan " * 100), r"."),
     "twice_packed.nii.gz": (gzip_member(PACKED), r"."),
     # Too much
@@ -198,7 +198,7 @@ SCANS: dict[str, tuple[bytes, str | None]] = {
     "claims_wrap.nii": (nifti(HU, AFFINE, version=2, dim=(3, 2**32, 2**32, 1, 1, 1, 1, 1)), r"."),
     # Shape and type
     "zero_extent.nii": (scan(dim=(3, 20, 0, 12, 1, 1, 1, 1)), r"20x0x12|extent|shape"),
-    "negative_extent.nii": (scan(dim=(3, 20, -18, 12, 1, 1, 1, 1)), r"."),
+    "negative_extent.nii": (scan(dim=(3, 20, -18, 12, 1, 1, 1, 1)), r"20x-18x12"),
     "no_dims.nii": (scan(dim=(0, *SHAPE, 1, 1, 1, 1)), r"."),
     "eight_dims.nii": (scan(dim=(8, *SHAPE, 1, 1, 1, 1)), r"."),
     "two_dims.nii": (scan(dim=(2, 20, 18, 1, 1, 1, 1, 1)), r"20x18|3-D"),
@@ -209,7 +209,7 @@ SCANS: dict[str, tuple[bytes, str | None]] = {
     "rgba.nii": (scan(np.zeros(SHAPE, np.uint32), datatype=2304, bitpix=32), r"."),
     "binary.nii": (scan(datatype=1, bitpix=1), r"."),
     "no_type.nii": (scan(datatype=0), r"."),
-    "unknown_type.nii": (scan(datatype=777), r"."),
+    "unknown_type.nii": (scan(datatype=777), r"type unknown \(code 777\)"),
     "wrong_bitpix.nii": (scan(bitpix=32), EITHER),
     "offset_negative.nii": (scan(vox_offset=-352), r"."),
     "offset_in_header.nii": (scan(vox_offset=100), r"."),

@@ -1,1 +1,1 @@
-"""A CT scan or label map: read (NIfTI, DICOM), its geometry, onto the network's grid and back, anatomy."""
+"""Read CT scans and label maps, resample them to the network's grid and back, and check them for anatomy."""

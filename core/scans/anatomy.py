@@ -1,4 +1,4 @@
-"""What a label map of the abdomen can be: which organ lies on which side, and how large each is in adults.
+"""Check a label map of the abdomen for anatomy: the side of each organ, its volume, its pieces.
 
 Everything goes by the organs' names, so that data with other ids or fewer organs are checked as far as they go.
 """
@@ -55,7 +55,7 @@ class Organ:
 
     Attributes:
         ml: its volume.
-        right_mm: how far to the patient's right its centre lies, from the origin of world coordinates.
+        right_mm: position of its centre along the patient's right, from the origin of world coordinates.
         cut: the ends of the scan that it touches, where it may go on outside: some of ENDS.
         pieces_ml: volumes of the pieces that hang together (by face, edge or corner), the largest first.
     """
@@ -151,7 +151,7 @@ def share_off_tissue(voxels: np.ndarray, labels: np.ndarray, organs: Sequence[st
 
 
 def misplaced(voxels: np.ndarray, labels: np.ndarray, organs: Sequence[str]) -> tuple[float, str | None]:
-    """Whether a label map lies on its scan's organs; arguments as for `share_off_tissue`.
+    """Check that a label map fits its scan's organs; arguments as for `share_off_tissue`.
 
     Returns:
         the share of solid organs that lies on none, 0 up to MOST_OFF_TISSUE; and the axis along which one of the two is

@@ -98,7 +98,7 @@ def check_doubles(folder: Path, slices: Sequence[Slice]) -> None:
 
 
 def why_uneven(slices: Sequence[Slice], off_voxels: np.ndarray) -> str:
-    """In words, why slices, in order, fill no even grid; `off_voxels` (3, slices) is how far each is off it."""
+    """Explain why slices, in order, are not an even grid; `off_voxels` (3, slices) is the distance of each from it."""
     gaps = gaps_of(slices)
     closest, widest, typical = int(gaps.argmin()), int(gaps.argmax()), float(np.median(gaps))
     if np.abs(off_voxels[2]).max() <= GRID_TOLERANCE:

@@ -1,4 +1,4 @@
-"""What one DICOM file says of itself: whether it is a slice of a CT volume, and where the slice lies.
+"""Read the header of one DICOM file: is it a slice of a CT volume, and at which position.
 
     read_header(path) -> pydicom's Dataset without pixels       -> kind_of, slices_of -> Slice, Slice, ...
 
@@ -84,7 +84,7 @@ class Slice:
 
 
 class Unfit(ValueError):
-    """What is wrong with a file, in words of this module: no others are shown, since they may quote the patient."""
+    """Fault of a file, in this module's own words; other messages are not shown, as they may quote the patient."""
 
 
 def reason(error: Exception) -> str:
@@ -93,7 +93,7 @@ def reason(error: Exception) -> str:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM files do."""
+    """Return True when a file begins as DICOM files do."""
     with open(path, "rb") as file:
         return file.read(PREAMBLE_BYTES + len(MAGIC))[PREAMBLE_BYTES:] == MAGIC
 
@@ -165,7 +165,7 @@ def check_inflated_size(path: Path) -> None:
 
 
 def kind_of(header: "Dataset") -> str | None:
-    """In words, what a file is that is no slice of a CT volume; None for a slice."""
+    """Describe a file that is not a slice of a CT volume; return None for a slice."""
     storage, modality = storage_class(header), text(header, "Modality")
     if modality != "CT" or storage not in (CT_IMAGE, *ENHANCED_CT):
         return f"{modality or 'no modality'} ({printable(storage.name) or 'no storage class'})"
@@ -200,7 +200,7 @@ def printable(value: str) -> str:
 
 
 def number_of_frames(header: "Dataset") -> int:
-    """How many slices a CT file has; enhanced files have a functional group for each."""
+    """Return the number of slices of a CT file; enhanced files have a functional group for each."""
     if storage_class(header) in ENHANCED_CT:
         return len(header.get("PerFrameFunctionalGroupsSequence") or ())
     return 1

@@ -68,7 +68,7 @@ class Series:
 
     @property
     def slices(self) -> int:
-        """How many slices its CT files have."""
+        """Number of slices in its CT files."""
         return sum(number_of_frames(header) for header in self.headers.values())
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Series:
 
 
 def is_series_folder(path: str | Path) -> bool:
-    """Whether a folder holds DICOM files itself (folders within it do not count); needs no pydicom."""
+    """Return True when a folder itself holds DICOM files (its subfolders do not count); needs no pydicom."""
     return Path(path).is_dir() and any(is_dicom(file) for file in files_of(path))
 
 

@@ -60,9 +60,10 @@ def find_files(folder: str | Path) -> dict[str, Path]:
 
 
 def list_files(folder: str | Path) -> dict[str, list[Path]]:
-    """All NIfTI files of a folder by case id, also several of a case; hidden files are passed over.
+    """Return all NIfTI files of a folder by case id, also several of one case; hidden files are skipped.
 
-    A folder named like a file stands for the one file in it (labels/X.nii/X.nii), and where there are more, for itself.
+    A folder with a file's name is replaced by the one file in it (labels/X.nii/X.nii). With more files in it, the
+    folder itself is returned.
 
     Raises:
         FileNotFoundError: when there is no such folder.
@@ -89,7 +90,7 @@ def case_id(path: Path) -> str:
 
 
 def listed(cases: Sequence[str], most: int = 5) -> str:
-    """Case ids for a message, `most` of them at most."""
+    """Join case ids for a message, at most `most` of them."""
     return ", ".join([*cases[:most], *["..."] * (len(cases) > most)])
 
 

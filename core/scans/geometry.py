@@ -1,4 +1,4 @@
-"""How a scan's voxels lie in the patient, and the way back to the file's own axes."""
+"""Place a scan's voxels in the patient, and convert between the file's own axes and RAS+ order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """How a file's voxels lie in the patient, and how to go back from RAS+ order to the file's own.
+    """Position and axis order of a file's voxels, with the conversion to RAS+ order and back.
 
     Attributes:
         stored_shape: the file's own three extents in voxels.
@@ -44,12 +44,12 @@ class Geometry:
 
     @property
     def extent_mm(self) -> tuple[float, float, float]:
-        """The volume's size in mm, outer faces to outer faces, in RAS+ order."""
+        """Size of the volume in mm, from outer face to outer face, in RAS+ order."""
         return tuple(n * mm for n, mm in zip(self.shape, self.spacing_mm, strict=True))
 
     @property
     def voxel_ml(self) -> float:
-        """The volume of one voxel in mL; right for sheared grids too."""
+        """Volume of one voxel in mL; correct for sheared grids too."""
         return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
 
     @property
@@ -81,7 +81,7 @@ RAS = axcodes2ornt(("R", "A", "S"))
 
 
 def geometry_of(file: NiftiFile) -> Geometry:
-    """How a file's voxels lie in the patient."""
+    """Return the geometry of a file."""
     return Geometry(file.shape, file.affine, file.header)
 
 

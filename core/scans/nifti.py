@@ -1,8 +1,9 @@
-"""A NIfTI file from anywhere, opened with care: its header is checked before any memory is taken for its voxels.
+"""Open a NIfTI file and check its header before its voxels are read.
 
-    open_nifti(path, reading) -> NiftiFile, whose `stream()` stands at the first voxel
+    open_nifti(path, reading) -> NiftiFile; its `stream()` starts at the first voxel
 
-What a file is, packed or not, is read from its content and not from its name. "The standard" is nifti1.h and nifti2.h.
+nibabel parses the header. The content of a file decides whether it is gzip, its name does not. "The standard" is
+nifti1.h and nifti2.h.
 """
 
 import math
@@ -24,18 +25,16 @@ from core.scans.placement import affine_of
 from core.system.exits import one_line, print_warning
 
 MAX_GIB = 8.0  # of voxels as float32; 1024x1024x1500 take 6
-HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by their length in bytes, which they begin with
-MAGIC_AT = {348: slice(344, 348), 540: slice(4, 12)}
-SINGLE_MAGIC = {348: b"n+1\0", 540: b"n+2\0\r\n\x1a\n"}
-PAIR_MAGIC = {348: b"ni1\0", 540: b"ni2\0\r\n\x1a\n"}
-EXTENSION_FLAG = 4  # bytes behind the header
+HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by length in bytes, the first number in the file
+MAGIC = {348: (344, b"n+1\0"), 540: (4, b"n+2\0\r\n\x1a\n")}  # position in the header, and value in a single file
+EXTENSION_FLAG = 4  # bytes after the header
 MAX_EXTENSIONS = 64 * 2**20  # bytes between header and voxels
 MAX_BEHIND = 64 * 2**20  # bytes that may follow the voxels
 MAX_DEFLATE_RATIO = 1032  # no deflated byte gives more
-# By the standard's codes; of its other types no scan is made (bits, complex numbers, colours, 128-bit numbers).
-TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+# nibabel's names of the types that a scan can have; the standard's others are bits, complex, colours, 128-bit floats.
+REAL_TYPES = (*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64")
 SMALLEST_SLOPE = float(np.finfo(np.float32).tiny)  # smaller numbers lose digits, and scale no scan
-# What else comes under the name of a scan, by its first bytes.
+# Other files that are named like a scan, by their first bytes.
 OTHER_KINDS = {
     b"version https://git-lfs": "is a Git LFS pointer and not the file itself; run git lfs pull",
     b"PK\x03\x04": "is a zip archive; unpack it",
@@ -47,19 +46,19 @@ OTHER_KINDS = {
     b"<": "is a web page or XML, expected NIfTI; was the download refused?",
 }
 DICOM_MAGIC_AT, DICOM_MAGIC = 128, b"DICM"
-# What reading raises on damaged files; OverflowError where gzip's own header is larger than ISA-L's buffer.
+# Raised when a damaged file is read; OverflowError where gzip's own header is larger than ISA-L's buffer.
 READ_ERRORS = (EOFError, OSError, zlib.error, isal_zlib.error, ValueError, MemoryError, OverflowError)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is accepted of files that are read.
+    """Options for reading files.
 
     Attributes:
-        max_gib: of voxels as float32; larger files are refused before memory is taken.
-        assume_ras: whether a file that does not say where its voxels lie is taken to be in RAS+ order.
-        replace_nonfinite: whether NaN and infinite voxels of a scan become air, instead of refusing it.
-        warn: is given what the user should know, a sentence each.
+        max_gib: size limit of the voxels as float32, in GiB; checked before memory is taken.
+        assume_ras: read a file without sform and qform as RAS+; by default it is refused.
+        replace_nonfinite: replace NaN and infinite voxels of a scan by air; by default it is refused.
+        warn: called with each warning, one sentence.
     """
 
     max_gib: float = MAX_GIB
@@ -70,17 +69,17 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class NiftiFile:
-    """What a file's header says of its voxels, once it has been checked.
+    """The checked header of a file.
 
     Attributes:
         path: the file.
-        packed: whether it is gzip.
-        header: as it stands in the file, but for trailing extents of 1.
+        packed: True for gzip.
+        header: as in the file, but without extensions and trailing extents of 1.
         shape: three extents in voxels.
         dtype: of the stored values, with the file's byte order.
         offset: bytes before the first voxel.
-        slope: what stored values are multiplied by.
-        intercept: what is added to them then.
+        slope: multiplies the stored values.
+        intercept: is added after that.
         affine: (4, 4), from the file's voxel indices to mm in the patient.
     """
 
@@ -96,7 +95,7 @@ class NiftiFile:
 
     @contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
-        """Return the file, unpacked, from its first voxel on."""
+        """Open the unpacked file at its first voxel."""
         with unpacked(self.path, self.packed) as stream:
             stream.seek(self.offset)
             yield stream
@@ -107,22 +106,18 @@ def open_nifti(path: str | Path, reading: Reading, warn: Callable[[str], None]) 
 
     Args:
         path: the file.
-        reading: what is accepted.
-        warn: is given what the user should know of the file.
+        reading: the options.
+        warn: called with each warning about the file.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: naming the file and what is wrong with it.
+        ValueError: naming the file and the fault.
     """
     path = Path(path)
     size = size_of(path)
     try:
-        head, packed, order = read_header(path)
-        length = int(np.frombuffer(head[:4], order + "i4")[0])
-        header = HEADERS[length](head[:length], endianness=order, check=False)
-        check_magic(head[MAGIC_AT[length]], length)
-        shape, dtype = shape_of(header), type_of(header)
-        offset = offset_of(header, length)
+        header, packed = read_header(path)
+        shape, dtype, offset = shape_of(header), type_of(header), offset_of(header)
         check_size(shape, dtype, offset, size, packed, reading)
         slope, intercept = scaling_of(header)
         affine = affine_of(header, shape, reading.assume_ras, warn)
@@ -131,7 +126,7 @@ def open_nifti(path: str | Path, reading: Reading, warn: Callable[[str], None]) 
     except READ_ERRORS as error:
         raise ValueError(f"{path}: cannot be read ({one_line(error)})") from error
     header.set_data_shape(shape)
-    header["vox_offset"] = 0  # nibabel then finds the place for what is written under this header
+    header["vox_offset"] = 0  # nibabel then sets it for each file that is written with this header
     return NiftiFile(path, packed, header, shape, dtype, offset, slope, intercept, affine)
 
 
@@ -168,22 +163,29 @@ def unpacked(path: Path, packed: bool) -> Iterator[IO[bytes]]:
             yield stream
 
 
-def read_header(path: Path) -> tuple[bytes, bool, str]:
-    """Return the bytes of a NIfTI header and more, whether the file is gzip, and the byte order, "<" or ">".
+def read_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
+    """Return the header of a single-file NIfTI, without its extensions, and True where the file is gzip.
 
     Raises:
-        ValueError: when it is another kind of file, said in words where they are known.
+        ValueError: when it is another kind of file, named where it is a known one.
     """
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with unpacked(path, packed) as stream:
         head = stream.read(max(HEADERS))
-    for order in "<>":
-        length = int.from_bytes(head[:4], "little" if order == "<" else "big")
-        if length in HEADERS:
-            if len(head) < length:
-                raise ValueError(f"ends after {len(head)} bytes, within its header; copy it again")
-            return head, packed, order
+    for order in ("little", "big"):
+        length = int.from_bytes(head[:4], order)
+        if length not in HEADERS:
+            continue
+        if len(head) < length:
+            raise ValueError(f"ends after {len(head)} bytes, within its header; copy it again")
+        header = HEADERS[length](head[:length], endianness=order, check=False)
+        position, magic = MAGIC[length]
+        if header["magic"] == header.pair_magic:
+            raise ValueError("is one of a pair, .hdr and .img; convert them into one .nii file")
+        if not head.startswith(magic, position):
+            raise ValueError("lacks NIfTI's mark in its header; an Analyze 7.5 file does not say where its voxels lie")
+        return header, packed
     for start, what in OTHER_KINDS.items():
         if head.startswith(start):
             raise ValueError(what)
@@ -192,62 +194,45 @@ def read_header(path: Path) -> tuple[bytes, bool, str]:
     raise ValueError("is no NIfTI file: it does not begin with the length of its header")
 
 
-def check_magic(magic: bytes, length: int) -> None:
-    """Check that header and voxels are said to be in one file.
-
-    Raises:
-        ValueError: when they are not.
-    """
-    if magic == PAIR_MAGIC[length]:
-        raise ValueError("is one of a pair, .hdr and .img; convert them into one .nii file")
-    if magic != SINGLE_MAGIC[length]:
-        raise ValueError("lacks NIfTI's mark in its header; an Analyze 7.5 file does not say where its voxels lie")
-
-
 def shape_of(header: nib.Nifti1Header) -> tuple[int, int, int]:
-    """Return the three extents of a volume; further ones of 1 are dropped.
+    """Return the three extents of a volume; further extents of 1 are dropped.
 
     Raises:
-        ValueError: when it is no 3-D volume.
+        ValueError: when it is not a 3-D volume.
     """
     count = int(header["dim"][0])
     if not 1 <= count <= 7:
         raise ValueError(f"has {count} axes by its header, expected one 3-D volume")
+    # Not header.get_data_shape(): it gives another shape than the header's where FreeSurfer's surfaces have theirs.
     extents = [int(n) for n in header["dim"][1 : count + 1]]
-    shape = extents.copy()
-    while len(shape) > 3 and shape[-1] == 1:
-        shape.pop()
-    if len(shape) != 3 or min(shape) < 1:
+    if len(extents) < 3 or min(extents[:3]) < 1 or any(n != 1 for n in extents[3:]):
         raise ValueError(f"has the shape {'x'.join(map(str, extents))}, expected one 3-D volume")
-    return tuple(shape)
+    return tuple(extents[:3])
 
 
 def type_of(header: nib.Nifti1Header) -> np.dtype:
     """Return the type of the stored values.
 
     Raises:
-        ValueError: when it is not one of real numbers, or its size is said to be another.
+        ValueError: when they are not real numbers, or bitpix contradicts the type.
     """
-    code, bits = int(header["datatype"]), int(header["bitpix"])
-    if code not in TYPES:
-        try:
-            what = nib.nifti1.data_type_codes.label[code]
-        except KeyError:
-            what = "unknown"
-        raise ValueError(f"has voxels of type {what} (code {code}), expected real numbers")
-    dtype = np.dtype(TYPES[code]).newbyteorder(header.endianness)
+    name, bits = header.get_value_label("datatype"), int(header["bitpix"])
+    if name not in REAL_TYPES:
+        name = "unknown" if name.startswith("<unknown") else name
+        raise ValueError(f"has voxels of type {name} (code {header['datatype']}), expected real numbers")
+    dtype = header.get_data_dtype()
     if bits not in (0, 8 * dtype.itemsize):  # some writers leave bitpix 0
         raise ValueError(f"has bitpix {bits} but a type of {8 * dtype.itemsize} bits, so that its header is damaged")
     return dtype
 
 
-def offset_of(header: nib.Nifti1Header, length: int) -> int:
-    """Bytes before the first voxel.
+def offset_of(header: nib.Nifti1Header) -> int:
+    """Return the number of bytes before the first voxel.
 
     Raises:
-        ValueError: when it is nowhere behind the header.
+        ValueError: when vox_offset is not a position after the header.
     """
-    offset, least = float(header["vox_offset"]), length + EXTENSION_FLAG
+    offset, least = float(header["vox_offset"]), header.sizeof_hdr + EXTENSION_FLAG
     if not (least <= offset <= least + MAX_EXTENSIONS and offset == int(offset)):
         raise ValueError(f"has vox_offset {offset:g}, expected a whole number from {least} to {least + MAX_EXTENSIONS}")
     return int(offset)
@@ -256,10 +241,10 @@ def offset_of(header: nib.Nifti1Header, length: int) -> int:
 def check_size(
     shape: tuple[int, int, int], dtype: np.dtype, offset: int, size: int, packed: bool, reading: Reading
 ) -> None:
-    """Check the size that a header declares, before anybody believes it.
+    """Check the size that the header declares, before memory is taken for it.
 
     Raises:
-        ValueError: when it is above the limit, or more than the file can hold.
+        ValueError: when it is above the limit or more than the file can hold.
     """
     voxels = math.prod(shape)
     gib = 4 * voxels / 2**30

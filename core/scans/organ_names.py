@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
 
+import nibabel as nib
 from nibabel.nifti1 import Nifti1Extension
 
 from core.config import check
-from core.scans.nifti import EXTENSION_FLAG, HEADERS, READ_ERRORS, read_header, unpacked
+from core.scans.nifti import EXTENSION_FLAG, READ_ERRORS, read_header, unpacked
 from core.scans.organ_colours import colour_of
 from core.scans.organ_words import same_name
 from core.system.exits import one_line
@@ -59,9 +60,9 @@ def read_organ_names(path: str | Path) -> dict[int, str]:
     """
     path = Path(path)
     try:
-        _, packed, order = read_header(path)
+        header, packed = read_header(path)
         with unpacked(path, packed) as stream:
-            tables = [content for content in extensions_of(stream, order) if ROOT in content]
+            tables = [content for content in extensions_of(stream, header) if ROOT in content]
         return parse_table(tables[0]) if tables else {}
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: the organ names in its header are damaged XML ({error}); copy it again") from error
@@ -71,24 +72,23 @@ def read_organ_names(path: str | Path) -> dict[int, str]:
         raise ValueError(f"{path}: the organ names in its header cannot be read ({one_line(error)})") from error
 
 
-def extensions_of(stream: IO[bytes], order: str) -> list[bytes]:
+def extensions_of(stream: IO[bytes], header: nib.Nifti1Header) -> list[bytes]:
     """Return the contents of a NIfTI header's extensions, whatever their codes.
 
     Args:
         stream: the unpacked file, at its first byte.
-        order: byte order of the file, "<" or ">".
+        header: the header of the file.
 
     Raises:
         struct.error: when the file ends before them.
     """
-    (length,) = struct.unpack(f"{order}i", stream.read(4))
-    header = HEADERS[length](struct.pack(f"{order}i", length) + stream.read(length - 4), order, check=False)
-    left = int(header["vox_offset"]) - length - EXTENSION_FLAG
+    stream.read(header.sizeof_hdr)
+    left = int(header["vox_offset"]) - header.sizeof_hdr - EXTENSION_FLAG
     found = []
     if stream.read(EXTENSION_FLAG)[:1] == b"\0":
         return found
     while left >= EXTENSION_BYTES:
-        size, _ = struct.unpack(f"{order}ii", stream.read(8))
+        size, _ = struct.unpack(f"{header.endianness}ii", stream.read(8))
         if not 8 <= size <= left:
             break
         found.append(stream.read(size - 8))

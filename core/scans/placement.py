@@ -1,4 +1,4 @@
-"""Read from a NIfTI header where the voxels are in the patient: sform, qform, units."""
+"""Read the affine of a NIfTI header, in mm: sform or qform, and units."""
 
 import warnings
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def affine_of(
     """Return the affine from voxel indices to mm in the patient: the sform if its code is above 0, else the qform.
 
     Raises:
-        ValueError: when neither is and not `assume_ras`, or when a scan cannot have this affine.
+        ValueError: when both codes are 0 and `assume_ras` is False, or when a scan cannot have this affine.
     """
     ways = {}
     if header["sform_code"] > 0:
@@ -59,7 +59,7 @@ def qform_of(header: nib.Nifti1Header) -> np.ndarray:
     """Return the affine of quaternion, offset and spacing.
 
     Raises:
-        ValueError: when they make none.
+        ValueError: when the quaternion is not a rotation, or a number is not finite.
     """
     header = header.copy()
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 means 1 (the standard)
@@ -81,10 +81,10 @@ def in_mm(affine: np.ndarray, mm: float) -> np.ndarray:
 
 
 def check_affine(affine: np.ndarray) -> None:
-    """Check that voxels of this affine have a place and a size.
+    """Check that an affine is finite and invertible and has the spacing of CT.
 
     Raises:
-        ValueError: when they have not.
+        ValueError: when it is not.
     """
     if not np.isfinite(affine).all():
         raise ValueError("has an affine with numbers that are not finite, so that the scan has no place in the patient")
@@ -119,7 +119,7 @@ def voxels_apart(apart_mm: np.ndarray, affine: np.ndarray) -> float:
 
 
 def warn_of_shear(affine: np.ndarray, warn: Callable[[str], None]) -> None:
-    """Warn when the axes are not at right angles, as with a tilted gantry; everything is right for them too."""
+    """Warn when the axes are not at right angles, as with a tilted gantry; such scans are read correctly too."""
     axes = affine[:3, :3] / voxel_sizes(affine)
     degrees = 90 - np.degrees(np.arccos(np.clip(np.abs(axes.T @ axes)[np.triu_indices(3, 1)], 0, 1))).min()
     if degrees > SHEAR_DEGREES:

@@ -1,10 +1,10 @@
-"""From a scan on disk to the network's grid and back; every transform stands beside its inverse.
+"""Read scans and label maps, prepare them for the network, and write its results in the scan's own geometry.
 
-    load_scan -> prepare_image                      (voxels in HU, then an image in 0..255 on the network's grid)
+    load_scan -> prepare_image                      (voxels in HU; image of 0..255 on the network's grid)
     load_labels -> resize_labels                    (a label map on the same grid)
     logits_to_labels -> save_label_map              (back to the scan's own shape, axes, affine and header)
 
-What changes the grid, resize_* and logits_to_labels, is in core/scans/resample.py.
+The resampling itself, resize_* and logits_to_labels, is in core/scans/resample.py.
 
 Arrays are (X, Y, Z) in RAS+ order: X grows to the patient's right, Y to the front, Z to the head.
 No affine is ever computed: a `Geometry` carries the scan's own.
@@ -55,14 +55,14 @@ def load_scan(path: str | Path, reading: Reading = DEFAULT_READING) -> tuple[np.
 
     Args:
         path: a NIfTI file.
-        reading: what is accepted; its `warn` is told of values that are unlike a CT's, too.
+        reading: the options; `warn` is also called for values that are unlike those of CT.
 
     Returns:
         voxels, (X, Y, Z) float32 in HU and RAS+ order, and the geometry that leads back to the file's own order.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no readable 3-D NIfTI file, or has voxels that are not finite.
+        ValueError: when it is not a readable 3-D NIfTI file, or a voxel is not finite.
     """
     voxels, slope, intercept, geometry = read_nifti(path, reading, np.float32)
     if (slope, intercept) != (1, 0):
@@ -113,14 +113,14 @@ def load_labels(
     Args:
         path: a NIfTI file of organ ids.
         classes: K; ids must be below it. None allows any that fit into uint8.
-        reading: what is accepted.
+        reading: the options.
 
     Returns:
         labels, (X, Y, Z) uint8 in RAS+ order, and the geometry of the file.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no readable 3-D NIfTI file, or its values are no ids of the organ list.
+        ValueError: when it is not a readable 3-D NIfTI file, or a value is not an id of the organ list.
     """
     stored, slope, intercept, geometry = read_nifti(path, reading)
     if (slope, intercept) != (1, 0) or not np.issubdtype(stored.dtype, np.integer):
@@ -152,12 +152,12 @@ def read_geometry(path: str | Path, reading: Reading = DEFAULT_READING) -> Geome
 def read_nifti(
     path: str | Path, reading: Reading, dtype: type | None = None
 ) -> tuple[np.ndarray, float, float, Geometry]:
-    """Read a 3-D NIfTI file piece by piece, so that there is no second volume beside the one that is returned.
+    """Read a 3-D NIfTI file piece by piece; memory holds one volume only.
 
     Args:
         path: a NIfTI file.
-        reading: what is accepted.
-        dtype: what the stored values are converted to; None for the file's own type.
+        reading: the options.
+        dtype: type of the returned values; None keeps the file's own type.
 
     Returns:
         the stored values, (X, Y, Z) in RAS+ order, the slope and intercept that scale them, and the geometry.
@@ -186,7 +186,7 @@ def read_nifti(
 
 
 def read_to_the_end(stream: IO[bytes]) -> None:
-    """Read what follows the voxels: gzip's checksum is there, without which damaged voxels pass for good ones."""
+    """Read the rest of the file after the voxels; at its end gzip checks the checksum and finds damaged voxels."""
     behind = 0
     while part := stream.read(READ_BYTES):
         behind += len(part)
@@ -195,7 +195,7 @@ def read_to_the_end(stream: IO[bytes]) -> None:
 
 
 def copy_by_planes(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy (A, B, C) to an array of another memory order, B planes one by one: what is at work stays in the cache."""
+    """Copy (A, B, C) to an array of another memory order, one B plane at a time, which fits the CPU's cache."""
     for i in range(source.shape[1]):
         target[:, i] = source[:, i]
 
@@ -205,7 +205,7 @@ def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path, org
 
     The file has the scan's shape, affine, qform and sform with their codes, and units; type uint8, intent "label".
     Its header holds the names of `organs`, by id with the background first, when they are given.
-    It is written whole: `path` is the old file or the new one, never half of one.
+    The file is replaced in one step; `path` never holds half a file.
     """
     header = geometry.header.copy()
     header.set_data_dtype(np.uint8)
@@ -221,7 +221,7 @@ def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> 
     """Write the classes' probabilities from logits, (K, X, Y, Z), as a file of (X, Y, Z, K) in the scan's own geometry.
 
     NIfTI has no float16: the file stores uint16 steps of 1/65535, which is as small and off by less than 1e-5.
-    The K full-size volumes lie in a temporary file beside `path`, not in memory.
+    The K full-size volumes are in a temporary file in the folder of `path`, not in memory.
     """
     with tempfile.TemporaryFile(dir=Path(path).parent) as file:
         # A full disk is an error here, where it can be one; in the memory map it would be the process's end.
@@ -263,7 +263,7 @@ def save_volume(stored: np.ndarray, header: nib.Nifti1Header, path: str | Path, 
 def window_hu(voxels: np.ndarray, window: Sequence[float]) -> np.ndarray:
     """Clip HU to `window` (low, high) and scale it to 0..1; float32 in, float32 out, any shape.
 
-    There is no inverse: what lies outside the window is gone.
+    It has no inverse, because values outside the window are lost.
     """
     low, high = window
     image = np.clip(voxels, np.float32(low), np.float32(high))
@@ -273,8 +273,8 @@ def window_hu(voxels: np.ndarray, window: Sequence[float]) -> np.ndarray:
 
 
 def prepare_image(voxels: np.ndarray, size: Sequence[int], window: Sequence[float]) -> np.ndarray:
-    """From HU, (X, Y, Z) float32, to what the network sees: `size` voxels, uint8, 0..255 across the HU window.
+    """Convert HU, (X, Y, Z) float32, to the network's image: `size` voxels, uint8, 0..255 across the HU window.
 
-    Training (through the cache) and inference both come through here, so they round alike.
+    Training (through the cache) and inference both call it, so their rounding is the same.
     """
     return np.rint(resize_image(window_hu(voxels, window), size) * 255).astype(np.uint8)

@@ -1,22 +1,18 @@
-"""Mutated NIfTI headers through the reader: each is refused in one sentence, or read as the standard says.
+"""Read NIfTI files with mutated headers: each is refused in one sentence, or read as the standard says.
 
 The seed and the number name a case: `mutated(seed)` makes it again.
 """
 
-import re
-import resource
 import signal
 import struct
 from pathlib import Path
 
 import numpy as np
-import pytest
 from nifti_bytes import FIELDS, HEADER_BYTES, TYPES, Found, gzip_member, nifti, parse, set_field
 
 from core.scans.volumes import Reading, load_labels, load_scan, read_geometry
 
 MAX_GIB = 0.01  # of float32 voxels: 2.7 million
-MOST_MORE_MIB = 150  # that the process may grow by, over all cases
 SECONDS = 20  # after which a case counts as hanging
 CLASSES = 6
 SHAPE = (4, 5, 3)
@@ -155,7 +151,6 @@ def run(seeds: range, folder: Path) -> dict[str, int]:
     def hangs(*_):
         raise AssertionError(f"case {seed} hangs")
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes = {"accepted": 0, "refused": 0}
     wrong = {}
     old = signal.signal(signal.SIGALRM, hangs)
@@ -176,8 +171,6 @@ def run(seeds: range, folder: Path) -> dict[str, int]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
     assert not wrong, f"{len(wrong)} cases: {dict(list(wrong.items())[:12])}"
-    more_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert more_mib < MOST_MORE_MIB
     return outcomes
 
 
@@ -192,12 +185,6 @@ def test_untouched_files_are_all_read(tmp_path):
 def test_mutated_headers(tmp_path):
     outcomes = run(range(400), tmp_path)
     assert min(outcomes.values()) > 80, outcomes
-
-
-@pytest.mark.slow
-def test_ten_thousand_mutated_headers(tmp_path):
-    outcomes = run(range(400, 10_400), tmp_path)
-    assert min(outcomes.values()) > 2000, outcomes
 
 
 def test_flipped_bits_of_packed_files(tmp_path):
@@ -228,9 +215,3 @@ def test_every_length_of_a_packed_file_but_the_whole_is_refused(tmp_path):
         assert attempt(load_scan, path) is None, length
     path.write_bytes(packed)
     assert attempt(load_scan, path) is not None
-
-
-def test_the_seed_makes_the_same_case_again():
-    assert mutated(7) == mutated(7)
-    assert len({mutated(seed)[0] for seed in range(50)}) > 45
-    assert re.fullmatch(r"\(b'.*', (True|False)\)", repr(mutated(7)), re.DOTALL)
