@@ -34,8 +34,9 @@ from core.scoring.surface import nsd, organ_surfaces
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
 from core.system.files import whole_file
 from core.system.provenance import git_commit, versions
+from visualization.comparison import draw_comparison
 from visualization.movie import make_movie
-from visualization.overlay import draw_comparison, draw_contact_sheet, draw_overlay
+from visualization.overlay import draw_contact_sheet, draw_overlay
 from visualization.page import data_url, escaped, make_page, write_page
 from visualization.shown import Shown, add_organ_flags, label_map_paths, print_written, read_shown, title_of
 from visualization.style import organ_rules

@@ -20,8 +20,9 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from core.config import load_organs
 from core.scans.organ_colours import ORGAN_COLOURS, colour_of
 from visualization import curves, overlay
+from visualization.comparison import draw_comparison, errors_of
 from visualization.curves import draw_curves
-from visualization.overlay import draw_comparison, draw_contact_sheet, draw_overlay, errors_of
+from visualization.overlay import draw_contact_sheet, draw_overlay
 from visualization.slices import choose_slices, count_by_slice
 from visualization.style import EXTRA, MISSED, MIXED_UP, colour_table, save_figure
 

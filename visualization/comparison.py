@@ -1,0 +1,166 @@
+"""A prediction beside its reference: three slices of both, and in colour where the two differ."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from core.scoring.overlap import confusion_matrix, organ_scores
+from visualization.canvas import (
+    MARGIN,
+    ROW_GAP,
+    TITLE_HEIGHT,
+    Canvas,
+    box_extent_mm,
+    check_volumes,
+    organs_present,
+    organs_shown,
+    plane_of,
+    volume_column,
+)
+from visualization.slices import (
+    AROUND,
+    LEGEND_LINE,
+    VIEWS,
+    as_seen,
+    choose_slices,
+    count_by_slice,
+    crop_to_organs,
+    draw_legend,
+    draw_scale_bar,
+    draw_slice,
+    draw_tissue,
+    legend_width,
+    write_around,
+)
+from visualization.style import EXTRA, MISSED, MIXED_UP
+
+# Inches that the panels, three columns of them, may take side by side and above one another, gaps not counted.
+COMPARED_WIDTH, COMPARED_HEIGHT = 13.0, 12.0
+# Share of an error's colour in its tint: an error is to be found at once, the tissue below matters less.
+ERROR_TINT = 0.85
+ERRORS = {"missed": MISSED, "too much": EXTRA, "another organ": MIXED_UP}  # in the order of `errors_of`
+
+
+def draw_comparison(
+    voxels: np.ndarray,
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing_mm: Sequence[float],
+    organs: Sequence[str],
+    title: str,
+    voxel_ml: float | None = None,
+) -> Figure:
+    """Return a figure of three views, a row each: prediction, reference, errors; and a legend with each organ's Dice.
+
+    Args:
+        voxels: (X, Y, Z) HU in RAS+ order.
+        prediction: (X, Y, Z) ids on the same grid.
+        reference: (X, Y, Z) ids on the same grid.
+        spacing_mm: as for `visualization.overlay.draw_overlay`.
+        organs: as for `visualization.overlay.draw_overlay`.
+        title: as for `visualization.overlay.draw_overlay`.
+        voxel_ml: as for `visualization.overlay.draw_overlay`.
+
+    Raises:
+        ValueError: when the shapes differ or an id has no name.
+    """
+    check_volumes(title, voxels, organs, prediction, reference)
+    counted = [count_by_slice(labels, len(organs)) for labels in (prediction, reference)]
+    # Slices of the prediction only when the reference is empty.
+    chosen = choose_slices(counted[1] if reference.any() else counted[0])
+    counts = [p + r for p, r in zip(*counted, strict=True)]
+    box, present = crop_to_organs(counts, spacing_mm), organs_present(counts)
+    extent_mm = box_extent_mm(box, spacing_mm)
+
+    x, y, z = extent_mm
+    scale = min(COMPARED_WIDTH / (3 * max(x, y)), COMPARED_HEIGHT / (y + 2 * z))
+    legend_height = (len(present) + 3 + len(ERRORS)) * LEGEND_LINE
+    rows = (y + 2 * z) * scale + 2 * ROW_GAP
+    upper, side = TITLE_HEIGHT + 2 * MARGIN, MARGIN + 3 * (max(x, y) * scale + 2 * MARGIN)
+    canvas = Canvas(side + legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, title)
+    draw_compared_slices(canvas, upper, scale, (voxels, prediction, reference), chosen, box, extent_mm)
+    volumes = [volume_column(of_map, spacing_mm, voxel_ml) for of_map in counted]
+    dice = organ_scores(confusion_matrix(reference, prediction, len(organs)))["dice"]
+    columns = {"mL": volumes[0], "reference": volumes[1], "Dice": [f"{value:.3f}" for value in dice]}
+    legend = canvas.axes(side, upper, legend_width(3), legend_height)
+    draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
+    draw_error_legend(canvas, side, upper + legend_height)
+    return canvas.figure
+
+
+def draw_compared_slices(
+    canvas: Canvas,
+    top: float,
+    scale: float,
+    volumes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    chosen: Sequence[int],
+    box: Sequence[slice],
+    extent_mm: np.ndarray,
+) -> None:
+    """Draw a row for each view, with three panels: prediction, reference, errors.
+
+    Args:
+        canvas: to draw on.
+        top: inches of the first row from the upper edge.
+        scale: inches per mm.
+        volumes: voxels in HU, prediction and reference, each (X, Y, Z).
+        chosen: the number of the slice by axis.
+        box: the part of the volumes to draw.
+        extent_mm: its size along X, Y, Z.
+    """
+    voxels, prediction, reference = volumes
+    column = max(extent_mm[:2]) * scale + 2 * MARGIN
+    for axis, (view, letters) in VIEWS.items():
+        plane, size_mm = plane_of(axis, chosen[axis], box), np.delete(extent_mm, axis)
+        width, height = size_mm * scale
+        panels = [canvas.axes(MARGIN + place * column, top, width, height) for place in range(3)]
+        tissue = as_seen(voxels[plane])
+        for panel, labels in zip(panels, (prediction, reference), strict=False):
+            draw_slice(panel, tissue, as_seen(labels[plane]), size_mm)
+        draw_errors(panels[2], tissue, as_seen(errors_of(prediction[plane], reference[plane])), size_mm)
+        for panel in panels:
+            write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}" if panel is panels[0] else "")
+        if axis == 2:
+            draw_scale_bar(panels[0])
+            for panel, heading in zip(panels, ("prediction", "reference", "errors"), strict=True):
+                panel.annotate(heading, (0, 1), (0, 26), **AROUND, weight="bold")
+        top += height + ROW_GAP
+
+
+def errors_of(prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return where label maps differ: 0 nowhere, 1 organ missed, 2 organ where there is none, 3 another organ."""
+    errors = np.zeros(reference.shape, np.uint8)
+    errors[(reference > 0) & (prediction == 0)] = 1
+    errors[(reference == 0) & (prediction > 0)] = 2
+    errors[(reference > 0) & (prediction > 0) & (reference != prediction)] = 3
+    return errors
+
+
+def draw_errors(axes: Axes, voxels: np.ndarray, errors: np.ndarray, size_mm: Sequence[float]) -> None:
+    """Draw one slice: CT in gray, and in colour where prediction and reference differ.
+
+    Args:
+        axes: of the same shape as the slice.
+        voxels: (rows, columns) HU, as seen.
+        errors: (rows, columns) of `errors_of`, as seen.
+        size_mm: the slice's width and height in mm.
+    """
+    draw_tissue(axes, voxels, size_mm)
+    colours = np.array([(0, 0, 0, 0), *(to_rgba(colour, ERROR_TINT) for colour in ERRORS.values())])
+    axes.imshow(colours[errors], extent=(0, size_mm[0], size_mm[1], 0), interpolation="nearest")
+
+
+def draw_error_legend(canvas: Canvas, left: float, bottom: float) -> None:
+    """List the colours of errors, above `bottom` (inches)."""
+    width, height = legend_width(3), len(ERRORS) * LEGEND_LINE
+    axes = canvas.axes(left, bottom - height, width, height)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    for place, (name, colour) in enumerate(ERRORS.items()):
+        y = (place + 0.5) * LEGEND_LINE
+        axes.add_patch(Rectangle((0, y - 0.07), 0.2, 0.14, facecolor=colour))
+        axes.text(0.3, y, name, va="center")
