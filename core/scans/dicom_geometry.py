@@ -19,11 +19,8 @@ SAME_SPACING_MM = 1e-4  # by which pixel spacings may differ between slices: 0.0
 SAME_DIRECTION = 1e-4  # by which direction cosines may differ between slices: 0.05 mm across 500 mm
 
 
-# ---- Geometry --------------------------------------------------------------------------------------------------------
-
-
 def sort_slices(folder: Path, slices: Sequence[Slice]) -> list[Slice]:
-    """Slices in the order in which they lie along their normal; names and numbers of files say nothing.
+    """Return the slices in the order in which they lie along their normal; file names and numbers do not count.
 
     Raises:
         ValueError: when they do not belong into one volume.

@@ -188,13 +188,13 @@ def text(header: "Dataset", keyword: str) -> str:
 
 
 def description_of(header: "Dataset") -> str:
-    """SeriesDescription, or nothing where it is no plain text: a damaged one may run on into other attributes."""
+    """Return SeriesDescription if it is plain text, else nothing: a damaged one may run on into other attributes."""
     value = header.get("SeriesDescription")
     return printable(value) if isinstance(value, str) and value.isprintable() else ""
 
 
 def printable(value: str) -> str:
-    """Text from a file as a message may show it."""
+    """Return text from a file in the form that a message may show."""
     shown = value[:SHOWN_CHARACTERS]
     return "".join(character if character.isprintable() else " " for character in shown).strip()
 
@@ -225,7 +225,7 @@ def slices_of(path: Path, header: "Dataset") -> Iterator[Slice]:
 
 
 def slice_of(path: Path, header: "Dataset", frame: int, frames: int) -> Slice:
-    """One slice of a CT file, from its header.
+    """Make one slice of a CT file from its header.
 
     Raises:
         Unfit: naming the attribute that is missing or wrong.

@@ -68,11 +68,11 @@ class Series:
 
     @property
     def slices(self) -> int:
-        """Number of slices in its CT files."""
+        """Return the number of slices in its CT files."""
         return sum(number_of_frames(header) for header in self.headers.values())
 
     def __str__(self) -> str:
-        """As messages name it."""
+        """Return the name that messages use."""
         return f"{self.uid or repr('')} ('{self.description}', {self.slices} slices)"
 
 
@@ -153,7 +153,7 @@ def choose_series(folder: Path, series_uid: str | None, warn: Callable[[str], No
 
 
 def listed(names: Collection[str]) -> str:
-    """Names for a message, in order, long lists cut."""
+    """Return names for a message, in order; a long list is cut."""
     names = sorted(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
@@ -230,7 +230,7 @@ def warn_of_padding(folder: Path, slices: Sequence[Slice], warn: Callable[[str],
 
 
 def to_hu(stored: np.ndarray, one: Slice) -> np.ndarray:
-    """From stored values, (rows, columns) int32, to float32 HU by the slice's own scale; padding becomes air."""
+    """Turn stored values, (rows, columns) int32, into float32 HU by the slice's own scale; padding becomes air."""
     hu = stored * np.float32(one.slope) + np.float32(one.intercept)
     if one.padding:
         hu[(stored >= one.padding[0]) & (stored <= one.padding[1])] = AIR_HU
