@@ -37,7 +37,7 @@ def settings(**changes) -> Config:
 
 
 def same_samples(first: dict, second: dict) -> bool:
-    """Whether two samples are the same to the bit, types and shapes included."""
+    """Return True when two samples are the same to the bit, types and shapes included."""
     assert first.keys() == second.keys()
     return all(
         value == second[key]

@@ -22,7 +22,7 @@ def stored_values(k: int) -> np.ndarray:
 
 
 def make_slice(k: int, **changes: object) -> Dataset:
-    """Slice k of an axial series: 0.5 mm between rows, 0.8 between columns, 2.5 between slices, HU = stored - 1024."""
+    """Make slice k of an axial series: in mm 0.5 between rows, 0.8 columns, 2.5 slices; HU = stored - 1024."""
     one = Dataset()
     one.file_meta = FileMetaDataset()
     one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID = CT_IMAGE

@@ -77,7 +77,7 @@ def nifti(
 
 
 def gzip_member(content: bytes, crc: int | None = None, size: int | None = None, level: int = 1) -> bytes:
-    """RFC 1952: header, raw deflate data, CRC-32 and size of the content; wrong ones where they are given."""
+    """Make a member as in RFC 1952: header, raw deflate data, CRC-32 and size, wrong ones where they are given."""
     return gzip_of(deflate(content, level), zlib.crc32(content) if crc is None else crc, size or len(content))
 
 
@@ -131,7 +131,7 @@ def parse(content: bytes) -> Found:
 
 
 def guess_kind(content: bytes, found: Found) -> tuple[int, str] | None:
-    """Version and byte order, by the header's size first and dim[0] next."""
+    """Return version and byte order, by the header's size first and dim[0] next."""
     if len(content) < 352:
         found.refuse.append("shorter than a header")
         return None
@@ -171,7 +171,7 @@ def parse_shape(dim: tuple[int, ...], found: Found) -> tuple[int, ...] | None:
 
 
 def parse_affine(header: dict, found: Found) -> None:
-    """From sform if its code is above 0, else from qform if its code is."""
+    """Find the affine: from sform if its code is above 0, else from qform if its code is."""
     (sform_code,), (qform_code,) = header["sform_code"], header["qform_code"]
     if not (0 <= sform_code <= 5 and 0 <= qform_code <= 5):
         found.either.append("a code that the standard does not know")

@@ -45,7 +45,7 @@ def save(path: Path, labels: np.ndarray, axes: str = "RAS", affine: np.ndarray =
 
 
 def two_cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By case: reference and prediction, (X, Y, Z).
+    """Return reference and prediction by case, each (X, Y, Z).
 
     case1: liver 4 voxels, of which 3 are found and 1 missed, 2 made up; spleen 5 voxels, missed; left kidney made up.
     case2: liver 8 voxels, all found and none made up.
@@ -666,7 +666,7 @@ def ten_cases(tmp_path) -> list[str]:
 
 
 def per_case(path: Path, score: str, organ: int | None = None) -> np.ndarray:
-    """Each case's mean over organs, or one organ's score, (cases,), straight from a CSV file."""
+    """Read each case's mean over organs, or one organ's score, (cases,), straight from a CSV file."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     cases = dict.fromkeys(row["case"] for row in rows)
@@ -735,7 +735,7 @@ def test_what_only_one_side_has_is_said_and_counts_against_it(ten_cases, run, tm
 
 
 def blobs() -> np.ndarray:
-    """Organs of all sizes, down to one voxel, (16, 16, 12)."""
+    """Make organs of all sizes, down to one voxel, (16, 16, 12)."""
     places = np.random.default_rng(3).random((14, 3)) * (16, 16, 12)
     grid = np.stack(np.meshgrid(*map(np.arange, (16, 16, 12)), indexing="ij"), axis=-1)
     apart = np.linalg.norm(grid[:, :, :, None] - places, axis=-1) - np.linspace(1, 6, 14)
@@ -743,7 +743,7 @@ def blobs() -> np.ndarray:
 
 
 def run_ceiling(run, folder: Path, labels: np.ndarray, size: tuple[int, int, int], *flags) -> dict:
-    """ceiling.json of one label map."""
+    """Return the content of ceiling.json for one label map."""
     save(folder / "labels" / "a.nii.gz", labels)
     code, out, err = run(
         f"--labels={folder / 'labels'}", f"--output={folder / 'out'}", "--ceiling", *flags, "--size", *size

@@ -320,7 +320,7 @@ def run_measured(folder: Path, *arguments: object) -> Done:
 
 @pytest.fixture(scope="module")
 def segmented(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """All scans through one infer.py."""
+    """Run one infer.py on all scans."""
     folder = tmp_path_factory.mktemp("inference")
     (folder / "scans").mkdir()
     for name, (content, _) in SCANS.items():
@@ -376,7 +376,7 @@ def test_good_scans_are_segmented_rightly(segmented, name):
 
 
 def volumes_ml(path: Path) -> dict[str, list[float]]:
-    """By case, the organs' volumes."""
+    """Return the organs' volumes by case."""
     volumes = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
@@ -507,7 +507,7 @@ MAPS: dict[str, tuple[bytes, str | None]] = {
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
-    """All label maps as predictions of the plain one through one evaluate.py."""
+    """Run one evaluate.py on all label maps, as predictions of the plain one."""
     folder = tmp_path_factory.mktemp("scoring")
     (folder / "labels").mkdir()
     (folder / "predictions").mkdir()

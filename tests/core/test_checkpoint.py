@@ -40,7 +40,7 @@ def path(tmp_path):
 
 
 def stepped(network: nn.Module) -> torch.optim.Adam:
-    """Adam after one step with gradients of ones: exp_avg is 0.1 and exp_avg_sq 0.001 everywhere."""
+    """Return Adam after one step with gradients of ones: exp_avg is 0.1 and exp_avg_sq 0.001 everywhere."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)

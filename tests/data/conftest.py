@@ -12,7 +12,7 @@ from dataset import find_cases
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory) -> list[tuple[Path, Path]]:
-    """Scan and label map of each case; their label maps lose the names in their headers."""
+    """Return the scan and the label map of each case; the label maps hold no names in their headers."""
     folder = tmp_path_factory.mktemp("phantoms")
     write_phantom(folder, cases=CASES, shape=(48, 40, 32), seed=0)
     cases = [(case.scan, case.labels) for case in find_cases(folder)]

@@ -30,7 +30,7 @@ def ball(shape: tuple[int, int, int], spacing_mm: tuple, centre_mm: tuple, radiu
 
 
 def is_watertight(mesh: Mesh) -> bool:
-    """Whether each edge belongs to two triangles, which run along it in opposite directions."""
+    """Return True when each edge belongs to two triangles, which run along it in opposite directions."""
     edges = Counter()
     for a, b, c in mesh.faces.tolist():
         edges.update(((a, b), (b, c), (c, a)))
@@ -38,7 +38,7 @@ def is_watertight(mesh: Mesh) -> bool:
 
 
 def scene(*balls: tuple[int, tuple[float, float, float], float]) -> Scene:
-    """Balls by organ id, centre and radius in mm, on 2 mm voxels whose first is at 0."""
+    """Make balls by organ id, centre and radius in mm, on 2 mm voxels whose first is at 0."""
     labels = np.zeros((60, 60, 60), np.uint8)
     for organ, centre, radius in balls:
         labels[ball(labels.shape, (2, 2, 2), centre, radius)] = organ
@@ -354,7 +354,7 @@ def test_a_label_map_of_another_grid_is_refused(case, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def patient() -> tuple[np.ndarray, np.ndarray]:
-    """HU and ids, 64 x 56 x 40 voxels of 3 mm: a cylinder with lung, bone, an organ full of contrast; and a table."""
+    """Return HU and ids, 64 x 56 x 40 voxels of 3 mm: a cylinder with lung, bone, a bright organ; and a table."""
     x, y, _ = np.mgrid[:64, :56, :40]
     voxels = np.full((64, 56, 40), -1000.0, np.float32)
     voxels[((x - 32) / 24) ** 2 + ((y - 30) / 18) ** 2 <= 1] = 40

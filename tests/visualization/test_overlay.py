@@ -65,7 +65,7 @@ BOXES = {
 
 
 def seen_as_lab(rgb: np.ndarray, vision: str) -> np.ndarray:
-    """CIELAB (D65), (N, 3), of sRGB colours, (N, 3) from 0 to 1, as an eye with that vision has them."""
+    """Return CIELAB (D65), (N, 3), of sRGB colours, (N, 3) from 0 to 1, as an eye with that vision has them."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     linear = np.clip(linear @ VISIONS[vision].T, 0, 1)
     to_xyz = np.array(
@@ -77,7 +77,10 @@ def seen_as_lab(rgb: np.ndarray, vision: str) -> np.ndarray:
 
 
 def ciede2000(first: np.ndarray, second: np.ndarray) -> float:
-    """Difference of two CIELAB colours: Sharma, Wu and Dalal, "The CIEDE2000 Color-Difference Formula" (2005)."""
+    """Compute the difference of two CIELAB colours.
+
+    Sharma, Wu and Dalal, "The CIEDE2000 Color-Difference Formula" (2005).
+    """
     (l1, a1, b1), (l2, a2, b2) = first, second
     chroma = (np.hypot(a1, b1) + np.hypot(a2, b2)) / 2
     stretch = 1.5 - 0.5 * np.sqrt(chroma**7 / (chroma**7 + 25.0**7))
@@ -149,7 +152,7 @@ def test_a_longer_organ_list_goes_on_with_other_colours():
 
 
 def make_volume() -> tuple[np.ndarray, np.ndarray]:
-    """HU and ids in RAS+ order: water, with the organs of BOXES."""
+    """Make HU and ids in RAS+ order: water, with the organs of BOXES."""
     voxels, labels = np.zeros(SHAPE, np.float32), np.zeros(SHAPE, np.uint8)
     for organ, box in BOXES.items():
         voxels[box], labels[box] = 60, organ
@@ -186,7 +189,7 @@ def run_main(name: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def looks_like(pixels: np.ndarray, organ: int) -> np.ndarray:
-    """Where a picture, (rows, columns, 3 or 4) from 0 to 1, has an organ's contour or legend colour."""
+    """Find where a picture, (rows, columns, 3 or 4) from 0 to 1, has an organ's contour or legend colour."""
     return np.abs(pixels[..., :3] - colour_of(organ)).max(axis=-1) < 0.06
 
 
@@ -206,7 +209,7 @@ def panel_pixels(figure: Figure) -> dict[str, np.ndarray]:
 
 
 def centre(mask: np.ndarray) -> tuple[float, float]:
-    """Where the marked pixels lie on average, from 0 (left, top) to 1 (right, bottom)."""
+    """Return where the marked pixels lie on average, from 0 (left, top) to 1 (right, bottom)."""
     rows, columns = np.nonzero(mask)
     assert len(rows), "the organ is nowhere in the picture"
     return columns.mean() / mask.shape[1], rows.mean() / mask.shape[0]
@@ -313,7 +316,7 @@ def test_no_text_overlaps_another_or_leaves_the_picture():
 
 
 def check_texts(figure: Figure) -> None:
-    """See that no text lies on another, and none goes over the edge."""
+    """Check that no text lies on another, and none goes over the edge."""
     FigureCanvasAgg(figure).draw()
     texts = [t for t in (*figure.texts, *(t for axes in figure.axes for t in axes.texts)) if t.get_text()]
     boxes = {text.get_text() + f" {i}": text.get_window_extent() for i, text in enumerate(texts)}
@@ -368,7 +371,7 @@ def test_comparison_shows_prediction_truth_and_errors():
 
 
 def panel_of(figure: Figure, pixels: np.ndarray, number: int) -> np.ndarray:
-    """One of a figure's axes as pixels."""
+    """Cut one of a figure's axes out of its pixels."""
     box = figure.axes[number].get_window_extent()
     left, right, top, bottom = (round(v) for v in (box.x0, box.x1, len(pixels) - box.y1, len(pixels) - box.y0))
     return pixels[top:bottom, left:right]

@@ -88,7 +88,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_movies():
-    """Movies of a few frames: what is in them is tested in test_movie.py."""
+    """Make movies short, of 3 frames: what is in them is tested in test_movie.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "FRAMES", 3)
         yield

@@ -29,7 +29,7 @@ HEADER = "case,id,organ,dice,precision,recall,accuracy,nsd,hd95_mm,reference_ml,
 
 
 def table_of(cases: int, organs: int = 13) -> np.ndarray:
-    """Made-up Dice, (cases, organs), with one organ that is never defined and one that a case lacks."""
+    """Make up Dice, (cases, organs), with one organ that is never defined and one that a case lacks."""
     table = np.random.default_rng(0).uniform(0.3, 0.99, (cases, organs))
     table[:, 9] = np.nan
     table[0, 3] = np.nan

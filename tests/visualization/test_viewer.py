@@ -354,7 +354,7 @@ def click(browser, element: str) -> None:
 
 
 def in_slices(browser) -> dict[int, int]:
-    """How many pixels of the slices have each organ's very colour."""
+    """Count the pixels of the slices that have exactly an organ's colour, by organ."""
     found = browser.execute_script(COUNT, "slices", [COLOUR[organ] for organ in COLOUR])[2]
     return {organ: seen["count"] for organ, seen in zip(COLOUR, found, strict=True)}
 

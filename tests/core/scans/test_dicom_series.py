@@ -68,7 +68,7 @@ def refusal(folder: Path, **options: object) -> str:
 
 
 def place(geometry, column: int, row: int, k: int) -> list[float]:
-    """Where a stored voxel lies, in mm in RAS+."""
+    """Return where a stored voxel lies, in mm in RAS+."""
     return nib.affines.apply_affine(geometry.affine, [column, row, k]).tolist()
 
 
@@ -334,7 +334,7 @@ def test_folders_without_a_series_are_refused(tmp_path):
 
 
 def every(**changes: object) -> Callable[[list[Dataset]], None]:
-    """Return a change of all slices."""
+    """Return a function that changes all slices."""
 
     def change(slices: list[Dataset]) -> None:
         for one in slices:
@@ -345,7 +345,7 @@ def every(**changes: object) -> Callable[[list[Dataset]], None]:
 
 
 def third(**changes: object) -> Callable[[list[Dataset]], None]:
-    """Return a change of the third slice only."""
+    """Return a function that changes the third slice only."""
     return lambda slices: every(**changes)(slices[2:3])
 
 

@@ -51,7 +51,7 @@ def area_mm2(mask: np.ndarray, spacing_mm: tuple) -> float:
 def scores_of(
     reference: np.ndarray, prediction: np.ndarray, spacing_mm: tuple, tolerance_mm: float, percents: tuple = PERCENTS
 ) -> list[float]:
-    """All scores of two masks."""
+    """Return all scores of two masks."""
     both = surfaces_of(reference, prediction, spacing_mm)
     return [nsd(both, tolerance_mm), *(hausdorff_mm(both, percent) for percent in percents), mean_distance_mm(both)]
 
@@ -75,7 +75,7 @@ def blobs(seed: int, shape: tuple = (24, 20, 16), voxels: float = 2.0) -> np.nda
 
 @pytest.fixture(params=METHODS)
 def method(request, monkeypatch) -> str:
-    """Both ways to find the nearest point; the other one is not there."""
+    """Choose one of the two ways to find the nearest point; a call of the other one fails the test."""
 
     def must_not(*arguments):
         raise AssertionError("the other method was used")
@@ -260,7 +260,7 @@ def test_smooth_and_noisy_masks_against_deepmind(method, seed):
 
 @st.composite
 def two_masks(draw) -> tuple[np.ndarray, np.ndarray]:
-    """Two small masks of the same shape, sparse or dense, empty ones among them."""
+    """Draw two small masks of the same shape, sparse or dense; some are empty."""
     shape = draw(st.tuples(*[st.integers(1, 6)] * 3))
     fill = draw(st.booleans())
     return tuple(draw(arrays(bool, shape, fill=st.just(fill))) for _ in range(2))

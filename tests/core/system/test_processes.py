@@ -27,7 +27,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Eight cases: five to train on and three held out, neither of which two processes can share evenly."""
+    """Make eight cases: five to train on and three held out. Two processes can share neither evenly."""
     folder = tmp_path_factory.mktemp("phantoms")
     write_phantom(folder, cases=8, shape=(40, 36, 28), seed=0)
     return folder

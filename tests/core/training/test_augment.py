@@ -30,7 +30,7 @@ class Fixed:
 
 
 def random_batch(samples: int = 3, size: tuple = (12, 10, 8)) -> tuple[Tensor, Tensor, Tensor]:
-    """Images and labels in blobs, and extents in mm."""
+    """Return images and labels in blobs, and extents in mm."""
     rng = np.random.default_rng(0)
     zoom = (1, size[0] / 3, size[1] / 3, size[2] / 2)
     labels = ndimage.zoom(rng.integers(0, 14, (samples, 3, 3, 2)), zoom, order=0)

@@ -66,7 +66,7 @@ def command(data: Path, folder: Path, *flags: object) -> list[str]:
 
 
 def start(data: Path, folder: Path, *flags: object) -> subprocess.Popen:
-    """Return the script with --resume, as a scheduler would start it again and again, leader of a process group."""
+    """Start the script with --resume, as a scheduler does again and again, as the leader of a process group."""
     arguments = command(data, folder, "--resume", *flags)
     return subprocess.Popen(
         arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, start_new_session=True
@@ -74,7 +74,7 @@ def start(data: Path, folder: Path, *flags: object) -> subprocess.Popen:
 
 
 def wait_for_checkpoint(process: subprocess.Popen, last: Path, saves: int) -> None:
-    """Until last.pt has been replaced so many times, or the run has ended."""
+    """Wait until last.pt has been replaced `saves` times, or the run has ended."""
     seen = None
     while saves and process.poll() is None:
         now = last.stat().st_mtime_ns if last.exists() else None
@@ -84,12 +84,12 @@ def wait_for_checkpoint(process: subprocess.Popen, last: Path, saves: int) -> No
 
 
 def content(folder: Path) -> dict:
-    """All that a run's last.pt holds, but for the settings, which name its folders."""
+    """Return all that a run's last.pt holds, but for the settings, which name its folders."""
     return {key: value for key, value in load_checkpoint(folder / "last.pt").items() if key != "config"}
 
 
 def assert_same(first: object, second: object) -> None:
-    """Equal to the last bit, however deep."""
+    """Check that two values are equal to the last bit, however deep."""
     if isinstance(first, dict):
         assert first.keys() == second.keys()
     if isinstance(first, dict | list | tuple):
@@ -108,7 +108,7 @@ def facts(folder: Path) -> dict:
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """Return the same weights, optimiser, scores and log as the run that nothing happened to."""
+    """Check that weights, optimiser, scores and log are those of the run that nothing happened to."""
     assert_same(content(folder), content(whole))
     assert_same(load_checkpoint(folder / "best.pt")["network"], load_checkpoint(whole / "best.pt")["network"])
     rows = []
