@@ -39,10 +39,11 @@ def start_training(config: Config, device: torch.device, processes: int = 1) -> 
     Raises:
         ValueError: when the settings ask for what the device cannot do, or for what does not go together.
     """
-    check_settings(config, processes)
     precision = choose_precision(config.precision, device)
     seed_torch(config.seed, config.deterministic)  # the same first weights in every process
-    network = fit_network(build_network(config), config, device)
+    network = build_network(config)
+    check_settings(config, network, processes)
+    fit_network(network, config, device)
     return Training(
         network,
         loss=loss_named(config.loss),

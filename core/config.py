@@ -119,7 +119,7 @@ class Config:
 
     # Training
     epochs: int = setting(50, whole_number(1), "passes over the training cases")
-    batch_size: int = setting(1, whole_number(1), "cases per training step, over all processes")
+    batch_size: int = setting(1, whole_number(1), "cases per training step in each process")
     learning_rate: float = setting(1e-4, Rule(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1),
         "learning rate of Adam")
     loss: str = setting("cross_entropy", Rule(str, "the name of a loss", bool),

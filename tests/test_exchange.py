@@ -113,6 +113,21 @@ def test_plans_that_know_v_net_alone_are_refused_and_not_counted(house):
     assert [line.split()[0] for line in done.stdout.splitlines()[:3]] == ["plan", "off", "Counted"]
 
 
+def test_what_another_network_cannot_do_is_refused_before_the_cases_are_read(house):
+    done = run(house, "train.py", *flags("--run-dir", "refused", "--accumulation-steps", 2, "--batch-size", 2))
+    assert done.returncode == 2
+    assert "the network (UNet) has batch norm with accumulation_steps" in done.stderr
+    changed = (house / "core" / "network.py").read_text()
+    no_bias = changed.replace("nn.Conv3d(9, classes, 3, padding=1)", "nn.Conv3d(9, classes, 3, padding=1, bias=False)")
+    assert no_bias != changed
+    (house / "core" / "network.py").write_text(no_bias)
+    done = run(house, "train.py", *flags("--run-dir", "refused", "--init-output-bias"))
+    (house / "core" / "network.py").write_text(changed)
+    assert done.returncode == 2
+    assert "init_output_bias: got true for a UNet whose last convolution is not one with a bias" in done.stderr
+    assert not (house / "refused").exists()
+
+
 def test_a_loss_that_is_in_no_table_is_refused_with_those_that_are(house):
     done = run(house, "train.py", *flags("--run-dir", "refused", "--loss", "easiest"))
     assert done.returncode == 2

@@ -72,7 +72,12 @@ class Group:
         if self.size == 1:
             return loss
         loss = loss * weight if weight else torch.zeros_like(loss)
-        tensors = [parameter.grad for parameter in network.parameters()]
+        tensors = []
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                # A parameter that this share did not use has none; all processes must reduce the same list.
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                tensors.append(parameter.grad)
         for gradient in tensors:
             # What is of no weight may hold anything, and NaN times 0 is NaN.
             gradient.mul_(weight) if weight else gradient.zero_()

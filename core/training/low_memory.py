@@ -58,8 +58,8 @@ class Unit:
 
 
 def is_supported(network: nn.Module) -> bool:
-    """Return True when the plans low and lowest can run the network: they know the stages of V-Net."""
-    return isinstance(network, VNet)
+    """Return True when the plans low and lowest can run the network: V-Net itself, for a subclass may run otherwise."""
+    return type(network) is VNet
 
 
 def features(network: VNet, image: Tensor, precision: torch.dtype, keep: bool) -> Tensor:

@@ -38,9 +38,10 @@ def choose_plan(training: Training, config: Config, device: torch.device) -> str
             print(f"memory plan {plan} ({why}): {peak_gib:.2f} of {card_gib:.1f} GiB", flush=True)
             return plan
         free_memory()  # only behind the except clause has the error let go of the step's tensors
+    free_gib = torch.cuda.mem_get_info(device)[0] / GIB
     raise NothingFitsError(
-        f"no memory plan fits into the card's {card_gib:.1f} GiB; train.py --plan --card-gib {card_gib:.1f} with the "
-        "same settings names a --size that would"
+        f"no memory plan fits into the {free_gib:.1f} GiB that are free of the card's {card_gib:.1f}; train.py --plan "
+        f"--card-gib {free_gib:.1f} with the same settings tells what would"
     )
 
 

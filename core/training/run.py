@@ -171,8 +171,7 @@ class Run:
             print_error(self.folder.unwritten)
             return STOPPED
         leave_group(self.group)
-        best = "best.pt, " if self.folder.best.is_file() else ""
-        self.say(f"the run is in {self.folder.path}: last.pt, {best}log.csv, curves.png")
+        self.say(f"the run is in {self.folder.path}: {', '.join(self.folder.results())}")
         return DONE
 
     @contextmanager

@@ -275,17 +275,19 @@ class RunFolder:
                 write_scalars(self.scalars, row)
             self.draw_curves()
 
+    def results(self) -> list[str]:
+        """Return the names of the results that are in the folder."""
+        return [path.name for path in (self.last, self.best, self.log, self.curves) if path.is_file()]
+
     def draw_curves(self) -> None:
-        """Draw curves.png from log.csv; without matplotlib, warn once and go on."""
+        """Draw curves.png from log.csv; where matplotlib cannot be imported, warn once and go on."""
         if not self.can_draw:
             return
         try:
             self.draw(self.log, self.curves, self.config.organs)
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "matplotlib":
-                raise
+        except ImportError as error:
             self.can_draw = False
-            print_warning("no curves.png, since matplotlib is not installed (pip install matplotlib)")
+            print_warning(f"no curves.png, since matplotlib cannot be imported ({one_line(error)}); install it again")
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add an epoch's row to log.csv in place of rows of the same or a later epoch, which a stopped run left.

@@ -131,26 +131,35 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 # ---- Before the first step -------------------------------------------------------------------------------------------
 
 
-def check_settings(config: Config, processes: int) -> None:
-    """Check settings that each are right, but do not go together.
+def check_settings(config: Config, network: nn.Module, processes: int) -> None:
+    """Check settings that each are right, but do not go together, or not with this network.
 
     Raises:
-        ValueError: naming both.
+        ValueError: naming what does not go together.
     """
-    expected = "expected instance or group"
-    if config.norm == "batch" and processes > 1:
-        raise ValueError(
-            f"norm: got batch with {processes} processes, each of which would have its own statistics; {expected}"
-        )
-    if config.norm == "batch" and config.accumulation_steps > 1:
-        raise ValueError(
-            "norm: got batch with accumulation_steps, whose micro-batches would each have their own statistics; "
-            f"{expected}"
-        )
+    name = type(network).__name__
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        got = "norm: got batch" if config.norm == "batch" else f"the network ({name}) has batch norm"
+        if processes > 1:
+            raise ValueError(
+                f"{got} with {processes} processes, each of which would have its own statistics; expected instance or "
+                "group"
+            )
+        if config.accumulation_steps > 1:
+            raise ValueError(
+                f"{got} with accumulation_steps, whose micro-batches would each have their own statistics; expected "
+                "instance or group"
+            )
     if config.augment and config.augment_flip:
         mirrored_ids(config.organs)  # refuses a side without a partner
     if config.compile and config.memory not in ("auto", "off"):
         raise ValueError(f"compile: got true with memory: {config.memory}, expected false, or memory: auto or off")
+    if config.memory in ("low", "lowest") and not is_supported(network):
+        raise ValueError(
+            f"memory: got {config.memory} for a {name}, expected auto or off: the plans low and lowest know V-Net alone"
+        )
+    if config.init_output_bias:
+        output_convolution(network, len(config.organs))
 
 
 def seed_torch(seed: int, deterministic: bool) -> None:
@@ -169,13 +178,8 @@ def fit_network(network: nn.Module, config: Config, device: torch.device) -> nn.
     """Move a new network to the device, and apply channels_last and compile.
 
     Raises:
-        ValueError: when the memory plan cannot run this network, or torch.compile does not work here.
+        ValueError: when torch.compile does not work here.
     """
-    if config.memory in ("low", "lowest") and not is_supported(network):
-        raise ValueError(
-            f"memory: got {config.memory} for a {type(network).__name__}, expected auto or off: the plans low and "
-            "lowest know V-Net alone"
-        )
     network.to(device)
     if config.channels_last:
         to_channels_last(network)
@@ -212,15 +216,11 @@ def compile_network(network: nn.Module, device: torch.device) -> None:
     network.compile()
 
 
-@torch.no_grad()
-def initialise_output_bias(network: nn.Module, classes: int, dataset: Dataset, group: Group) -> None:
-    """Set the last convolution's bias to the logarithm of the classes' shares of the training voxels.
-
-    The network then starts from these shares instead of equal ones (Karpathy 2019, "A Recipe for Training Neural
-    Networks"). A class without a voxel counts as having one.
+def output_convolution(network: nn.Module, classes: int) -> nn.Conv3d:
+    """Return the network's last convolution, which must have a bias and one channel a class.
 
     Raises:
-        ValueError: when the network does not end in a convolution with a bias and one channel a class.
+        ValueError: when it has not.
     """
     last = [module for module in network.modules() if isinstance(module, nn.Conv3d)][-1:]
     if not last or last[0].bias is None or last[0].out_channels != classes:
@@ -228,7 +228,17 @@ def initialise_output_bias(network: nn.Module, classes: int, dataset: Dataset, g
             f"init_output_bias: got true for a {type(network).__name__} whose last convolution is not one with a bias "
             f"and {classes} channels; expected false"
         )
+    return last[0]
+
+
+@torch.no_grad()
+def initialise_output_bias(network: nn.Module, classes: int, dataset: Dataset, group: Group) -> None:
+    """Set the last convolution's bias to the logarithm of the classes' shares of the training voxels.
+
+    The network then starts from these shares instead of equal ones (Karpathy 2019, "A Recipe for Training Neural
+    Networks"). A class without a voxel counts as having one.
+    """
     share = range(group.rank, len(dataset), group.size)
     counts = sum(torch.bincount(dataset[i]["labels"].flatten(), minlength=classes) for i in share)
     counts = sum(group.gather(counts + torch.zeros(classes, dtype=torch.long))).clamp(min=1)
-    last[0].bias.copy_((counts / counts.sum()).log())
+    output_convolution(network, classes).bias.copy_((counts / counts.sum()).log())

@@ -96,7 +96,9 @@ def backward(
     network = training.network
     if training.plan == "off":
         with autocast(image.device, training.precision):
-            loss = training.loss(in_full_precision(network(image)), labels)  # (B, K, X, Y, Z) -> scalar
+            logits = network(image)  # (B, K, X, Y, Z)
+        loss = training.loss(in_full_precision(logits), labels)
+        del logits
         check(loss)
         scale(loss).backward()
         return loss.detach()
@@ -119,8 +121,9 @@ def validation_step(training: Training, image: Tensor, labels: Tensor) -> tuple[
         loss, predicted = predict_in_slabs(network.classify, training.loss, h, labels)
         return loss.item(), predicted
     with autocast(image.device, training.precision):
-        logits = in_full_precision(network(image))
-        return training.loss(logits, labels).item(), logits.argmax(dim=1).to(torch.uint8)
+        logits = network(image)
+    logits = in_full_precision(logits)
+    return training.loss(logits, labels).item(), logits.argmax(dim=1).to(torch.uint8)
 
 
 class PendingLoss:

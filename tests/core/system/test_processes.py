@@ -14,7 +14,7 @@ from helpers import TINY, same_weights
 from torch import nn
 
 from core.checkpoint import load_checkpoint
-from core.system.processes import ALONE, naming_lost_processes
+from core.system.processes import ALONE, Group, naming_lost_processes
 from data.make_phantom import write_phantom
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are ended by signals of POSIX")
@@ -143,3 +143,25 @@ def test_a_broken_connection_is_told_in_a_sentence():
         naming_lost_processes(),
     ):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:12345")
+
+
+def test_frozen_and_unused_parameters_take_part(monkeypatch):
+    """Two processes in one: what is reduced is doubled, as if the other process had the same."""
+
+    class Done:
+        def wait(self) -> None:
+            pass
+
+    def doubled(tensor: torch.Tensor, async_op: bool) -> Done:
+        tensor.mul_(2)
+        return Done()
+
+    monkeypatch.setattr("core.system.processes.distributed.all_reduce", doubled)
+    network = nn.ModuleDict({"used": nn.Linear(1, 1), "unused": nn.Linear(1, 1), "frozen": nn.Linear(1, 1)})
+    network["frozen"].requires_grad_(False)
+    network["used"](torch.ones(1, 1)).sum().backward()
+    loss = Group(rank=0, size=2).average_gradients(network, torch.tensor(3.0), 0.5)
+    assert loss == 3
+    assert network["used"].weight.grad == 1
+    assert network["unused"].weight.grad == 0
+    assert network["frozen"].weight.grad is None

@@ -417,6 +417,39 @@ def test_another_network_is_trained_and_validated_whole(loss):
     assert torch.equal(predicted, logits.argmax(dim=1).to(torch.uint8))
 
 
+class Backwards(VNet):
+    """A V-Net that a researcher changed: the classes in another order."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).flip(1)
+
+
+def test_a_subclass_of_v_net_is_validated_by_its_own_forward():
+    torch.manual_seed(0)
+    network = Backwards(3, channels=2, down_convs=(1, 1), up_convs=(1,)).eval()
+    image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8), dtype=torch.uint8)
+    _, predicted = validation_step(start(network), image, labels)
+    assert torch.equal(predicted, network(image).argmax(dim=1).to(torch.uint8))
+
+
+def test_a_loss_is_computed_outside_of_mixed_precision():
+    """Count voxels by a matrix product: in bf16, which autocast would take, 2047 comes out as 2048."""
+    network = nn.Conv3d(1, 3, 1)
+    image, labels = torch.rand(1, 1, 23, 89, 1), torch.zeros(1, 23, 89, 1, dtype=torch.uint8)
+    counted = []
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones(1, labels.numel())
+        counted.append((logits.dtype, (ones @ ones.T).item()))
+        return nn.functional.cross_entropy(logits, labels.long())
+
+    training = start(network, loss=loss)
+    training.precision = torch.bfloat16
+    training_step(training, image, labels)
+    validation_step(training, image, labels)
+    assert counted == [(torch.float32, 2047.0)] * 2
+
+
 def test_an_unknown_loss_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="loss: got hinge, expected one of cross_entropy, dice_cross_entropy"):
         loss_named("hinge")
