@@ -146,7 +146,7 @@ def split_by_fold(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tu
 
 
 def reading_of(config: Config) -> Reading:
-    """Return what the settings accept of files."""
+    """Return the options for reading files from the settings."""
     return Reading(config.max_gib, config.assume_ras, config.replace_nonfinite)
 
 
@@ -159,7 +159,7 @@ class CaseDataset(Dataset):
 
     Args:
         cases: with label maps.
-        config: size, window_hu, organs, cache_dir and what is accepted of files are used.
+        config: size, window_hu, organs, cache_dir and the options for reading files are used.
     """
 
     def __init__(self, cases: Sequence[Case], config: Config):
@@ -184,7 +184,7 @@ class CaseDataset(Dataset):
         return [self.key(case) for case in self.cases]
 
     def warn_no_more(self) -> None:
-        """Read in silence from here on: what a case's files are warned of, they were when it was first read."""
+        """Read without warnings from here on; each file's warnings came when it was first read."""
         self.reading = replace(self.reading, warn=say_nothing)
 
     def __getitem__(self, index: int) -> dict:
@@ -242,11 +242,11 @@ class CaseDataset(Dataset):
 
 
 def say_nothing(_message: str) -> None:
-    """Ignore a warning; a function, because a lambda cannot be sent to the processes that load cases."""
+    """Ignore a warning. A lambda could not be sent to the processes that load cases."""
 
 
 def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case], str]:
-    """Training cases, validation cases, and how they were chosen, as the settings say.
+    """Split cases as the settings say; return the same as `split_cases`.
 
     Raises:
         ValueError: when they cannot be split so.

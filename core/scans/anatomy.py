@@ -13,7 +13,7 @@ from core.scans.geometry import Geometry
 from core.scans.organ_words import standard_name
 
 # Volumes in mL of adults' organs, set generously: wide enough for small and diseased ones and for tubes (aorta,
-# vena cava, esophagus, duodenum) of which a scan shows a part. What lies outside is worth a look, not wrong.
+# vena cava, esophagus, duodenum) of which a scan shows a part. A volume outside is worth a look, but not wrong.
 PLAUSIBLE_ML = {
     "liver": (400, 5000),
     "right kidney": (30, 700),
@@ -41,11 +41,11 @@ SOLID_HU = (-100.0, 400.0)
 # Share of their voxels that may lie outside. It was 0.1 % at most in three real cases and twenty phantoms, 5 % and more
 # with the scan mirrored under its label map (RESULTS.md).
 MOST_OFF_TISSUE = 0.03
-# Mirrored is what fits so many times better the other way round.
+# A label map counts as mirrored when the mirrored one has this many times fewer voxels off tissue.
 BETTER_MIRRORED = 5
 # The scan's ends along X, Y, Z in RAS+ order.
 ENDS = (("left", "right"), ("back", "front"), ("bottom", "top"))
-# Share of an organ that may lie apart from its largest piece without a remark: crumbs are in most predictions.
+# Share of an organ outside its largest piece that needs no remark; most predictions have small loose pieces.
 CRUMBS = 0.02
 
 
@@ -101,7 +101,7 @@ def plausible_ml(name: str) -> tuple[float, float] | None:
 
 
 def odd_volumes(found: dict[str, Organ]) -> list[tuple[str, float]]:
-    """Organs with a volume outside PLAUSIBLE_ML, in mL; one that the scan's edge cuts may be as small as it likes."""
+    """Return organs with a volume (mL) outside PLAUSIBLE_ML; an organ cut by the scan's edge is never too small."""
     odd = []
     for name, organ in found.items():
         low, high = plausible_ml(name) or (0, np.inf)
@@ -138,7 +138,7 @@ def remarks(found: dict[str, Organ], organs: Sequence[str]) -> list[str]:
 
 
 def share_off_tissue(voxels: np.ndarray, labels: np.ndarray, organs: Sequence[str]) -> float:
-    """Share of the voxels labelled as SOLID_ORGANS that have no such organ's HU; 0 where there is none of them.
+    """Return the share of the voxels of SOLID_ORGANS with HU outside SOLID_HU; 0 when none of them is labelled.
 
     Args:
         voxels: (X, Y, Z) HU.
@@ -154,8 +154,8 @@ def misplaced(voxels: np.ndarray, labels: np.ndarray, organs: Sequence[str]) -> 
     """Check that a label map fits its scan's organs; arguments as for `share_off_tissue`.
 
     Returns:
-        the share of solid organs that lies on none, 0 up to MOST_OFF_TISSUE; and the axis along which one of the two is
-        mirrored, as "left and right", where the label map fits so.
+        the share of solid organs' voxels that is off tissue, 0 up to MOST_OFF_TISSUE; and the axis along which
+        one of the two is mirrored, as "left and right", or None.
     """
     off = share_off_tissue(voxels, labels, organs)
     if off <= MOST_OFF_TISSUE:

@@ -10,11 +10,11 @@ from isal import isal_zlib
 from core.system.files import whole_file
 
 CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file
-CACHE_VERSION = 4  # to be raised when what is cached for the same scan and settings changes
+CACHE_VERSION = 4  # raise it when the content for the same scan and settings changes
 
 
 def write_cache(path: Path, volumes: np.ndarray, facts: dict) -> None:
-    """Write a cache file: the bytes of the volumes, the scan's facts as JSON, and the checksum of both."""
+    """Write a cache file: volumes (2, X, Y, Z) uint8, the scan's facts as JSON, and the checksum of both."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = volumes.tobytes() + json.dumps(facts).encode()
     with whole_file(path) as temporary:
@@ -25,7 +25,7 @@ def read_cache(path: Path, size: tuple[int, int, int]) -> tuple[np.ndarray, dict
     """Memory-map a cache file: volumes (2, X, Y, Z) uint8 and the scan's facts; None when it is missing or damaged."""
     length = 2 * math.prod(size)
     try:
-        # Copy on write: torch wants writable memory, the file stays as it is.
+        # Copy on write: torch wants writable memory, and the file must not change.
         content = np.memmap(path, np.uint8, mode="c")
     except (FileNotFoundError, ValueError):  # ValueError: the file is empty
         return None

@@ -80,7 +80,7 @@ def list_files(folder: str | Path) -> dict[str, list[Path]]:
 
 
 def nifti_in(folder: Path) -> list[Path]:
-    """List what in a folder is named like a NIfTI file, in order, without hidden files."""
+    """List the paths in a folder that are named like a NIfTI file, in order, without hidden files."""
     return [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
 
 
@@ -95,7 +95,7 @@ def listed(cases: Sequence[str], most: int = 5) -> str:
 
 
 def read_case_ids(given: Sequence[str]) -> list[str]:
-    """Return case ids as given, or those of a file when one name is given that is a file's.
+    """Return case ids as given, or the ids listed in a file when the only item is the path of a file.
 
     The file has one id a line, as `format_case_ids` writes it. A `#` at the start of a line, or after a blank, begins a
     comment.
@@ -123,7 +123,7 @@ def read_case_ids(given: Sequence[str]) -> list[str]:
 
 
 def format_case_ids(ids: Sequence[str]) -> bytes:
-    """Return the content of a file that `read_case_ids` reads back as it was, for every id a file system allows."""
+    """Return the content of a file from which `read_case_ids` reads the same ids, for every id a file system allows."""
     plain = re.compile(r"(?![\s\"#])(?!.*\s#).*\S")
     lines = [case if plain.fullmatch(case) else json.dumps(case) for case in ids]
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")

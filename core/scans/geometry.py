@@ -29,7 +29,7 @@ class Geometry:
 
     @property
     def orientation(self) -> np.ndarray:
-        """(3, 2): for each stored axis the RAS+ axis nearest to it and its direction, as nibabel has it."""
+        """(3, 2): for each stored axis the RAS+ axis nearest to it and its direction, in nibabel's form."""
         return io_orientation(self.affine)
 
     @property
@@ -59,7 +59,7 @@ class Geometry:
 
     @property
     def ras_affine(self) -> np.ndarray:
-        """(4, 4): from voxels of the RAS+ array to mm in the patient, as `affine` is from the file's own."""
+        """(4, 4): from voxels of the RAS+ array to mm in the patient."""
         return self.affine @ np.linalg.inv(inv_ornt_aff(ornt_transform(RAS, self.orientation), self.shape))
 
     def to_ras(self, stored: np.ndarray) -> np.ndarray:
@@ -88,7 +88,7 @@ def geometry_of(file: NiftiFile) -> Geometry:
 def check_same_grid(
     first: Geometry, second: Geometry, name: str, first_is: str = "the scan", second_is: str = "the label map"
 ) -> None:
-    """Check that two files of a case lie on the same voxels of the patient; their storage orders may differ.
+    """Check that two files of a case have the same voxels of the patient; their storage orders may differ.
 
     Raises:
         ValueError: naming the case and both grids.
@@ -103,7 +103,7 @@ def check_same_grid(
 
 
 def describe_grid(geometry: Geometry) -> str:
-    """One line for messages: shape, spacing, first and last voxel in RAS+ order."""
+    """Describe a grid in one line: shape, spacing, first and last voxel in RAS+ order."""
     shape = "x".join(map(str, geometry.shape))
     spacing = "x".join(f"{mm:.3g}" for mm in geometry.spacing_mm)
     first, last = (", ".join(f"{mm:.1f}" for mm in geometry.corners_mm[i]) for i in (0, -1))

@@ -1,4 +1,4 @@
-"""Volumes from one grid to another over the same length: images, label maps, and logits back to label maps.
+"""Resize volumes between the grids of a scan and of the network: images, label maps, and logits to label maps.
 
     resize_image, resize_labels      (to the network's grid; each its own inverse)
     logits_to_labels                 (from the network's grid to the scan's own)
@@ -43,7 +43,7 @@ def apply_weights(volume: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     axes = [axis for axis in range(3) if weights[axis] is not None]
     # The axis that shrinks most goes first, so that the rest has the least to do.
     for axis in sorted(axes, key=lambda a: weights[a].shape[0] / weights[a].shape[1]):
-        # Each product takes the volume as it lies in memory; moving the axis to the end would copy it.
+        # Each product takes the volume in its memory order; moving the axis to the end would copy it.
         if axis == 0:
             volume = (weights[axis] @ volume.flatten(-2)).unflatten(-1, volume.shape[-2:])
         elif axis == 1:
@@ -56,7 +56,7 @@ def apply_weights(volume: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
 def resize_image(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Resize an image, (X, Y, Z) float32, to `size`: trilinear, anti-aliased where it shrinks by more than 2.
 
-    The inverse is the same function with the image's own shape (what was averaged away stays away).
+    The inverse is the same function with the image's own shape; detail lost by averaging does not come back.
     """
     # Not by F.interpolate with antialias: torch 2.13 gets pictures of one voxel's width wrong.
     averaging = [
@@ -80,7 +80,7 @@ def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
     for organ, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
             continue
-        # Only where the organ's box has any weight can its share be above zero.
+        # An organ's share is 0 outside the region that its box has weights for.
         target, inside = [], []
         for matrix, cut in zip(weights, box, strict=True):
             rows = matrix[:, cut].any(dim=1).nonzero()
@@ -101,8 +101,8 @@ def resize_labels(labels: np.ndarray, size: Sequence[int]) -> np.ndarray:
 def logits_to_labels(logits: Tensor, shape: Sequence[int]) -> np.ndarray:
     """Resize logits, (K, X, Y, Z) on any device, to a scan's `shape` and take the largest class of each voxel.
 
-    The labels are those of F.interpolate (trilinear, align_corners=False) and argmax, but never K full-size volumes are
-    in memory; and on a CPU only voxels near a boundary are interpolated, unless the logits are so noisy that most are.
+    The labels are those of F.interpolate (trilinear, align_corners=False) and argmax, but memory never holds K
+    full-size volumes. On a CPU only voxels near a boundary are interpolated, unless noisy logits make that most voxels.
 
     Returns:
         labels of `shape`, uint8, RAS+ order like the logits; ties go to the lower id.
@@ -133,10 +133,13 @@ def largest_class(scores: Tensor) -> np.ndarray:
 
 
 def cells_with_boundary(winners: np.ndarray) -> np.ndarray:
-    """Which cells of eight neighbouring voxels, (X, Y, Z) by their lowest voxel, have more than one winning class.
+    """Mark the cells of eight neighbouring voxels that have more than one winning class.
 
-    In the others the class that wins at all eight corners wins everywhere between them, since interpolated logits are
-    weighted means of the corners'. At the upper ends the last voxel is its own neighbour.
+    In the other cells the class that wins at all eight corners wins everywhere between them, because interpolated
+    logits are weighted means of the corners' logits. At the upper ends the last voxel is its own neighbour.
+
+    Returns:
+        (X, Y, Z) bool; a cell has the index of its lowest voxel.
     """
     mixed = np.zeros(winners.shape, dtype=bool)
     mixed[:-1] |= winners[:-1] != winners[1:]
@@ -146,11 +149,11 @@ def cells_with_boundary(winners: np.ndarray) -> np.ndarray:
 
 
 def interpolate_boundary(logits: Tensor, winners: np.ndarray, mixed: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Fill `labels` from (K, X, Y, Z) logits: in cells that are not `mixed` by their winner, else by interpolation."""
+    """Fill `labels` from (K, X, Y, Z) logits: by interpolation in `mixed` cells, by the winner in others."""
     (low_x, high_x, share_x), *in_plane = (neighbours(n, m) for n, m in zip(winners.shape, labels.shape, strict=True))
     (low_y, _, _), (low_z, _, _) = in_plane
     for layer in np.unique(low_x):
-        slices = np.flatnonzero(low_x == layer)  # all that lie between this layer and the next
+        slices = np.flatnonzero(low_x == layer)  # the output slices between this layer and the next
         labels[slices] = winners[layer].take(low_y, axis=0).take(low_z, axis=1)
         chosen = np.flatnonzero(mixed[layer].take(low_y, axis=0).take(low_z, axis=1))
         places = np.divmod(chosen, labels.shape[2])  # along Y' and along Z'
@@ -169,9 +172,9 @@ def interpolation_in_plane(
     """Interpolate a plane of (Y, Z) points bilinearly at `places`, N indices along Y' and along Z'.
 
     Args:
-        places: of the plane that is interpolated to.
-        in_plane: what `neighbours` gives along Y and along Z.
-        plane: (Y, Z).
+        places: indices in the output plane.
+        in_plane: results of `neighbours` along Y and along Z.
+        plane: (Y, Z), the extents of the input plane.
 
     Returns:
         the P points that are needed, counted along the flattened plane, and the weights, (N, P).
@@ -190,9 +193,9 @@ def interpolation_in_plane(
 
 
 def neighbours(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `n_out` voxels the two of `n_in` around it, and the second's share, as in `axis_weights`.
+    """Return for each of `n_out` voxels the two of `n_in` around it and the second's weight, as in `axis_weights`.
 
-    In float32, step by step as F.interpolate does it: its labels come out but for ties in the last bit.
+    It rounds in float32 as F.interpolate does, so the labels differ from F.interpolate's only at ties in the last bit.
     """
     step = np.float32(n_in / n_out)
     half = np.float32(0.5)

@@ -7,7 +7,7 @@
 The resampling itself, resize_* and logits_to_labels, is in core/scans/resample.py.
 
 Arrays are (X, Y, Z) in RAS+ order: X grows to the patient's right, Y to the front, Z to the head.
-No affine is ever computed: a `Geometry` carries the scan's own.
+No affine is computed; a `Geometry` carries the scan's own.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 LABEL_TOLERANCE = 0.05  # a stored label may be this far from an integer (scaled and float files)
 READ_BYTES = 4 * 2**20  # read and put into order at a time; more leaves the CPU's cache
 GZIP_LEVEL = 2  # of ISA-L's 0 to 3: label maps come out smaller than with level 3, or with gzip's level 1
-AIR_HU = -1024.0  # what voxels without a value become
+AIR_HU = -1024.0  # replaces voxels without a value
 LEAST_FAT_HU = -100.0  # a scan whose lowest value is above it shows neither fat nor air, and is no CT in HU
 SOFT_TISSUE_HU = (-200.0, 300.0)
 PADDING_BELOW_HU = -1500.0  # lower values stand for "not scanned", as -2000 or -3024
@@ -124,7 +124,7 @@ def load_labels(
     """
     stored, slope, intercept, geometry = read_nifti(path, reading)
     if (slope, intercept) != (1, 0) or not np.issubdtype(stored.dtype, np.integer):
-        with np.errstate(all="ignore"):  # NaN and infinite count as far
+        with np.errstate(all="ignore"):  # NaN and infinite values count as far off
             scaled = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
             stored = np.rint(scaled)
             scaled -= stored
@@ -224,7 +224,7 @@ def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> 
     The K full-size volumes are in a temporary file in the folder of `path`, not in memory.
     """
     with tempfile.TemporaryFile(dir=Path(path).parent) as file:
-        # A full disk is an error here, where it can be one; in the memory map it would be the process's end.
+        # A full disk raises an error here; a write to the memory map would kill the process.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, 2 * len(logits) * math.prod(geometry.shape))
         steps = np.memmap(file, np.uint16, mode="w+", shape=(*geometry.shape, len(logits)), order="F")
@@ -263,7 +263,7 @@ def save_volume(stored: np.ndarray, header: nib.Nifti1Header, path: str | Path, 
 def window_hu(voxels: np.ndarray, window: Sequence[float]) -> np.ndarray:
     """Clip HU to `window` (low, high) and scale it to 0..1; float32 in, float32 out, any shape.
 
-    It has no inverse, because values outside the window are lost.
+    There is no inverse: values outside the window are lost.
     """
     low, high = window
     image = np.clip(voxels, np.float32(low), np.float32(high))
