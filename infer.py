@@ -12,7 +12,6 @@ Exit code 0: done, 1: some input or scan was refused (the others are done), 2: w
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ from core.scans.nifti import Reading
 from core.scans.resample import logits_to_labels
 from core.scans.typical import differences
 from core.scans.volumes import prepare_image, save_label_map
-from core.system.exits import DONE, REFUSED, USAGE, print_error, refusing, run_command
+from core.system.exits import DONE, REFUSED, USAGE, print_error, print_stderr, refusing, run_command
 from core.system.files import whole_file
 from core.system.processes import join_group, leave_group, own_device
 from core.training.setup import autocast, choose_device
@@ -188,7 +187,7 @@ def main() -> int:
             if arguments.report:
                 list_reports(output.reports)
             if names:
-                print(f"error: failed: {', '.join(names)}", file=sys.stderr)
+                print_stderr(f"error: failed: {', '.join(names)}")
     leave_group(group)
     return REFUSED if names else DONE
 

@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import time
 import zlib
 from http.client import HTTPException, HTTPResponse
@@ -23,7 +22,16 @@ from zipfile import BadZipFile, ZipFile
 
 from tqdm import tqdm
 
-from core.system.exits import DONE, REFUSED, STOPPED, USAGE, print_error, refusing, run_command
+from core.system.exits import (
+    DONE,
+    REFUSED,
+    STOPPED,
+    USAGE,
+    print_error,
+    print_stderr,
+    refusing,
+    run_command,
+)  # fmt: skip
 from core.system.files import check_room
 from data import doctor
 from dataset import find_cases, find_data
@@ -64,7 +72,7 @@ def download(url: str, part: Path) -> None:
                 raise ValueError(f"{url}: {error}; check the address, or try another --url") from error
             if wait_s is None:
                 raise ConnectionError(f"{url}: {error}") from error
-            print(f"{error}; next try in {wait_s} s", file=sys.stderr, flush=True)
+            print_stderr(f"{error}; next try in {wait_s} s")
             time.sleep(wait_s)
 
 

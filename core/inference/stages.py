@@ -1,6 +1,5 @@
 """Overlap the stages of inference: read the next scan and write the one before while the network works on one."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.scans.geometry import Geometry
-from core.system.exits import is_out_of_memory, print_warning
+from core.system.exits import is_out_of_memory, print_stderr, print_warning
 
 Stage = Callable[["Segmentation"], None]
 # RuntimeErrors by which the libraries under torch say that memory ran out: oneDNN on a CPU, C++, cuBLAS and cuDNN.
@@ -87,7 +86,7 @@ def run_overlapped(stages: Iterable[Stage], scans: dict[str, Path], device: torc
                 else:
                     yield scan
         except KeyboardInterrupt:
-            print("interrupted; what is being written is finished first", file=sys.stderr)
+            print_stderr("interrupted; what is being written is finished first")
             raise
     yield from map(finishing, map(predicting, map(preparing, once_more)))
 

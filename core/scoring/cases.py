@@ -1,6 +1,5 @@
 """Score many cases: pair predictions with references, work in parallel, and lose no finished case."""
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from core.scans.files import find_label_maps, listed
 from core.scoring.case import Rules, Scored, Task, ignore, score_case
 from core.scoring.results import csv_text
-from core.system.exits import print_error
+from core.system.exits import print_error, print_warning
 from core.system.files import whole_file
 from core.system.parallel import in_processes
 
@@ -41,7 +40,7 @@ def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: str) -> l
         the cases without a prediction.
     """
     if extra:
-        print(f"warning: {folder}: no reference for {len(extra)}: {listed(extra)}", file=sys.stderr)
+        print_warning(f"{folder}: no reference for {len(extra)}: {listed(extra)}")
     missing = [task.case for task in tasks if task.prediction is None]
     for case in missing:
         print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed"))

@@ -27,7 +27,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("interrupted; what was written before is whole", file=sys.stderr)
+        print_stderr("interrupted; what was written before is whole")
         sys.exit(INTERRUPTED)
 
 
@@ -54,9 +54,19 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
+def print_stderr(line: str) -> None:
+    """Print a line on stderr, beside a progress bar if there is one.
+
+    The line and its end are one write: lines of several threads and processes never run into each other.
+    """
+    with tqdm.external_write_mode(file=sys.stderr):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
 def print_warning(message: str) -> None:
-    """Print a warning on stderr, beside a progress bar if there is one."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    """Print a warning on stderr."""
+    print_stderr(f"warning: {message}")
 
 
 def print_error(error: Exception) -> None:
@@ -65,7 +75,7 @@ def print_error(error: Exception) -> None:
     message = str(error) or name
     if WORKER_TRACEBACK in message:
         message = message.rpartition(f"\n{name}: ")[2]
-    print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+    print_stderr(f"error: {' '.join(line.strip() for line in message.splitlines())}")
 
 
 def one_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from core.checkpoint import check_same_shapes, load_checkpoint, load_optimizer, load_weights
+from core.checkpoint import load_checkpoint, load_optimizer, load_weights
 from core.config import Config
 from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
 from core.system.processes import join_group, leave_group, own_device
@@ -96,10 +96,7 @@ class Run:
         if self.config.ema_decay:
             training.ema = EMA(training.network, self.config.ema_decay)
             if self.resumed:
-                saved, own = self.resumed["ema"], training.ema.weights
-                check_same_shapes(saved, own, f"{self.folder.last}: its EMA weights are another network's")
-                for name, weight in saved.items():
-                    own[name].copy_(weight)
+                training.ema.load(self.resumed["ema"], self.folder.last)
         if self.resumed:
             self.epoch, self.losses = self.resumed["epoch"] + 1, list(self.resumed.get("losses", []))
             self.best_dice = self.resumed.get("best_dice", self.best_dice)

@@ -4,11 +4,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from core.checkpoint import check_same_shapes
 from core.config import Config
 from core.scans.organ_words import mirrored_ids
 from core.system.processes import Group
@@ -66,6 +68,12 @@ class EMA:
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
         self.weights = {name: value.detach().clone() for name, value in network.named_parameters()}
+
+    def load(self, saved: dict[str, Tensor], path: Path) -> None:
+        """Take over the averaged weights of the checkpoint at `path`; those of another network are a ValueError."""
+        check_same_shapes(saved, self.weights, f"{path}: its EMA weights are another network's")
+        for name, weight in saved.items():
+            self.weights[name].copy_(weight)
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:

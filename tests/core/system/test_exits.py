@@ -1,5 +1,9 @@
 """How an error is printed: one sentence on stderr, never a traceback."""
 
+import subprocess
+import sys
+from collections import Counter
+
 from core.system.exits import print_error
 
 
@@ -22,3 +26,14 @@ def test_a_loading_process_error_is_printed_without_its_traceback(capsys):
     )
     print_error(ValueError(message))
     assert capsys.readouterr().err == "error: case 0001: cannot be read (ValueError: inner)\n"
+
+
+def test_lines_of_several_threads_do_not_run_into_each_other():
+    code = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from core.system.exits import *\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "def say(i): (print_warning if i % 2 else print_error)(ValueError('x' * 30))\n"
+        "with ThreadPoolExecutor(4) as threads: list(threads.map(say, range(4000)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Counter(done.stderr.splitlines()) == {f"error: {'x' * 30}": 2000, f"warning: {'x' * 30}": 2000}
