@@ -3,7 +3,7 @@
 Everything goes by the organs' names, so that data with other ids or fewer organs are checked as far as they go.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,8 @@ BETTER_MIRRORED = 5
 ENDS = (("left", "right"), ("back", "front"), ("bottom", "top"))
 # Share of an organ outside its largest piece that needs no remark; most predictions have small loose pieces.
 CRUMBS = 0.02
+# The share of a data set's cases, and their number, that must be odd in the same organ to doubt the organ list.
+ODD_SHARE, LEAST_ODD = 0.5, 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,39 @@ def odd_volumes(found: dict[str, Organ]) -> list[tuple[str, float]]:
         if organ.ml > high or (organ.ml < low and not organ.cut):
             odd.append((name, organ.ml))
     return odd
+
+
+def comparable_ml(found: dict[str, Organ]) -> dict[str, float]:
+    """Return the volumes in mL by name, without organs that are too small because the scan's edge cuts them."""
+    small = {name for name, organ in found.items() if organ.cut and organ.ml < (plausible_ml(name) or (0, 0))[0]}
+    return {name: organ.ml for name, organ in found.items() if name not in small}
+
+
+def odd_organs(cases: Sequence[Mapping[str, float]]) -> str | None:
+    """Return a sentence when most cases are odd in the same organ, as when their ids are those of another list.
+
+    Args:
+        cases: the organs' volumes in mL by name, of each case; best from `comparable_ml`.
+
+    Returns:
+        the sentence, about the organ that is odd in most cases, or None.
+    """
+    cases = [case for case in cases if case]
+    odd = {}
+    for name in dict.fromkeys(name for case in cases for name in case):
+        low, high = plausible_ml(name) or (0, np.inf)
+        values = sorted(case[name] for case in cases if name in case and not low <= case[name] <= high)
+        if len(values) >= max(LEAST_ODD, ODD_SHARE * len(cases)):
+            odd[name] = values
+    if not odd:
+        return None
+    name, values = max(odd.items(), key=lambda item: len(item[1]))  # the first organ of the list among equals
+    low, high = plausible_ml(name)
+    others = f" (odd as well: {', '.join(other for other in odd if other != name)})" if len(odd) > 1 else ""
+    return (
+        f"ids of another list? {name} is of {values[0]:.4g} to {values[-1]:.4g} mL in {len(values)} of {len(cases)} "
+        f"cases, expected {low:g} to {high:g}{others}; python -m data.convert remaps ids by name"
+    )
 
 
 def remarks(found: dict[str, Organ], organs: Sequence[str]) -> list[str]:

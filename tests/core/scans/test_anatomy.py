@@ -1,0 +1,32 @@
+"""Anatomy of a data set: most cases odd in the same organ."""
+
+from core.scans.anatomy import Organ, comparable_ml, odd_organs
+
+
+def test_most_cases_odd_in_the_same_organ_are_ids_of_another_list():
+    cases = [{"liver": 1500.0, "aorta": 1300.0 + 100 * case, "spleen": 200.0} for case in range(3)]
+    cases += [{"liver": 1500.0, "aorta": 100.0, "spleen": 200.0}] * 2
+    assert odd_organs(cases) == (
+        "ids of another list? aorta is of 1300 to 1500 mL in 3 of 5 cases, expected 10 to 600; "
+        "python -m data.convert remaps ids by name"
+    )
+    assert odd_organs(cases[1:]) is not None  # 2 of 4
+    assert odd_organs(cases[2:]) is None  # 1 of 3
+    assert odd_organs(cases[:1]) is None
+    assert odd_organs([{}, {}]) is None
+
+
+def test_the_organ_that_is_odd_in_most_cases_is_named_and_the_others_too():
+    cases = [{"aorta": 1500.0, "Kidney_Left": 4.0}, {"aorta": 1500.0, "Kidney_Left": 5.0}, {"Kidney_Left": 6.0}]
+    said = odd_organs(cases)
+    assert "Kidney_Left is of 4 to 6 mL in 3 of 3 cases, expected 30 to 700 (odd as well: aorta);" in said
+
+
+def test_unknown_organs_are_never_odd():
+    assert odd_organs([{"lung": 5000.0}] * 4) is None
+
+
+def test_an_organ_cut_by_the_scan_is_not_too_small():
+    found = {name: Organ(ml, 0.0, ("top",), (ml,)) for name, ml in (("liver", 50.0), ("aorta", 900.0), ("lung", 1.0))}
+    assert comparable_ml(found) == {"aorta": 900.0, "lung": 1.0}
+    assert odd_organs([comparable_ml({"liver": found["liver"]})] * 3) is None
