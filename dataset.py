@@ -7,6 +7,7 @@ Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from core.config import Config
-from core.scans.anatomy import organs_in, swapped_sides
+from core.scans.anatomy import comparable_ml, organs_in, swapped_sides
 from core.scans.cache import CACHE_VERSION, read_cache, write_cache
 from core.scans.files import find_files, listed, read_case_ids
 from core.scans.geometry import check_same_grid
@@ -25,6 +26,7 @@ from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_image, read_geometry
 
+NUMBERS = ("extent_mm", "hu_percentiles", "volumes_ml")  # facts of a case that a sample holds as float32
 DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
 
 
@@ -154,8 +156,9 @@ class CaseDataset(Dataset):
     """Labelled cases on the network's grid, kept on disk as bytes once they have been resized.
 
     A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
-    uint8; `extent_mm` (3,) float32, the scan's size; `hu_percentiles` (3,) float32, of its body; `swapped`, the organs
-    that lie on each other's side, in words. It is the same to the bit with and without the cache.
+    uint8; `extent_mm` (3,) float32, the scan's size; `hu_percentiles` (3,) float32, of its body; `volumes_ml` (K,)
+    float32, by id, NaN where unknown; `swapped`, the organs that lie on each other's side, in words. It is the same to
+    the bit with and without the cache.
 
     Args:
         cases: with label maps.
@@ -178,11 +181,6 @@ class CaseDataset(Dataset):
         """The ids of the cases, in their order."""
         return [case.id for case in self.cases]
 
-    @property
-    def fingerprint(self) -> list[str]:
-        """A value for each case that changes when its files or the settings of reading them do."""
-        return [self.key(case) for case in self.cases]
-
     def warn_no_more(self) -> None:
         """Read without warnings from here on; each file's warnings came when it was first read."""
         self.reading = replace(self.reading, warn=say_nothing)
@@ -191,16 +189,8 @@ class CaseDataset(Dataset):
         case = self.cases[index]
         volumes, facts = self.load(case)
         image, labels = torch.from_numpy(volumes)
-        extent_mm = torch.tensor(facts["extent_mm"], dtype=torch.float32)
-        hu_percentiles = torch.tensor(facts["hu_percentiles"], dtype=torch.float32)
-        return {
-            "case": case.id,
-            "image": image[None],
-            "labels": labels,
-            "extent_mm": extent_mm,
-            "hu_percentiles": hu_percentiles,
-            "swapped": facts["swapped"],
-        }
+        numbers = {name: torch.tensor(facts[name], dtype=torch.float32) for name in NUMBERS}
+        return {"case": case.id, "image": image[None], "labels": labels, "swapped": facts["swapped"], **numbers}
 
     def load(self, case: Case) -> tuple[np.ndarray, dict]:
         """Load a case's image and labels, (2, X, Y, Z) uint8, and facts of its scan; from the cache where possible."""
@@ -223,9 +213,11 @@ class CaseDataset(Dataset):
         labels, labels_geometry = load_labels(case.labels, len(self.organs), self.reading)
         check_same_grid(geometry, labels_geometry, f"case {case.id}")
         found = organs_in(labels, geometry, self.organs)
+        ml = comparable_ml(found)
         facts = {
             "extent_mm": list(geometry.extent_mm),
             "hu_percentiles": hu_percentiles(voxels),
+            "volumes_ml": [ml.get(organ, math.nan) for organ in self.organs],
             "swapped": ", ".join(f"{right} to the left of {left}" for right, left in swapped_sides(found)),
         }
         volumes = np.stack([prepare_image(voxels, self.size, self.window_hu), resize_labels(labels, self.size)])

@@ -61,9 +61,10 @@ def train(run: Run, train_set: CaseDataset, val_set: CaseDataset) -> None:
     Raises:
         NotFiniteError, Stopped: as `train_one_epoch`.
     """
-    ranges = describe_cases(train_set, run.config.workers, run.group)
-    describe_cases(val_set, run.config.workers, run.group)  # now, so that a broken file shows before the first epoch
-    run.prepare(train_set, ranges)
+    # Before the first epoch, so that a broken file shows now.
+    to_train = describe_cases(train_set, run.config.workers, run.group)
+    held_out = describe_cases(val_set, run.config.workers, run.group)
+    run.prepare(train_set, to_train.ranges, to_train.fingerprints | held_out.fingerprints)
     batches, val_batches = run.loader(train_set, train=True), run.loader(val_set, train=False)
     with run.under_way(batches):
         for _ in run.epochs():
@@ -148,7 +149,7 @@ def main() -> int:
     with refusing(USAGE):
         train_cases, val_cases, how = split(cases, config)
         train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)
-        run.start({"train": train_set.ids, "val": val_set.ids}, train_set.fingerprint, how)
+        run.start({"train": train_set.ids, "val": val_set.ids}, how)
     return run.carry_out(lambda: train(run, train_set, val_set))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.config import Config, config_from_dict, config_to_dict
 from core.network import build_network
+from core.scans.organ_words import same_name
 from core.system.files import check_room, whole_file
 
 KIND, VERSION = "V-Net checkpoint", 1  # mark our files, whatever the network is
@@ -166,6 +167,39 @@ def load_weights(network: nn.Module, content: dict[str, Any], path: str | Path) 
     """Load a checkpoint's weights into a network; those of another network are a ValueError."""
     check_same_shapes(content["network"], network.state_dict(), f"{path}: its weights are another network's")
     network.load_state_dict(content["network"])
+
+
+def load_weights_for_organs(network: nn.Module, config: Config, content: dict[str, Any], path: str) -> str | None:
+    """Load a checkpoint's weights into a network that may segment other organs: then all but those of the last layer.
+
+    The last layer is the last module of the network with a weight for every organ.
+
+    Args:
+        network: to load into.
+        config: its settings.
+        content: of the checkpoint, as `load_checkpoint` gives it.
+        path: of the checkpoint, for messages.
+
+    Returns:
+        a sentence that says which weights were left out, or None.
+
+    Raises:
+        ValueError: when the other weights are another network's.
+    """
+    ours, theirs = config.organs, content["config"].organs
+    layers = [name for name, module in network.named_modules() if has_a_weight_for_each(module, len(ours))]
+    if not layers or (len(ours) == len(theirs) and all(map(same_name, ours, theirs))):
+        load_weights(network, content, path)
+        return None
+    last = layers[-1]
+    new = {f"{last}.{name}": value for name, value in network.get_submodule(last).state_dict().items()}
+    load_weights(network, {"network": content["network"] | new}, path)
+    return f"{path}: segments other organs ({', '.join(theirs[1:])}); all its weights are kept but those of {last}"
+
+
+def has_a_weight_for_each(module: nn.Module, classes: int) -> bool:
+    """Return True for a layer with a weight whose first axis counts the classes."""
+    return any(weight.ndim > 1 and len(weight) == classes for weight in module.parameters(recurse=False))
 
 
 def check_same_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str) -> None:

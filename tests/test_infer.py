@@ -61,7 +61,7 @@ def checkpoint(config, tmp_path_factory) -> Path:
     for case, shape in (("a", SIZE), ("b", (36, 36, 20))):
         save_scan(folder / "images" / f"{case}_0000.nii.gz", make_voxels(shape))
         save_scan(folder / "labels" / f"{case}.nii.gz", np.zeros(shape, np.uint8))
-    training_data = describe_cases(CaseDataset(find_cases(folder), config), workers=0)
+    training_data = describe_cases(CaseDataset(find_cases(folder), config), workers=0).ranges
     torch.manual_seed(0)
     save_checkpoint(folder / "best.pt", build_network(config), config, training_data=training_data)
     return folder / "best.pt"
@@ -898,7 +898,7 @@ def test_bf16_finds_the_same_organs(run_main, config, phantom_data, tmp_path):
         optimizer.zero_grad()
         F.cross_entropy(network(image), tissue).backward()
         optimizer.step()
-    save_checkpoint(tmp_path / "net.pt", network, config, training_data=describe_cases(cases, workers=0))
+    save_checkpoint(tmp_path / "net.pt", network, config, training_data=describe_cases(cases, workers=0).ranges)
 
     for precision in ("float32", "bf16", "auto"):
         flags = ["--checkpoint", tmp_path / "net.pt", "--output", tmp_path / precision, "--precision", precision]

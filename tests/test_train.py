@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -293,6 +294,44 @@ def test_resuming_with_other_cases_is_refused_by_name(run, data, tmp_path):
     assert "cannot go on with other cases; to train on only before or only now: phantom_000" in err
 
 
+def test_resuming_on_changed_data_names_the_cases(run, data, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(data, mine)
+    flags = ["--epochs", "2", "--data-dir", mine]
+    with power_cut(before_epoch=2), pytest.raises(KeyboardInterrupt):
+        run(*flags)
+    before = json.loads((tmp_path / "run" / "run.json").read_text())["case_fingerprints"]
+    path = mine / "labels" / "phantom_0004.nii.gz"
+    file = nib.load(path)
+    labels = np.asanyarray(file.dataobj).astype(np.uint8)
+    labels[labels == 1] = 0
+    nib.save(nib.Nifti1Image(labels, file.affine), path)
+    shutil.copytree(data, tmp_path / "moved")  # the same data in another place, with other times
+    with power_cut(before_epoch=2), pytest.raises(KeyboardInterrupt):
+        run(*flags[:2], "--data-dir", tmp_path / "moved", "--resume")
+    code, _, err = run(*flags, "--resume")
+    assert code == 0
+    assert "warning: " in err
+    assert "label map of 1 of 5 cases has changed since the run began: phantom_0004; it goes on with the new" in err
+    after = json.loads((tmp_path / "run" / "run.json").read_text())["case_fingerprints"]
+    assert [case for case in CASES if before[case] != after[case]] == ["phantom_0004"]
+
+
+def test_ids_of_another_list_are_doubted(run, data, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(data, mine)
+    btcv = np.array([0, 6, 2, 1, 11, 8, 9, 12, 13, 4, 5, 7, 0, 3], np.uint8)  # its ids of FLARE22's organs 0 to 13
+    for path in (mine / "labels").iterdir():
+        file = nib.load(path)
+        nib.save(nib.Nifti1Image(btcv[np.asanyarray(file.dataobj).astype(np.uint8)], file.affine), path)
+    code, _, err = run("--epochs", "1", "--data-dir", mine)
+    assert code == 0
+    (said,) = [line for line in err.splitlines() if "ids of another list?" in line]
+    # BTCV has the spleen in the liver's place.
+    assert re.search(r"liver is of [12]\d\d(\.\d)? to [12]\d\d(\.\d)? mL in 4 of 4 cases, expected 400 to 5000", said)
+    assert "ids of another list?" not in run("--epochs", "1", folder="default")[2]
+
+
 def test_resuming_elsewhere_and_without_init_from(run, data, tmp_path):
     assert run("--epochs", "1", folder="first")[0] == 0
     start = tmp_path / "first" / "last.pt"
@@ -467,12 +506,37 @@ def test_without_validation_cases_there_is_no_best(run, tmp_path):
     assert (tmp_path / "run" / "last.pt").exists()
 
 
+@pytest.mark.parametrize("more", [("gut",), (), None])
+def test_init_from_a_network_of_other_organs_keeps_all_but_the_last_layer(run, tmp_path, monkeypatch, more):
+    assert run("--epochs", "1", folder="first")[0] == 0
+    start, organs = tmp_path / "first" / "last.pt", load_config().organs
+    if more is None:
+        organs = [organs[0], "gut", *organs[2:]]  # as many organs
+    monkeypatch.setattr(train, "train", lambda run, *_: run.checkpoint())
+    flags = ["--organs", *organs, *more] if more else ["--organs", *organs]
+    code, out, _ = run("--epochs", "1", "--init-from", start, *flags, folder="second")
+    assert code == 0
+    before, after = weights(start), weights(tmp_path / "second" / "last.pt")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    if more == ():
+        assert (changed, "are kept" in out) == ([], False)
+    else:
+        assert changed == ["classify.weight", "classify.bias"]
+        assert "last.pt: segments other organs (liver, right kidney, spleen," in out
+        assert "all its weights are kept but those of classify" in out
+
+
 def test_init_from_starts_with_the_other_runs_weights(run, tmp_path):
     assert run("--epochs", "2", folder="first")[0] == 0
     start = tmp_path / "first" / "last.pt"
     assert run("--epochs", "1", "--init-from", start, folder="second")[0] == 0
     losses = [float(read_log(tmp_path / name)[0]["train_loss"]) for name in ("first", "second")]
     assert losses[1] < losses[0]
+    organs = load_config().organs
+    names = [name.replace("left kidney", "kidney_left") for name in organs]  # another spelling is the same organ
+    spelled = run("--epochs", "1", "--init-from", start, "--organs", *names, folder="spelled")
+    assert (spelled[0], "are kept but" in spelled[1]) == (0, False)
+    assert float(read_log(tmp_path / "spelled")[0]["train_loss"]) == losses[1]
     code, _, err = run("--epochs", "1", "--init-from", start, "--channels", "3", folder="third")
     assert code == 2
     assert "last.pt: its weights are another network's" in err

@@ -10,7 +10,7 @@ from isal import isal_zlib
 from core.system.files import whole_file
 
 CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file
-CACHE_VERSION = 4  # raise it when the content for the same scan and settings changes
+CACHE_VERSION = 5  # raise it when the content for the same scan and settings changes
 
 
 def write_cache(path: Path, volumes: np.ndarray, facts: dict) -> None:

@@ -2,10 +2,13 @@
 
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from core.config import Config
+from core.scans.anatomy import odd_organs
 from core.scans.typical import ranges_of
 from core.system.exits import leave_signals_to_the_command, print_warning
 from core.system.processes import ALONE, Group
 
+SEEN = ("image", "labels", "extent_mm")  # what training sees of a sample
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
 
 
@@ -111,8 +116,15 @@ def naming_dead_workers() -> Iterator[None]:
         ) from error
 
 
-def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE) -> dict:
-    """Read every case once, which fills the cache and shows broken files; return what infer.py compares scans with.
+class Description(NamedTuple):
+    """What `describe_cases` finds: `ranges_of` the cases, and by case id a checksum that changes with its data."""
+
+    ranges: dict
+    fingerprints: dict[str, str]
+
+
+def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE) -> Description:
+    """Read every case once, which fills the cache and shows broken files; warn where the organs look mixed up.
 
     Each process reads its share of the cases. Warnings about a case's files are given here, and not again.
 
@@ -120,18 +132,27 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE) -> dict
         dataset: a CaseDataset.
         workers: processes that load cases.
         group: the processes of the run.
-
-    Returns:
-        `ranges_of` the cases.
     """
-    found = {"extent_mm": [], "hu_percentiles": []}  # of each case three numbers
+    found = {"extent_mm": [], "hu_percentiles": [], "volumes_ml": []}  # of each case a row of numbers
+    fingerprints = []
     share = range(group.rank, len(dataset), group.size)
     loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
     for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
         for name, values in found.items():
             values += sample[name].tolist()
+        fingerprints += zip(sample["case"], map(fingerprint, *(sample[name] for name in SEEN)), strict=True)
         for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
             if swapped:
                 print_warning(f"case {case}: {swapped}; mirrored, or ids mixed up? python -m data.doctor tells more")
     dataset.warn_no_more()
-    return ranges_of({name: list(chain(*group.gather(values))) for name, values in found.items()})
+    found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
+    volumes = [dict(zip(dataset.organs, row, strict=True)) for row in found.pop("volumes_ml")]
+    odd = odd_organs([{organ: ml for organ, ml in case.items() if not math.isnan(ml)} for case in volumes])
+    if odd and group.first:
+        print_warning(odd)
+    return Description(ranges_of(found), dict(chain(*group.gather(fingerprints))))
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """Return a checksum over the tensors, in hexadecimal."""
+    return f"{reduce(lambda value, tensor: zlib.crc32(tensor.numpy(), value), tensors, 0):08x}"

@@ -9,12 +9,11 @@ from functools import partial
 from itertools import chain
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from core.checkpoint import load_checkpoint, load_optimizer, load_weights
+from core.checkpoint import load_checkpoint, load_optimizer, load_weights, load_weights_for_organs
 from core.config import Config
 from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
 from core.system.processes import join_group, leave_group, own_device
@@ -87,12 +86,16 @@ class Run:
         """
         self.training = training
         training.may_step_down = self.group.size == 1  # no process may repeat a step alone
+        self.keeps_last_layer = self.resumed is not None
         if self.resumed:
             load_weights(training.network, self.resumed, self.folder.last)
             load_optimizer(training.optimizer, self.resumed, self.folder.last, training.scaler)
         elif self.config.init_from is not None:
             checkpoint = load_checkpoint(self.config.init_from, self.device)
-            load_weights(training.network, checkpoint, self.config.init_from)
+            left_out = load_weights_for_organs(training.network, self.config, checkpoint, self.config.init_from)
+            self.keeps_last_layer = left_out is None
+            if left_out:
+                self.say(left_out)
         if self.config.ema_decay:
             training.ema = EMA(training.network, self.config.ema_decay)
             if self.resumed:
@@ -101,12 +104,11 @@ class Run:
             self.epoch, self.losses = self.resumed["epoch"] + 1, list(self.resumed.get("losses", []))
             self.best_dice = self.resumed.get("best_dice", self.best_dice)
 
-    def start(self, cases: dict[str, list[str]], fingerprint: object, how: str) -> None:
+    def start(self, cases: dict[str, list[str]], how: str) -> None:
         """Begin the run folder, or check that a resumed run goes on with the same cases; say what is trained on.
 
         Args:
             cases: ids of the cases to "train" on and of those held out, "val".
-            fingerprint: plain values that change when the training data do.
             how: says how the cases were chosen.
 
         Raises:
@@ -117,30 +119,32 @@ class Run:
         if self.resumed:
             self.folder.check_same_cases(self.resumed["cases"], cases)
         else:
-            self.folder.start(self.device, cases, fingerprint, self.overwrite)
+            self.folder.start(self.device, cases, self.overwrite)
         processes = f" in {self.group.size} processes" if self.group.size > 1 else ""
         where = f"on {self.device} in {self.training.precision}{processes}"
         self.say(f"{len(cases['train'])} cases to train on; {how}; {where}")
 
-    def prepare(self, train_set: torch.utils.data.Dataset, training_data: dict) -> None:
+    def prepare(self, train_set: Dataset, training_data: dict, fingerprints: dict[str, str]) -> None:
         """Finish what the first step needs: the facts of the data, the memory plan, the output bias.
 
         Args:
             train_set: the training cases.
             training_data: ranges over the training cases, with which infer.py compares new scans.
+            fingerprints: by case id, a value that changes when the case's data do.
         """
-        self.facts["training_data"] = training_data
+        self.facts |= {"training_data": training_data, "fingerprints": fingerprints}
+        self.folder.compare_data((self.resumed or {}).get("fingerprints"), fingerprints)
         training, config = self.training, self.config
         plans = self.group.gather(choose_plan(training, config, self.device))
         training.plan = max(plans, key=PLANS.index)  # the one that fits every GPU
         if config.compile and training.plan != "off":
             self.say(f"compile has no effect under the memory plan {training.plan}")
-        if config.init_output_bias and not self.resumed and config.init_from is None:
+        if config.init_output_bias and not self.keeps_last_layer:
             initialise_output_bias(training.network, len(config.organs), train_set, self.group)
             if training.ema:
                 training.ema = EMA(training.network, config.ema_decay)
 
-    def loader(self, dataset: torch.utils.data.Dataset, train: bool) -> DataLoader:
+    def loader(self, dataset: Dataset, train: bool) -> DataLoader:
         """Return the loader of this process's share of the cases."""
         return make_loader(dataset, self.config, self.device, self.group, train)
 

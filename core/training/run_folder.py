@@ -25,7 +25,7 @@ from torch import nn
 
 from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
-from core.scans.files import format_case_ids
+from core.scans.files import format_case_ids, listed
 from core.system.exits import Stopped, one_line, print_warning
 from core.system.files import lock_file, remove_left_over, whole_file
 from core.system.provenance import git_commit, versions
@@ -77,17 +77,8 @@ class RunFolder:
     def log_columns(self) -> list[str]:
         """The columns of log.csv."""
         dice = [f"dice_{organ.replace(' ', '_')}" for organ in self.config.organs[1:]]
-        return [
-            "epoch",
-            "train_loss",
-            "val_loss",
-            "val_dice",
-            *dice,
-            "seconds",
-            "data_seconds",
-            "peak_gib",
-            "learning_rate",
-        ]
+        before, after = ["epoch", "train_loss", "val_loss", "val_dice"], ["seconds", "data_seconds", "peak_gib"]
+        return [*before, *dice, *after, "learning_rate"]
 
     def lock(self) -> None:
         """Keep other runs off the folder until this process ends, however it ends; nothing where there is no folder.
@@ -194,11 +185,8 @@ class RunFolder:
                     f"{', '.join(changed[:5])}; start anew in another --run-dir"
                 )
 
-    def start(self, device: torch.device, cases: dict[str, list[str]], data: Any, overwrite: bool) -> None:
-        """Make the folder, clear it if asked to, and write config.yaml, val_cases.txt and run.json.
-
-        `data` is plain values that change when the training data do; its hash is the data's fingerprint.
-        """
+    def start(self, device: torch.device, cases: dict[str, list[str]], overwrite: bool) -> None:
+        """Make the folder, clear it if asked to, and write config.yaml, val_cases.txt and run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
         if overwrite:
@@ -216,11 +204,21 @@ class RunFolder:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
             "train_cases": cases["train"],
             "val_cases": cases["val"],
-            "data_fingerprint": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
             "config": config_to_dict(self.config),
         }
         with whole_file(self.path / "run.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n")
+
+    def compare_data(self, before: dict[str, str] | None, now: dict[str, str]) -> None:
+        """Note the cases' fingerprints in run.json; warn of cases that had other ones `before`, as far as known."""
+        changed = [case for case in now if before and before.get(case) != now[case]]
+        if changed:
+            print_warning(
+                f"{self.path}: the scan or label map of {len(changed)} of {len(now)} cases has changed since the run "
+                f"began: {listed(changed)}; it goes on with the new ones; for a run on them alone, start anew in "
+                "another --run-dir"
+            )
+        self.note(data_fingerprint=hashlib.sha256(json.dumps(now).encode()).hexdigest(), case_fingerprints=now)
 
     @contextmanager
     def noting_the_end(self) -> Iterator[None]:
@@ -317,6 +315,9 @@ class SilentRunFolder(RunFolder):
 
     def note(self, **_: object) -> None:
         """Do nothing."""
+
+    def compare_data(self, *_: object) -> None:
+        """Do nothing; the first process warns."""
 
     def save_last(self, *_: object, **__: object) -> None:
         """Do nothing."""

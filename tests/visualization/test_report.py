@@ -226,7 +226,7 @@ def checkpoint(tmp_path_factory) -> Path:
     )
     save(make_voxels(), folder / "images" / "a_0000.nii.gz")
     save(make_labels(BOXES), folder / "labels" / "a.nii.gz")
-    training_data = describe_cases(CaseDataset(find_cases(folder), config), workers=0)
+    training_data = describe_cases(CaseDataset(find_cases(folder), config), workers=0).ranges
     torch.manual_seed(0)
     save_checkpoint(folder / "best.pt", build_network(config), config, training_data=training_data, epoch=7)
     return folder / "best.pt"

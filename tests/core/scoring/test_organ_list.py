@@ -67,7 +67,7 @@ def checkpoint(tmp_path_factory) -> Path:
     )  # fmt: skip
     make_scan(folder / "images" / "a_0000.nii.gz")
     save_plain(folder / "labels" / "a.nii.gz", make_labels())
-    training_data = describe_cases(CaseDataset(find_cases(folder), config), workers=0)
+    training_data = describe_cases(CaseDataset(find_cases(folder), config), workers=0).ranges
     torch.manual_seed(0)
     save_checkpoint(folder / "best.pt", build_network(config), config, training_data=training_data, epoch=1)
     save_config(config, folder / "config.yaml")
