@@ -53,6 +53,7 @@ class Inference:
         output: the folder for the results.
         reading: which scans are accepted.
         series_uid: which of the series in a DICOM folder to read; None when there is only one.
+        fingerprint: of the networks; written into each label map.
     """
 
     networks: Sequence[nn.Module]
@@ -63,6 +64,7 @@ class Inference:
     output: OutputFolder
     reading: Reading = field(default_factory=Reading)
     series_uid: str | None = None
+    fingerprint: str = ""
 
 
 # ---- One scan: read and prepare, predict, finish ---------------------------------------------------------------------
@@ -109,7 +111,7 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     # The label map shows that the case is done, so it is moved to its place last. It is completely on the disk before
     # the volumes are written: almost nothing can fail between the two.
     with whole_file(output.label_map(scan.case)) as temporary:
-        save_label_map(labels, geometry, temporary, organs)
+        save_label_map(labels, geometry, temporary, organs, inference.fingerprint)
         output.write_volumes(scan.case, voxels * geometry.voxel_ml, organs)
 
 
@@ -167,12 +169,14 @@ def main() -> int:
         leave_group(group)
         return REFUSED
     if arguments.skip_existing:
-        cases = output.unfinished(cases)
+        cases = output.unfinished(cases, checkpoint["fingerprint"], warn=group.first)
     group.wait()  # all processes have listed the same cases before the first one is segmented
     own = dict(list(cases.items())[group.rank :: group.size])
 
-    config, training_data = checkpoint["config"], checkpoint["training_data"]
-    inference = Inference(networks, config, training_data, device, precision, output, reading, arguments.series)
+    config, training_data, fingerprint = (checkpoint[key] for key in ("config", "training_data", "fingerprint"))
+    inference = Inference(
+        networks, config, training_data, device, precision, output, reading, arguments.series, fingerprint
+    )
     failed, unreported = segment(inference, own, group.first), []
     done = {case: file for case, file in own.items() if case not in failed}
     with refusing(REFUSED):

@@ -3,6 +3,7 @@
 A damaged, truncated or foreign file is refused in one sentence. torch.load(weights_only=True) runs no code in a file.
 """
 
+import hashlib
 import os
 import pickle
 import warnings
@@ -141,7 +142,9 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 
 
 def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[nn.Module], dict]:
-    """Load several networks; return them and the first one's content, in which the ranges are those of all cases.
+    """Load several networks; return them and the first one's content, with the ranges of all their cases.
+
+    `fingerprint` in it is a hash of all weights, whatever the order of the networks: 12 hexadecimal digits.
 
     Raises:
         FileNotFoundError, ValueError: when one cannot be read, or does not go together with the first.
@@ -160,7 +163,17 @@ def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[nn.M
             "min": np.min([each["min"] for each in ranges], axis=0).tolist(),
             "max": np.max([each["max"] for each in ranges], axis=0).tolist(),
         }
-    return list(networks), first | {"training_data": merged}
+    weights = sorted(hash_of(network) for network in networks)
+    fingerprint = hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
+    return list(networks), first | {"training_data": merged, "fingerprint": fingerprint}
+
+
+def hash_of(network: nn.Module) -> str:
+    """Return a hash of a network's weights; the same for best.pt and last.pt when they hold the same weights."""
+    found = hashlib.sha256()
+    for name, weight in network.state_dict().items():
+        found.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def load_weights(network: nn.Module, content: dict[str, Any], path: str | Path) -> None:

@@ -277,6 +277,32 @@ def test_skip_existing_leaves_finished_cases_alone(run, scans, tmp_path):
     assert (tmp_path / "out" / "two.nii.gz").read_bytes() != b"done before"
 
 
+def test_skip_existing_warns_of_label_maps_of_another_network(run, checkpoint, config, scans, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.manual_seed(1)
+    other = tmp_path / "other.pt"
+    torch.save(content | {"network": build_network(config).state_dict()}, other)
+    copy = tmp_path / "copy.pt"  # the same network in another file
+    torch.save(content | {"epoch": 7}, copy)
+    assert run(scans, "--cases", "one")[0] == 0
+    assert run(scans, "--cases", "two", "--checkpoint", other)[0] == 0
+    _, out, err = run(scans, "--cases", "two", "--checkpoint", other, "--skip-existing")
+    assert (out.startswith("0 of 0 scans"), err.count("warning")) == (True, 0)
+    assert run(scans, "--cases", "one", "--checkpoint", copy, "--skip-existing")[2].count("warning") == 0
+    code, _, err = run(scans, "--skip-existing")
+    assert code == 0
+    (said,) = [line for line in err.splitlines() if "--skip-existing" in line]
+    assert said.endswith(
+        "1 of 2 label maps that --skip-existing keeps are another network's: two; leave it out to segment these again"
+    )
+    file = nib.load(tmp_path / "out" / "one.nii.gz")
+    nib.save(nib.Nifti1Image(np.asanyarray(file.dataobj), file.affine), tmp_path / "out" / "one.nii.gz")
+    assert "keeps do not say which network made them: one" in run(scans, "--cases", "one", "--skip-existing")[2]
+    assert run(scans, "--cases", "one", "--checkpoint", checkpoint, other)[0] == 0
+    both = run(scans, "--cases", "one", "--checkpoint", other, checkpoint, "--skip-existing")
+    assert "keeps" not in both[2]
+
+
 # ---- What is refused
 
 
@@ -488,7 +514,7 @@ def test_a_case_that_cannot_be_written_leaves_neither_files_nor_rows(run, scans,
     real_step = getattr(owner, step)
 
     def fail_for_two(*arguments):
-        target = next(Path(path).name for path in reversed(arguments) if isinstance(path, str | Path))
+        target = next(Path(path).name for path in reversed(arguments[:4]) if isinstance(path, str | Path))
         if arguments[1] == "two" or (target if step == "replace" else target[-11:]) in ("two.nii.gz", ".two.nii.gz"):
             raise OSError(28, "No space left on device")
         return real_step(*arguments)
@@ -835,7 +861,7 @@ def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypat
         if scan.case == "2":
             predicted.set()
 
-    def save_1(labels, geometry, path, organs):
+    def save_1(labels, geometry, path, *named):
         if path.name.endswith(".1.nii.gz"):  # its temporary name
             writing.set()
             if not network_runs:
@@ -843,7 +869,7 @@ def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypat
                 time.sleep(0.2)  # until the main thread waits
                 os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
-        save(labels, geometry, path, organs)
+        save(labels, geometry, path, *named)
 
     monkeypatch.setattr(infer, "predict", predict_2)
     monkeypatch.setattr(infer, "save_label_map", save_1)

@@ -15,7 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from core.inference.inputs import named_case
+from core.scans.files import listed
 from core.scans.geometry import Geometry
+from core.scans.organ_names import read_network
 from core.scans.volumes import save_probabilities
 from core.system.exits import print_error, print_warning
 from core.system.files import check_room, locked, whole_file
@@ -82,9 +84,35 @@ class OutputFolder:
         """Return the path of a case's label map."""
         return label_map_path(self.path, case)
 
-    def unfinished(self, cases: dict[str, Path]) -> dict[str, Path]:
-        """Return the cases without a label map, or without probabilities where those are wanted."""
-        return {case: scan for case, scan in cases.items() if not self.is_finished(case)}
+    def unfinished(self, cases: dict[str, Path], fingerprint: str, warn: bool = True) -> dict[str, Path]:
+        """Return the cases without a label map, or without probabilities where those are wanted.
+
+        Args:
+            cases: the scans by case id.
+            fingerprint: of the networks that segment the others.
+            warn: whether to name the label maps that are there but not known to be made by these networks.
+        """
+        finished = [case for case in cases if self.is_finished(case)]
+        for what, others in self.not_made_by(finished, fingerprint).items() if warn else ():
+            print_warning(
+                f"{self.path}: {len(others)} of {len(finished)} label maps that --skip-existing keeps {what}: "
+                f"{listed(others)}; leave it out to segment these again"
+            )
+        return {case: scan for case, scan in cases.items() if case not in finished}
+
+    def not_made_by(self, finished: Sequence[str], fingerprint: str) -> dict[str, list[str]]:
+        """Group cases whose label maps say another network's fingerprint, or none, by a description of that."""
+        found: dict[str, list[str]] = {}
+        for case in finished:
+            try:
+                network = read_network(self.label_map(case))
+            except (OSError, ValueError):
+                found.setdefault("cannot be read", []).append(case)
+                continue
+            if network != fingerprint:
+                what = "are another network's" if network else "do not say which network made them"
+                found.setdefault(what, []).append(case)
+        return found
 
     def is_finished(self, case: str) -> bool:
         """Return True when a case's label map exists, and its probabilities where those are wanted."""

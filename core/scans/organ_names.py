@@ -1,4 +1,4 @@
-"""Organ names inside a label map's file: a NIfTI header extension, written and read.
+"""Organ names, and the network, inside a label map's file: a NIfTI header extension, written and read.
 
 The extension holds the label table of Connectome Workbench, as XML with code 0. TotalSegmentator writes the same form
 into its label maps.
@@ -8,9 +8,9 @@ into its label maps.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from xml.etree import ElementTree
 
 import nibabel as nib
@@ -25,14 +25,16 @@ from core.system.exits import one_line
 XML_CODE = 0  # of the extension; NIfTI calls it unknown, and so do the programs that write this table
 EXTENSION_BYTES = 16  # the size of an extension is a multiple of this, its own 8 bytes of size and code included
 ROOT = b"<CaretExtension"
+NETWORK = "Network"  # the name of the entry that holds the fingerprint of a label map's network
 MAX_ID = 255  # of an organ; label maps are uint8
 
 
-def organ_names_extension(organs: Sequence[str]) -> Nifti1Extension:
+def organ_names_extension(organs: Sequence[str], network: str = "") -> Nifti1Extension:
     """Return the header extension that names organs; the same names give the same bytes.
 
     Args:
         organs: names by id, background first; the background is not written.
+        network: fingerprint of the network that made the label map, in hexadecimal; empty for none.
     """
     labels = []
     for organ, name in enumerate(organs[1:], start=1):
@@ -40,12 +42,13 @@ def organ_names_extension(organs: Sequence[str]) -> Nifti1Extension:
         text = name.replace("]]>", "]]]]><![CDATA[>")  # the end mark of CDATA may not occur in it
         colour = f'Red="{red}" Green="{green}" Blue="{blue}" Alpha="1"'
         labels.append(f'<Label Key="{organ}" {colour}><![CDATA[{text}]]></Label>')
+    made_by = f"<MetaData><MD><Name>{NETWORK}</Name><Value>{network}</Value></MD></MetaData>" if network else ""
     xml = "\n".join(
         [
             '<?xml version="1.0" encoding="UTF-8"?>',
             '<CaretExtension><VolumeInformation Index="0"><LabelTable>',
             *labels,
-            "</LabelTable><VolumeType><![CDATA[Label]]></VolumeType></VolumeInformation></CaretExtension>",
+            f"</LabelTable>{made_by}<VolumeType><![CDATA[Label]]></VolumeType></VolumeInformation></CaretExtension>",
         ]
     ).encode()
     # Filled up with blanks: an XML parser takes them after the end, and takes no NUL, which nibabel would fill in.
@@ -58,12 +61,30 @@ def read_organ_names(path: str | Path) -> dict[int, str]:
     Raises:
         FileNotFoundError, ValueError: when the file cannot be read, or its table of names is damaged.
     """
-    path = Path(path)
+    return read_extension(Path(path), parse_table) or {}
+
+
+def read_network(path: str | Path) -> str | None:
+    """Return the fingerprint of the network that made a label map, or None where its file does not say.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_organ_names`.
+    """
+    entry = f".//MD[Name='{NETWORK}']/Value"
+    return read_extension(Path(path), lambda xml: ElementTree.fromstring(xml).findtext(entry))
+
+
+def read_extension(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    """Return what `parse` makes of the XML in a label map's file, or None where it holds none.
+
+    Raises:
+        FileNotFoundError, ValueError: when the file cannot be read, or its table of names is damaged.
+    """
     try:
         header, packed = read_header(path)
         with unpacked(path, packed) as stream:
             tables = [content for content in extensions_of(stream, header) if ROOT in content]
-        return parse_table(tables[0]) if tables else {}
+        return parse(tables[0].rstrip(b"\0 \r\n\t")) if tables else None
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}: the organ names in its header are damaged XML ({error}); copy it again") from error
     except FileNotFoundError:
@@ -104,7 +125,7 @@ def parse_table(xml: bytes) -> dict[int, str]:
         ValueError: when an id is not one of a label map.
     """
     names = {}
-    for label in ElementTree.fromstring(xml.rstrip(b"\0 \r\n\t")).iterfind("VolumeInformation[1]/LabelTable/Label"):
+    for label in ElementTree.fromstring(xml).iterfind("VolumeInformation[1]/LabelTable/Label"):
         organ, name = int(label.get("Key", "")), "".join(label.itertext()).strip()
         if not 0 <= organ <= MAX_ID:
             raise ValueError(f"id {organ} has a name, expected ids from 0 to {MAX_ID}")

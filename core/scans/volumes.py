@@ -200,18 +200,21 @@ def copy_by_planes(source: np.ndarray, target: np.ndarray) -> None:
         target[:, i] = source[:, i]
 
 
-def save_label_map(labels: np.ndarray, geometry: Geometry, path: str | Path, organs: Sequence[str] = ()) -> None:
+def save_label_map(
+    labels: np.ndarray, geometry: Geometry, path: str | Path, organs: Sequence[str] = (), network: str = ""
+) -> None:
     """Write labels, (X, Y, Z) uint8 in RAS+ order, as a label map in the scan's own geometry.
 
     The file has the scan's shape, affine, qform and sform with their codes, and units; type uint8, intent "label".
-    Its header holds the names of `organs`, by id with the background first, when they are given.
+    Its header holds the names of `organs`, by id with the background first, and the fingerprint of the network that
+    made it, when they are given.
     The file is replaced in one step; `path` never holds half a file.
     """
     header = geometry.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_intent(NIFTI_INTENT_LABEL, name="organ ids")
     if organs:
-        header.extensions.append(organ_names_extension(organs))
+        header.extensions.append(organ_names_extension(organs, network))
     stored = np.empty(geometry.stored_shape, dtype=np.uint8, order="F")
     copy_by_planes(geometry.from_ras(labels), stored)
     save_volume(stored, header, path)

@@ -163,8 +163,8 @@ def test_a_case_is_finished_when_all_that_is_wanted_is_there(output):
     cases = {case: Path(case) for case in ("half", "none", "whole")}
     for name in ("half.nii.gz", "whole.nii.gz", "whole_probabilities.nii.gz", "none_probabilities.nii.gz"):
         (output.path / name).write_text("")
-    assert list(output.unfinished(cases)) == ["none"]
-    assert list(with_probabilities.unfinished(cases)) == ["half", "none"]
+    assert list(output.unfinished(cases, "abc")) == ["none"]
+    assert list(with_probabilities.unfinished(cases, "abc")) == ["half", "none"]
 
 
 def test_earlier_results_of_a_failed_case_are_renamed_and_its_rows_removed(output, capsys):
