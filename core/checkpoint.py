@@ -63,8 +63,8 @@ def save_checkpoint(
         raise OSError(f"{path}: cannot be written, is the disk full? ({str(error).splitlines()[0]})") from error
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Load what `save_checkpoint` wrote, with `config` as a Config; all tensors in it are finite.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load what `save_checkpoint` wrote, with `config` as a Config; all tensors in it are finite and on the CPU.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -76,7 +76,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise FileNotFoundError(f"{path}: {what}")
     try:
         with open(path, "rb") as file:
-            content = read_content(file, device)
+            content = read_content(file)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("kind") != KIND or not {"config", "network"} <= content.keys():
@@ -90,7 +90,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return content | {"config": config_from_dict(content["config"], str(path))}
 
 
-def read_content(file: BinaryIO, device: torch.device | str) -> Any:
+def read_content(file: BinaryIO) -> Any:
     """Return the content of an open file; a ValueError says what it is, without torch's advice to load it unsafely."""
     start = file.read(32)
     for magic, what in MAGICS:
@@ -100,7 +100,7 @@ def read_content(file: BinaryIO, device: torch.device | str) -> Any:
         check_archive(file)
         file.seek(0)
         with warnings.catch_warnings(action="ignore"):  # that a file of TorchScript is one
-            return torch.load(file, map_location=device, weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("it holds other things than tensors and plain values; nothing in it was run") from error
     except UNUSABLE as error:
@@ -130,7 +130,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`, and when it lacks the ranges of its training cases.
     """
-    content = load_checkpoint(path, device)
+    content = load_checkpoint(path)  # on the CPU: a card needs the weights alone, not what training goes on from
     if "training_data" not in content:
         raise ValueError(f"{path}: lacks training_data, which train.py writes")
     try:

@@ -16,16 +16,6 @@ from core.scans.geometry import Geometry
 from core.system.exits import is_out_of_memory, print_stderr, print_warning
 
 Stage = Callable[["Segmentation"], None]
-# RuntimeErrors by which the libraries under torch say that memory ran out: oneDNN on a CPU, C++, cuBLAS and cuDNN.
-OUT_OF_MEMORY = (
-    "could not create a primitive",
-    "could not create a memory",
-    "bad_alloc",
-    "ALLOC_FAILED",
-    "ALLOCATION_FAILED",
-    "find an engine to execute",
-    "find a valid cuDNN algorithm",
-)
 
 
 @dataclass
@@ -99,11 +89,11 @@ def attempt(stage: Stage, scan: Segmentation) -> Segmentation:
         stage(scan)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = str(error) or type(error).__name__
-        scan.out_of_memory = is_out_of_memory(error.__cause__ or error)
-        if isinstance(error, RuntimeError) and not scan.out_of_memory:
-            if not any(words in message for words in OUT_OF_MEMORY):
+        scan.out_of_memory = is_out_of_memory(error.__cause__ or error, smaller=True)
+        if isinstance(error, RuntimeError):
+            if not scan.out_of_memory:
                 raise
-            scan.out_of_memory, message = True, f"out of memory ({message})"
+            message = message if "out of memory" in message else f"out of memory ({message})"
         # As text: the error itself would keep all of the stage's arrays in memory.
         scan.failure = scan.named(message)
         scan.image = scan.logits = None

@@ -18,6 +18,14 @@ BY_SIGNAL = 128  # plus the signal's number, as shells have it: 143 for SIGTERM
 # What asks a run to stop: Ctrl-C, kill and schedulers, and SLURM's --signal=USR1, which comes some time before the end.
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
+# By which libraries under torch say in a RuntimeError, in lower case, that memory ran out: torch itself, CUDA, oneDNN
+# on a CPU, C++, cuBLAS and cuDNN.
+OUT_OF_MEMORY = (
+    "allocate memory", "out of memory", "could not create a primitive", "could not create a memory", "bad_alloc",
+    "alloc_failed", "allocation_failed", "cudnn_status_internal_error",
+)  # fmt: skip
+NO_ENGINE = ("find an engine to execute", "find a valid cudnn algorithm")
+
 # An error from a DataLoader's worker has the worker's whole traceback as its message, the error itself at the end.
 WORKER_TRACEBACK = "Traceback (most recent call last):"
 
@@ -49,9 +57,16 @@ def refusing(code: int) -> Iterator[None]:
         raise SystemExit(STOPPED) from error
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of Python, numpy or torch says that memory ran out; torch has no type of its own on a CPU."""
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+def is_out_of_memory(error: BaseException, smaller: bool = False) -> bool:
+    """Return True when an error of Python, numpy or torch says that memory ran out.
+
+    Args:
+        error: of any type; torch.OutOfMemoryError is only one of those that torch raises.
+        smaller: whether something smaller can be tried: then cuDNN's "no engine" counts too. It comes when the
+            workspace of a convolution does not fit, but also when cuDNN cannot compute the convolution at all.
+    """
+    texts = OUT_OF_MEMORY + NO_ENGINE if smaller else OUT_OF_MEMORY
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def print_stderr(line: str) -> None:

@@ -15,7 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from core.system.exits import is_out_of_memory, one_line
+
 WAIT = timedelta(minutes=30)  # for the slowest process; preparing scans for the first time takes minutes
+# Words in the errors of NCCL and Gloo, and what they mean.
+ENDED = "another process of this run has ended"
+CAUSES = {
+    "Duplicate GPU detected": "two processes are on one GPU; start as many processes as there are GPUs",
+    "shared memory segment": "NCCL found too little shared memory; docker run takes --shm-size=1g",
+    "Connection closed by peer": ENDED,
+    "Connection reset": ENDED,
+    "Connection refused": ENDED,
+    "Broken pipe": ENDED,
+    "Socket closed": ENDED,
+    "remote process exited": ENDED,
+    "Read error": ENDED,
+    "Timed out": f"another process of this run did not answer for {int(WAIT.total_seconds() / 60)} minutes",
+}
 
 
 @dataclass(frozen=True)
@@ -92,17 +108,21 @@ ALONE = Group()
 
 @contextmanager
 def naming_lost_processes() -> Iterator[None]:
-    """Say in one sentence that another process cannot be reached.
+    """Say in one sentence why an exchange between processes failed.
 
     Raises:
-        ConnectionError: then.
+        MemoryError: when memory ran out in it.
+        ConnectionError: otherwise, naming the cause.
     """
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(
-            "another process of this run has ended; --resume goes on from the last checkpoint"
-        ) from error
+        if is_out_of_memory(error):
+            raise
+        text = str(error)
+        why = next((why for words, why in CAUSES.items() if words.lower() in text.lower()), None)
+        why = why or f"the processes could not exchange their values ({one_line(error)})"
+        raise ConnectionError(f"{why}; --resume goes on from the last checkpoint") from error
 
 
 def join_group(device: torch.device) -> Group:
@@ -118,15 +138,18 @@ def join_group(device: torch.device) -> Group:
     # torchrun keeps its store over a restart, with the addresses of the processes that are gone.
     store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
-    talk = distributed.new_group(backend="gloo", timeout=WAIT)
+    # With the device NCCL takes its memory now, before a memory plan is chosen by what is left.
+    own = {"device_id": device} if device.type == "cuda" else {}
+    with naming_lost_processes():
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT, **own)
+        talk = distributed.new_group(backend="gloo", timeout=WAIT)
     return Group(rank, size, talk)
 
 
 def own_device(name: str) -> str:
     """Return this process's device name; under torchrun "auto" and "cuda" are the GPU of its local rank."""
     number = os.environ.get("LOCAL_RANK")
-    if number is None or name == "cpu" or not torch.cuda.is_available():
+    if number is None or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     return f"cuda:{number}"
 

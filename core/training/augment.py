@@ -82,5 +82,13 @@ def change_values(image: Tensor, rng: np.random.Generator, config: Config) -> Te
     mean = image.mean()
     image = ((image - mean) * contrast + mean + brightness).clamp(0, 1) ** gamma
     if noise > 0:
-        image = image + noise * torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32)).to(image.device)
+        image = image + noise * standard_normal(image, rng)
     return image.clamp(0, 1)
+
+
+def standard_normal(like: Tensor, rng: np.random.Generator) -> Tensor:
+    """Draw float32 numbers of the shape and on the device of `like`; a GPU draws its own, without a copy."""
+    if like.device.type == "cpu":
+        return torch.from_numpy(rng.standard_normal(like.shape, dtype=np.float32))
+    generator = torch.Generator(like.device).manual_seed(int(rng.integers(2**63)))
+    return torch.randn(like.shape, device=like.device, generator=generator)

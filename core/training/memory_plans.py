@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from core.config import Config
+from core.system.exits import is_out_of_memory, one_line
 from core.training.low_memory import is_supported
 from core.training.setup import PLANS, Training
-from core.training.step import compute_gradients, training_step
+from core.training.step import apply_gradients, compute_gradients
 
 GIB = 2**30
 
@@ -31,8 +32,11 @@ def choose_plan(training: Training, config: Config, device: torch.device) -> str
     for plan in plans_for(training.network):
         try:
             peak_gib = try_step(replace(training, plan=plan), *blank_batch(config, device))
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error, smaller=True):
+                raise
             failed.append(plan)
+            reason = one_line(error)
         else:
             why = f"{' and '.join(failed)} did not fit" if failed else "the fastest"
             print(f"memory plan {plan} ({why}): {peak_gib:.2f} of {card_gib:.1f} GiB", flush=True)
@@ -41,7 +45,7 @@ def choose_plan(training: Training, config: Config, device: torch.device) -> str
     free_gib = torch.cuda.mem_get_info(device)[0] / GIB
     raise NothingFitsError(
         f"no memory plan fits into the {free_gib:.1f} GiB that are free of the card's {card_gib:.1f}; train.py --plan "
-        f"--card-gib {free_gib:.1f} with the same settings tells what would"
+        f"--card-gib {free_gib:.1f} with the same settings tells what would ({reason})"
     )
 
 
@@ -57,13 +61,7 @@ def blank_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
-    """Compute a step's gradients with memory for Adam's two moments allocated, change nothing, return the peak in GiB.
-
-    Raises:
-        torch.OutOfMemoryError: when it does not fit.
-    """
-    parameters = list(training.network.parameters())
-    moments = [] if training.optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
+    """Compute a step's gradients beside Adam's state and the EMA, change nothing, and return the peak in GiB."""
     buffers = [buffer.clone() for buffer in training.network.buffers()]
     torch.cuda.reset_peak_memory_stats(image.device)
     try:
@@ -72,31 +70,44 @@ def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
     finally:
         training.optimizer.zero_grad(set_to_none=True)
         restore(training.network, buffers)
-        del moments
 
 
 def step_that_fits(training: Training, image: Tensor, labels: Tensor) -> Tensor:
     """Run `training_step` and return its loss; out of memory, repeat it under the next smaller plan, which then stays.
 
+    The first time, the same plan is tried once more with emptied caches, since memory may only be in fragments. When
+    one of several processes runs out of memory, all of them repeat the step.
+
     Raises:
         NothingFitsError: when memory runs out under the smallest plan.
-        torch.OutOfMemoryError: when the plan may not change (several processes).
     """
     while True:
         buffers = [buffer.clone() for buffer in training.network.buffers()]
+        failure = None
         try:
-            return training_step(training, image, labels)
-        except torch.OutOfMemoryError:
-            if not training.may_step_down:
+            loss = compute_gradients(training, image, labels)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error, smaller=True):
                 raise
+            failure = one_line(error)
+        if not training.any_process(failure is not None):
+            return apply_gradients(training, loss)
+        loss = None
+        free_memory()  # only behind the except clause has the error let go of the step's tensors
+        restore(training.network, buffers)
+        what = f"out of memory under the plan {training.plan}: the same step again"
+        if training.has_freed_memory:
             plans = plans_for(training.network)
             smaller = plans[plans.index(training.plan) + 1 :]
-        if not smaller:
-            raise NothingFitsError("out of memory under the smallest memory plan; try a smaller --size or --channels")
-        print(f"out of memory under the plan {training.plan}: the same step again under {smaller[0]}", flush=True)
-        training.plan = smaller[0]
-        free_memory()
-        restore(training.network, buffers)
+            if not smaller:
+                raise NothingFitsError(
+                    "out of memory under the smallest memory plan; try a smaller --size or --channels "
+                    f"({failure or 'another process ran out of memory'})"
+                )
+            training.plan = smaller[0]
+            what += f" under {training.plan}"
+        training.has_freed_memory = True
+        print(what, flush=True)
 
 
 @torch.no_grad()

@@ -85,13 +85,13 @@ class Run:
             OSError, ValueError: when the checkpoint cannot be read, or is of another network.
         """
         self.training = training
-        training.may_step_down = self.group.size == 1  # no process may repeat a step alone
+        training.any_process = self.group.any
         self.keeps_last_layer = self.resumed is not None
         if self.resumed:
             load_weights(training.network, self.resumed, self.folder.last)
             load_optimizer(training.optimizer, self.resumed, self.folder.last, training.scaler)
         elif self.config.init_from is not None:
-            checkpoint = load_checkpoint(self.config.init_from, self.device)
+            checkpoint = load_checkpoint(self.config.init_from)
             left_out = load_weights_for_organs(training.network, self.config, checkpoint, self.config.init_from)
             self.keeps_last_layer = left_out is None
             if left_out:

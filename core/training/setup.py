@@ -1,6 +1,7 @@
 """What training works with: device, precision, deterministic mode, the network's options, EMA, and `Training`."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from core.training.losses import Loss
 from core.training.low_memory import is_supported
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNUSED_CUDNN = (90800, 91500)  # from the first version that torch leaves out in 3-D to the first that it uses again
 PLANS = ("off", "low", "lowest")  # memory plans, from the fastest to the smallest (core/training/step.py)
 
 
@@ -34,7 +36,8 @@ class Training:
         max_grad_norm: largest norm of a step's gradient over all weights; 0: no clipping.
         accumulation_steps: micro-batches that a batch is computed in, one after the other.
         plan: one of PLANS.
-        may_step_down: True when running out of memory may change the plan.
+        any_process: tells whether a value is true in any process of the run; asked once a step.
+        has_freed_memory: True after memory ran out once and the same plan was tried again.
         ema: exponential moving average of the weights, or None.
         average_gradients: (network, loss) -> loss; where several processes share a batch, it replaces gradients and
             loss by those of the whole batch.
@@ -48,7 +51,8 @@ class Training:
     max_grad_norm: float = 0.0
     accumulation_steps: int = 1
     plan: str = "off"
-    may_step_down: bool = True
+    any_process: Callable[[bool], bool] = bool
+    has_freed_memory: bool = False
     ema: "EMA | None" = None
     average_gradients: Callable[[nn.Module, Tensor], Tensor] = lambda network, loss: loss
 
@@ -94,25 +98,58 @@ class EMA:
 
 
 def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Return fused Adam: it allocates nothing during the step, and skips it when found_inf is set."""
-    return torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
+    """Return fused Adam with its state: it allocates nothing during a step, and skips it when found_inf is set."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
+    # A step of zero gradients makes the state and changes no weight. Made in the first real step, half of the state
+    # would exist after running out of memory there.
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    return optimizer
 
 
 # ---- Device and precision --------------------------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the first GPU if there is one.
+    """Return the device of that name, a GPU as this process's current one; "auto" is the first GPU if there is one.
 
     Raises:
-        ValueError: when it is a GPU that does not exist.
+        ValueError: when it is a GPU that does not exist, or that this torch has no kernels for.
     """
+    # Fewer fragments of memory; read when CUDA starts.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cpu":
+        return device
+    device = torch.device(device.type, device.index or 0)
+    if device.index >= torch.cuda.device_count():
         raise ValueError(f"device: got {name}, but torch sees {torch.cuda.device_count()} GPUs; expected auto or cpu")
+    check_kernels(device)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # or float32 would be computed with 10 bits of precision
     return device
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise a ValueError when torch was built without kernels for a GPU.
+
+    Kernels of sm_XY run on cards of the same X and at least Y; those of compute_XY on every newer card as well.
+    """
+    card = torch.cuda.get_device_capability(device)
+    built = torch.cuda.get_arch_list()
+    found = [(kind, divmod(int(number), 10)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
+    if found and not any(of <= card and (kind == "compute" or of[0] == card[0]) for kind, of in found):
+        raise ValueError(
+            f"device: {torch.cuda.get_device_name(device)} has compute capability {card[0]}.{card[1]}, but this torch "
+            f"{torch.__version__} was built for {' '.join(built)}; install another build of torch, or take --device cpu"
+        )
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -126,9 +163,33 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
         if precision not in ("auto", "float32"):
             raise ValueError(f"precision: got {precision} on a CPU, expected auto or float32: training fails otherwise")
         return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not has_bf16:
+        raise ValueError(
+            f"precision: got bf16, which {torch.cuda.get_device_name(device)} lacks; expected auto or fp16"
+        )
     if precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        precision = "bf16" if has_bf16 else "fp16"
+    check_cudnn(precision)
     return DTYPES[precision]
+
+
+def check_cudnn(precision: str) -> None:
+    """Raise a ValueError for a cuDNN that torch does not use for 3-D convolutions in that precision.
+
+    Some of its kernels gave wrong results. What torch does instead unrolls the volume, which needs tens of GiB
+    (pytorch issues 163539, 166643 and 174051).
+    """
+    version = torch.backends.cudnn.version()
+    first, last = UNUSED_CUDNN
+    if precision == "float32" or version is None or not first <= version < last:
+        return
+    cuda = (torch.version.cuda or "12").split(".")[0]
+    found = f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    raise ValueError(
+        f"precision: {precision} with cuDNN {found}; torch uses no 9.8 to 9.14 for 3-D convolutions in {precision}; "
+        f"pip install --upgrade 'nvidia-cudnn-cu{cuda}>=9.15', or take --precision float32"
+    )
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -45,8 +45,12 @@ def training_step(
     Returns:
         the loss before the change, a scalar on the device; where it is NaN or infinite, no weight has changed.
     """
-    training.optimizer.zero_grad(set_to_none=True)
-    loss = training.average_gradients(training.network, compute_gradients(training, image, labels, check, after))
+    return apply_gradients(training, compute_gradients(training, image, labels, check, after))
+
+
+def apply_gradients(training: Training, loss: Tensor) -> Tensor:
+    """Change the weights by the gradients of all processes, as `training_step` does; return the loss of all."""
+    loss = training.average_gradients(training.network, loss)
     if training.max_grad_norm:
         training.scaler.unscale_(training.optimizer)
         nn.utils.clip_grad_norm_(training.network.parameters(), training.max_grad_norm)
@@ -67,10 +71,11 @@ def compute_gradients(
     check: Callable[[Tensor], None] = lambda loss: None,
     after: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Add the gradients of the loss, times the scaler's factor, to the parameters' and return the loss.
+    """Give the parameters the gradients of the loss, times the scaler's factor, and return the loss.
 
     `check` and `after` are those of `training_step`.
     """
+    training.optimizer.zero_grad(set_to_none=True)
     losses = []
     for part, share in micro_batches(len(image), training.accumulation_steps):
         losses.append(share * backward(training, image[part], labels[part], check, share))

@@ -14,7 +14,7 @@ from helpers import TINY, same_weights
 from torch import nn
 
 from core.checkpoint import load_checkpoint
-from core.system.processes import ALONE, Group, naming_lost_processes
+from core.system.processes import ALONE, Group, naming_lost_processes, own_device
 from data.make_phantom import write_phantom
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are ended by signals of POSIX")
@@ -143,6 +143,33 @@ def test_a_broken_connection_is_told_in_a_sentence():
         naming_lost_processes(),
     ):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:12345")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000", "are on one GPU"),
+        ("Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)", "--shm-size"),
+        ("something new", "could not exchange their values \\(something new\\)"),
+    ],
+)
+def test_another_cause_of_a_failed_exchange_is_named(text, said):
+    with pytest.raises(ConnectionError, match=said), naming_lost_processes():
+        raise RuntimeError(text)
+
+
+def test_out_of_memory_in_an_exchange_is_no_lost_process():
+    with pytest.raises(torch.OutOfMemoryError), naming_lost_processes():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")]
+)
+def test_a_named_gpu_is_taken_under_torchrun_too(monkeypatch, name, own):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device(name) == own
 
 
 def test_frozen_and_unused_parameters_take_part(monkeypatch):

@@ -93,8 +93,8 @@ def test_plan_for_a_card():
     needs = [Need("off", 7.7, 3), Need("low", 4.2, 3), Need("lowest", 2.9, 4)]
     assert plan_for(needs, 24).plan == "off"
     assert plan_for(needs, 6).plan == "low"
-    assert plan_for(needs, 4).plan == "lowest"
-    assert plan_for(needs, 3) is None
+    assert plan_for(needs, 5).plan == "lowest"
+    assert plan_for(needs, 4) is None
 
 
 def out_of_memory_under(plans: set[str], real):
@@ -113,10 +113,11 @@ def out_of_memory_under(plans: set[str], real):
 def test_out_of_memory_does_the_same_step_again_under_the_next_plan(monkeypatch, capsys, norm):
     expected, training = start(norm, "low"), start(norm)
     value = step_that_fits(expected, *batch())
-    monkeypatch.setattr("core.training.step.compute_gradients", out_of_memory_under({"off"}, compute_gradients))
+    monkeypatch.setattr(memory, "compute_gradients", out_of_memory_under({"off"}, compute_gradients))
     assert step_that_fits(training, *batch()) == value
     assert training.plan == "low"
-    assert "out of memory under the plan off: the same step again under low" in capsys.readouterr().out
+    again = "out of memory under the plan off: the same step again"
+    assert capsys.readouterr().out.splitlines() == [again, f"{again} under low"]
     for (name, a), b in zip(expected.network.state_dict().items(), training.network.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert all(state["step"] == 1 for state in training.optimizer.state.values())
@@ -125,10 +126,86 @@ def test_out_of_memory_does_the_same_step_again_under_the_next_plan(monkeypatch,
 def test_out_of_memory_under_the_smallest_plan_stops(monkeypatch):
     training = start()
     before = copy.deepcopy(training.network.state_dict())
-    monkeypatch.setattr("core.training.step.compute_gradients", out_of_memory_under(set(PLANS), compute_gradients))
-    with pytest.raises(NothingFitsError, match="out of memory under the smallest memory plan"):
+    monkeypatch.setattr(memory, "compute_gradients", out_of_memory_under(set(PLANS), compute_gradients))
+    with pytest.raises(NothingFitsError, match=r"out of memory under the smallest memory plan.*\(CUDA out of memory\)"):
         step_that_fits(training, *batch())
     assert all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
+
+
+def failing(errors: list[Exception | None], real):
+    """Return a function like `real` that raises these errors, one a call; None: works."""
+
+    def run(training: Training, *arguments, **settings):
+        loss = real(training, *arguments, **settings)
+        error = errors.pop(0) if errors else None
+        if error is not None:
+            raise error
+        return loss
+
+    return run
+
+
+# What memory that runs out is called, by torch, CUDA, cuBLAS and cuDNN.
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_every_way_to_say_that_memory_ran_out_is_understood(monkeypatch, card, error):
+    training = start()
+    monkeypatch.setattr(memory, "compute_gradients", failing([error], compute_gradients))
+    assert choose_plan(training, SMALL, card) == "low"
+    monkeypatch.setattr(memory, "compute_gradients", failing([error, error], compute_gradients))
+    step_that_fits(training, *batch())
+    assert training.plan == "low"
+
+
+def test_a_first_time_out_of_memory_keeps_the_plan(monkeypatch):
+    training = start()
+    monkeypatch.setattr(memory, "compute_gradients", failing([OUT_OF_MEMORY[0]], compute_gradients))
+    step_that_fits(training, *batch())
+    assert training.plan == "off"
+    monkeypatch.setattr(memory, "compute_gradients", failing([OUT_OF_MEMORY[0]], compute_gradients))
+    step_that_fits(training, *batch())
+    assert training.plan == "low"
+
+
+def test_other_errors_of_torch_pass_through(monkeypatch, card):
+    fault = RuntimeError("CUDA error: device-side assert triggered")
+    monkeypatch.setattr(memory, "compute_gradients", failing([fault, fault], compute_gradients))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        choose_plan(start(), SMALL, card)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        step_that_fits(start(), *batch())
+
+
+def test_no_engine_under_the_last_plan_names_cudnn(monkeypatch):
+    training = start(plan="lowest")
+    monkeypatch.setattr(memory, "compute_gradients", failing([OUT_OF_MEMORY[-1]] * 2, compute_gradients))
+    with pytest.raises(NothingFitsError, match="unable to find an engine to execute this computation"):
+        step_that_fits(training, *batch())
+
+
+def test_all_processes_step_down_when_another_one_ran_out(monkeypatch):
+    training, expected = start(), start(plan="low")
+    answers = [True, True, False]
+    training.any_process = lambda own: answers.pop(0) or own
+    assert step_that_fits(training, *batch()) == step_that_fits(expected, *batch())
+    assert (training.plan, answers) == ("low", [])
+
+
+def test_out_of_memory_in_the_first_step_finds_adams_state_whole():
+    training = start()
+    states = training.optimizer.state.values()
+    assert len(states) == len(list(training.network.parameters()))
+    for state in states:
+        assert (state["step"].item(), state["exp_avg"].any().item(), state["exp_avg_sq"].any().item()) == (0, 0, 0)
 
 
 @pytest.fixture
@@ -159,7 +236,7 @@ def test_auto_keeps_the_first_plan_that_fits_and_changes_nothing(monkeypatch, ca
     assert tried == ["off", "low"]
     assert capsys.readouterr().out == "memory plan low (off did not fit): 5.00 of 6.0 GiB\n"
     assert all(torch.equal(before[name], value) for name, value in training.network.state_dict().items())
-    assert not training.optimizer.state
+    assert all(state["step"] == 0 for state in training.optimizer.state.values())
     assert all(p.grad is None for p in training.network.parameters())
 
 
@@ -168,7 +245,7 @@ def test_auto_stops_with_the_command_that_names_settings_that_would_fit(monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(memory, "compute_gradients", nothing_fits)
-    needed = {(256, 256, 128): 8.0, (128, 256, 128): 5.5, (128, 128, 128): 5.0}
+    needed = {(256, 256, 128): 8.0, (128, 256, 128): 5.0, (128, 128, 128): 4.4}
     monkeypatch.setattr(memory_count, "count_step", lambda config, plan, precision: Need(plan, needed[config.size], 1))
     with pytest.raises(
         NothingFitsError, match=r"fits into the 5\.0 GiB that are free of the card's 6\.0; train.py --plan --card-gib 5"

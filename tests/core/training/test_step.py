@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import shutil
 
 import pytest
@@ -490,6 +491,76 @@ def test_precision_and_device():
             choose_precision(precision, CPU)
     with pytest.raises(ValueError, match=r"device: got cuda:99, but torch sees \d+ GPUs"):
         choose_device("cuda:99")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Make torch see one made-up card, with the capability, kernels, cuDNN and bf16 that the test gives."""
+
+    def make(capability=(9, 0), built=("sm_80", "sm_90"), cudnn=92000, bf16=True):
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built))
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_card_becomes_the_current_one_and_computes_float32_in_full(card, name, index):
+    chosen = card()
+    assert choose_device(name) == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
+    assert torch.backends.cudnn.allow_tf32 is False
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((8, 6), ("sm_75", "sm_80", "sm_90"), True),  # of the same generation
+        ((6, 1), ("sm_75", "sm_80", "sm_90"), False),
+        ((12, 0), ("sm_80", "sm_90"), False),
+        ((12, 0), ("sm_80", "sm_90", "compute_90"), True),  # translated when it starts
+        ((10, 3), ("sm_100", "sm_120"), True),
+        ((9, 0), (), True),  # a build that does not say
+    ],
+)
+def test_a_card_without_kernels_is_refused_in_one_sentence(card, capability, built, runs):
+    card(capability, built)
+    if runs:
+        choose_device("cuda")
+    else:
+        has = ".".join(map(str, capability))
+        with pytest.raises(ValueError, match=rf"device: Card has compute capability {has}, but this torch .* sm_90"):
+            choose_device("cuda")
+
+
+@pytest.mark.parametrize(("cudnn", "used"), [(90701, True), (90800, False), (91499, False), (91500, True)])
+def test_a_cudnn_that_torch_leaves_out_is_refused_with_the_command_that_helps(card, cudnn, used):
+    card(cudnn=cudnn)
+    assert choose_precision("float32", torch.device("cuda:0")) == torch.float32
+    for precision in ("auto", "bf16", "fp16"):
+        if used:
+            choose_precision(precision, torch.device("cuda:0"))
+        else:
+            with pytest.raises(ValueError, match=r"with cuDNN 9\.\d+\.\d+; .*pip install --upgrade 'nvidia-"):
+                choose_precision(precision, torch.device("cuda:0"))
+
+
+def test_bf16_is_refused_on_a_card_without_it(card):
+    card(capability=(7, 5), bf16=False)
+    assert choose_precision("auto", torch.device("cuda:0")) == torch.float16
+    with pytest.raises(ValueError, match="precision: got bf16, which Card lacks; expected auto or fp16"):
+        choose_precision("bf16", torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
