@@ -17,6 +17,7 @@ from core.checkpoint import load_checkpoint
 TINY = [
     *("--size", "32", "32", "16", "--channels", "2", "--down-convs", "1", "1", "1", "--up-convs", "1", "1"),
     *("--learning-rate", "1e-2", "--loss", "dice_cross_entropy", "--workers", "0", "--device", "cpu"),
+    *("--checkpoint-minutes", "0"),  # after every step
 ]
 SOON = 60  # seconds; only a failing test waits that long
 

@@ -408,7 +408,7 @@ def test_a_compiled_run_learns_the_same_and_goes_on_without(run, tmp_path):
 
 def test_validation_that_is_not_finite_saves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "validation_step", lambda training, image, labels: (math.nan, labels))
-    code, _, err = run("--epochs", "1")
+    code, _, err = run("--epochs", "1", "--checkpoint-minutes", "15")
     assert code == 3
     assert "epoch 1: the validation loss is nan" in err
     assert not (tmp_path / "run" / "last.pt").exists()
@@ -490,7 +490,7 @@ def test_a_loss_is_read_when_the_next_step_is_on_its_way(run, tmp_path, monkeypa
 
     monkeypatch.setattr(train, "step_that_fits", watched)
     monkeypatch.setattr("core.training.run.PendingLoss", Watched)
-    assert run("--epochs", "1")[0] == 0
+    assert run("--epochs", "1", "--checkpoint-minutes", "15")[0] == 0
     assert events == [
         "launch", "launch", "read step 1", "launch", "read step 2", "launch", "read step 3", "read step 4"
     ]  # fmt: skip

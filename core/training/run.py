@@ -72,8 +72,7 @@ class Run:
         self.facts: dict = {}  # of the data, for every checkpoint
         self.epoch, self.losses, self.best_dice = 1, [], -1.0
         self.pending: PendingLoss | None = None
-        self.signals = StopSignals()
-        self.saved = time.monotonic()
+        self.signals, self.saved = StopSignals(), time.monotonic()
         self.epoch_started = self.waited = 0.0
 
     # ---- Start and resume ----
@@ -188,10 +187,12 @@ class Run:
         """Yield the number of each epoch that is left.
 
         Raises:
-            Stopped: when a signal asked for it.
+            Stopped: when a signal asked for it; last.pt is written.
         """
         while self.epoch <= self.config.epochs:
-            self.stop_if_asked()
+            if self.group.any(self.signals.received is not None):
+                self.checkpoint()
+                self.stop_if_asked()
             self.epoch_started, self.waited = time.perf_counter(), 0.0
             yield self.epoch
 
@@ -279,7 +280,7 @@ class Run:
         return sorted(chain(*shares), key=lambda row: row[0])
 
     def finish_epoch(self, scores: dict[str, float]) -> None:
-        """Write best.pt if this epoch is the best, the row of log.csv, curves.png and last.pt; go to the next epoch.
+        """Write best.pt if this epoch is the best, its row of log.csv, curves.png, and last.pt if due; begin the next.
 
         Args:
             scores: of the validation; empty where there was none.
@@ -306,12 +307,13 @@ class Run:
         if self.group.first:
             self.bar.write(summary_line(row, self.config.epochs))
         self.epoch, self.losses = self.epoch + 1, []
-        self.checkpoint(val_dice=val_dice)
+        if self.checkpoint_is_due() or self.epoch > self.config.epochs:
+            self.checkpoint(val_dice=val_dice)
 
     # ---- Save and stop ----
 
     def checkpoint_is_due(self) -> bool:
-        """Return True when a mid-epoch checkpoint is due, by time or by a stop signal; all processes agree."""
+        """Return True when a checkpoint is due, by time or by a stop signal; all processes agree."""
         minutes = (time.monotonic() - self.saved) / 60
         return self.group.any(minutes >= self.config.checkpoint_minutes or self.signals.received is not None)
 
@@ -328,9 +330,7 @@ class Run:
         """
         training = self.training
         if not all(parameter.isfinite().all() for parameter in training.network.parameters()):
-            raise NotFiniteError(
-                f"epoch {self.epoch}, step {len(self.losses)}: weights are not finite; none were saved"
-            )
+            raise NotFiniteError(f"epoch {self.epoch}, step {len(self.losses)}: weights are not finite; not saved")
         state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
         progress = {"epoch": self.epoch - 1, "losses": self.losses, "best_dice": self.best_dice}
         if training.ema:

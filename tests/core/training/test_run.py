@@ -25,6 +25,7 @@ from core.checkpoint import load_checkpoint
 from core.system import files
 from core.training import batches as loading
 from core.training.run import Run
+from core.training.run_folder import RunFolder
 from data.make_phantom import write_phantom
 from dataset import CaseDataset
 
@@ -390,6 +391,35 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
     with files.whole_file(tmp_path / "a.txt") as temporary:
         temporary.write_text("whole")
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_an_epoch_ends_without_a_checkpoint_until_it_is_due(run, tmp_path, monkeypatch):
+    saved, save = [], RunFolder.save_last
+
+    def note_and_save(*arguments, **state):
+        saved.append(state["epoch"])
+        save(*arguments, **state)
+
+    monkeypatch.setattr(RunFolder, "save_last", note_and_save)
+    assert run("--checkpoint-minutes", "15")[0] == 0
+    assert saved == [4]
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 4
+
+
+def test_a_signal_between_two_epochs_saves_the_run(run, whole, tmp_path, monkeypatch):
+    finish = Run.finish_epoch
+
+    def finish_and_signal(self, scores):
+        finish(self, scores)
+        if self.epoch == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish_epoch", finish_and_signal)
+        assert run("--checkpoint-minutes", "15")[0] == 143
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
+    assert run("--checkpoint-minutes", "15", "--resume")[0] == 0
+    assert_same(load_checkpoint(tmp_path / "run" / "last.pt")["network"], load_checkpoint(whole / "last.pt")["network"])
 
 
 def test_a_warning_of_a_case_comes_once_and_not_every_epoch(run, tmp_path):
