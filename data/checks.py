@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from core.scans.anatomy import misplaced, odd_volumes, organs_in, plausible_ml, swapped_sides
+from core.scans.anatomy import comparable_ml, misplaced, odd_organs, odd_volumes, organs_in, plausible_ml, swapped_sides
 from core.scans.dicom_series import is_series_folder, load_series
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
 from core.scans.resample import resize_image
 from core.scans.typical import hu_percentiles
-from core.scans.volumes import load_labels, load_scan, window_hu
+from core.scans.volumes import SHIFTED_HU, load_labels, load_scan, looks_too_high, window_hu
 
+ALL_CASES = "all cases"  # in the place of a case id, of a finding about the data set
 LEAST_CASES = 5  # from which on one can be far off the rest
 FAR_OFF = 6.0  # robust standard deviations
 LEAST_SPREAD = {"spacing_mm": 0.1, "extent_mm": 0.1, "hu": 20.0}  # of a factor e, and in HU: less is no difference
@@ -39,6 +40,8 @@ WHAT_TO_DO = {
     "organ_absent": "look whether the organ was removed or forgotten",
     "odd_volume": "look at the organ in doctor.png or a viewer",
     "odd_file": "look at the scan",
+    "too_high": "subtract that from the scan, or give its file the rescale intercept (scl_inter)",
+    "other_ids": "or give the --config that lists their organs",
     "outlier": "look whether the case belongs to the data",
 }
 ERRORS = (
@@ -72,6 +75,7 @@ class Examined:
         extent_mm: of the whole.
         hu: dataset.HU_PERCENTILES of the body.
         volumes_ml: of the organs that occur, by name.
+        comparable_ml: the same without organs that are small because the scan's edge cuts them.
         content: a hash of the scan's voxels in RAS+ order; a copy in another storage order has the same.
         coarse: the scan on COARSE_SIZE voxels, flat, of mean 0 and length 1; None for a constant one.
         slice_hu: (A, B), an axial slice, SHEET_VOXELS at most.
@@ -86,6 +90,7 @@ class Examined:
     extent_mm: tuple = ()
     hu: list = field(default_factory=list)
     volumes_ml: dict = field(default_factory=dict)
+    comparable_ml: dict = field(default_factory=dict)
     content: str = ""
     coarse: np.ndarray | None = None
     slice_hu: np.ndarray | None = None
@@ -160,6 +165,7 @@ def describe_labels(
     """Note which organs are there, how large, and on which side; only annotated ones can be absent."""
     found = organs_in(ids, geometry, organs)
     seen.volumes_ml = {name: organ.ml for name, organ in found.items()}
+    seen.comparable_ml = comparable_ml(found)
     absent = [name for name in organs[1:] if name in annotated and name not in found]
     if not found:
         seen.find("no_organs", "its label map is empty")
@@ -174,9 +180,13 @@ def describe_labels(
 
 
 def check_place(seen: Examined, voxels: np.ndarray, ids: np.ndarray, organs: Sequence[str]) -> None:
-    """Note a label map that does not lie on the scan's organs."""
+    """Note a label map that is not on the scan's organs; that values are SHIFTED_HU too high is no fault of it."""
+    if looks_too_high(voxels):  # load_scan has warned of it
+        voxels = voxels - SHIFTED_HU
     off, mirrored = misplaced(voxels, ids, organs)
-    if off:
+    if off and not misplaced(voxels - SHIFTED_HU, ids, organs)[0]:
+        seen.find("too_high", f"its values look {SHIFTED_HU:g} too high: with that subtracted, the label map fits")
+    elif off:
         message = f"{off:.0%} of its liver, kidneys and spleen lie on what has no organ's HU"
         if mirrored:
             seen.find("mirrored", f"{message}, as scan or label map have {mirrored} mirrored")
@@ -213,6 +223,13 @@ def find_duplicates(cases: Sequence[Examined]) -> Iterator[Finding]:
             other = int(alike[:number].argmax())
             message = f"its scan looks like that of {different[other].case} (correlation {alike[other]:.3f})"
             yield Finding(seen.case, "near_copy", message)
+
+
+def find_other_ids(cases: Sequence[Examined]) -> Iterator[Finding]:
+    """Return the finding that most cases are odd in the same organ, once for the data set."""
+    said = odd_organs([seen.comparable_ml for seen in cases])
+    if said:
+        yield Finding(ALL_CASES, "other_ids", said)
 
 
 def find_outliers(cases: Sequence[Examined]) -> Iterator[Finding]:

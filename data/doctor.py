@@ -26,9 +26,9 @@ from core.scans.dicom_series import is_series_folder
 from core.scans.files import list_files
 from core.scans.nifti import MAX_GIB, Reading
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import whole_file
+from core.system.files import write_text
 from core.system.parallel import MOST_WORKERS, cores, in_processes
-from data.checks import WHAT_TO_DO, Examined, Finding, examine, find_duplicates, find_outliers
+from data.checks import WHAT_TO_DO, Examined, Finding, examine, find_duplicates, find_other_ids, find_outliers
 from dataset import find_data
 
 REPORT, SHEET = "doctor.json", "doctor.png"  # in the output folder
@@ -120,8 +120,7 @@ def write_findings(findings: Sequence[Finding], cases: Sequence[Examined], path:
             for seen in cases
         },
     }  # fmt: skip
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def diagnose(data_dir: Path, output: Path, organs: tuple[str, ...], reading: Reading, workers: int) -> bool:
@@ -140,7 +139,7 @@ def diagnose(data_dir: Path, output: Path, organs: tuple[str, ...], reading: Rea
         cases = [seen for _, seen in tqdm(done, total=len(pairs), desc="reading", disable=None)]
     cases.sort(key=lambda seen: seen.case)
     findings += [finding for seen in cases for finding in seen.findings]
-    findings += [*find_duplicates(cases), *find_outliers(cases)]
+    findings += [*find_duplicates(cases), *find_outliers(cases), *find_other_ids(cases)]
     findings.sort(key=lambda finding: (finding.severity, finding.case))
     print("\n".join([*format_table(cases, findings, organs), "", *format_ranges(cases, organs)]), end="\n\n")
     for finding in findings:
