@@ -1,5 +1,6 @@
 """How a command ends: exit codes, one clear sentence in place of a traceback, and signals that ask it to stop."""
 
+import io
 import os
 import signal
 import sys
@@ -41,8 +42,9 @@ def use_utf8() -> None:
     again = os.environ.get("PYTHONUTF8") != "1"  # once only: -X utf8=0 overrides the variable
     if os.name == "posix" and sys.getfilesystemencoding() != "utf-8" and again:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # not where a program that runs the command collects its text
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 @contextmanager
