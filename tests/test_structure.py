@@ -88,9 +88,10 @@ def test_text_files_are_opened_by_core_system_files_alone():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and path != ROOT / "core" / "system" / "files.py":
                 called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                binary = called == "open" and "b" in "".join(ast.unparse(argument) for argument in node.args[1:2])
+                binary = "b" in "".join(ast.unparse(argument) for argument in node.args[1:2])
                 text = isinstance(node.func, ast.Attribute) and called in ("read_text", "write_text")
-                assert not text and (binary or ast.unparse(node.func) != "open"), f"{path.name}:{node.lineno} {called}"
+                text |= ast.unparse(node.func) == "open" and not binary
+                assert not text, f"{path.name}:{node.lineno} {called}"
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
