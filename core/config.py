@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.system.files import whole_file
+from core.system.files import write_text
 from core.system.yaml_files import dump_yaml, parse_value, read_yaml, shorten, show_value
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "config.yaml"
@@ -226,8 +226,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Save all settings as YAML for `load_config`."""
-    with whole_file(path) as temporary:
-        temporary.write_text(dump_yaml(config_to_dict(config)))
+    write_text(path, dump_yaml(config_to_dict(config)))
 
 
 def load_organs(path: str | Path = DEFAULT_CONFIG) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from core.config import DEFAULT_CONFIG, check, load_organs
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
+from core.system.files import read_text
 from core.system.parallel import MOST_WORKERS, cores, in_processes
 from data import doctor
 from data.converted import Converted, DataFolder, convert_case
@@ -150,7 +151,7 @@ def read_organ_list(names: Sequence[str] | None, config: Path) -> tuple[str, ...
         organs = load_organs(names[0])
     else:
         if len(names) == 1 and Path(names[0]).is_file():
-            lines = Path(names[0]).read_text(encoding="utf-8-sig").splitlines()
+            lines = read_text(names[0]).splitlines()
             names = [line.strip() for line in lines if line.strip()]
         names = list(names)
         organs = check("organs", names if names[:1] == [BACKGROUND] else [BACKGROUND, *names], "--organs")

@@ -22,7 +22,7 @@ from core.scans.files import list_files
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.organ_names import read_organ_names
 from core.scans.volumes import load_labels, read_geometry, save_label_map
-from core.system.files import whole_file
+from core.system.files import read_text, whole_file, write_text
 from core.system.yaml_files import dump_yaml
 from data.label_names import Key, OrganMap, same_organ
 from data.layouts import SourceCase
@@ -221,7 +221,7 @@ class DataFolder:
         record = path / RECORD
         if record.is_file():
             try:
-                content = json.loads(record.read_text())
+                content = json.loads(read_text(record))
                 before, self.cases = tuple(content["organs"]), dict(content["cases"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{record}: is damaged ({error}); convert into another DATA_DIR") from error
@@ -268,8 +268,7 @@ class DataFolder:
         """Make the folders, and note the cases that this command is going to write."""
         for name in ("images", "labels"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
-        with whole_file(self.organs_file) as temporary:
-            temporary.write_text(dump_yaml({"organs": list(self.organs)}))
+        write_text(self.organs_file, dump_yaml({"organs": list(self.organs)}))
         self.cases |= {case.id: {"scan": str(case.scan.resolve()), "key": None, "annotated": []} for case in todo}
         self.write_record()
 
@@ -282,8 +281,7 @@ class DataFolder:
 
     def write_record(self) -> None:
         """Write convert.json."""
-        with whole_file(self.path / RECORD) as temporary:
-            temporary.write_text(json.dumps({"organs": self.organs, "cases": self.cases}, indent=1) + "\n")
+        write_text(self.path / RECORD, json.dumps({"organs": self.organs, "cases": self.cases}, indent=1) + "\n")
 
     def write_annotated(self) -> None:
         """Write annotated.csv for the finished cases."""

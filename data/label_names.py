@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from core.scans.organ_words import words_of
+from core.system.files import read_text
 from core.system.yaml_files import read_yaml
 
 COLLECTIONS = Path(__file__).with_name("collections.yaml")
@@ -117,7 +118,7 @@ def read_dataset_json(path: Path) -> dict[int, str]:
         ValueError: when it cannot be read, has no `labels`, or is about several images per case.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
         labels = content["labels"]
         pairs = [(k, v) for k, v in labels.items() if not isinstance(v, list) or len(v) == 1]
         pairs = [(k, v[0] if isinstance(v, list) else v) for k, v in pairs]

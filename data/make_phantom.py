@@ -30,7 +30,7 @@ from tqdm import tqdm
 from core.scans.organ_names import organ_names_extension
 from core.scoring.flare22 import TOLERANCES_MM
 from core.system.exits import DONE, USAGE, refusing, run_command
-from core.system.files import whole_file
+from core.system.files import read_text, whole_file, write_text
 
 VERSION = 1  # raised when the same settings begin to give other voxels, so that an older set is not reused
 
@@ -453,7 +453,7 @@ def first_foreign_file(data_dir: Path) -> Path | None:
 def read_record(data_dir: Path) -> dict:
     """Return what phantom.json says; empty when it is not there or not ours."""
     try:
-        record = json.loads((data_dir / "phantom.json").read_text())
+        record = json.loads(read_text(data_dir / "phantom.json"))
     except (FileNotFoundError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -461,8 +461,7 @@ def read_record(data_dir: Path) -> dict:
 
 def write_record(data_dir: Path, record: dict) -> None:
     """Write phantom.json, whole."""
-    with whole_file(data_dir / "phantom.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(data_dir / "phantom.json", json.dumps(record, indent=2) + "\n")
 
 
 def write_phantom(data_dir: Path, cases: int, shape: tuple[int, int, int], seed: int) -> bool:

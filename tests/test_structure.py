@@ -82,6 +82,18 @@ def test_no_error_is_swallowed():
                 assert caught not in ("", "Exception", "BaseException"), f"{path.name}:{node.lineno} catches everything"
 
 
+def test_text_files_are_opened_by_core_system_files_alone():
+    """Find no call of open in text mode, nor of Path.read_text and Path.write_text, which go by the locale."""
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and path != ROOT / "core" / "system" / "files.py":
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                binary = "b" in "".join(ast.unparse(argument) for argument in node.args[1:2])
+                text = isinstance(node.func, ast.Attribute) and called in ("read_text", "write_text")
+                text |= ast.unparse(node.func) == "open" and not binary
+                assert not text, f"{path.name}:{node.lineno} {called}"
+
+
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_file_and_its_functions_keep_to_their_budget(path):
     name, text = path.relative_to(ROOT).as_posix(), path.read_text()

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from visualization.fonts import drawable
 from visualization.slices import VIEWS
 from visualization.style import apply_style
 
@@ -22,7 +23,9 @@ class Canvas:
     def __init__(self, width: float, height: float, title: str):
         apply_style()
         self.figure = Figure(figsize=(width, height))
-        self.figure.text(MARGIN / width, 1 - TITLE_HEIGHT / height, title, size=13, weight="bold", va="bottom")
+        self.figure.text(
+            MARGIN / width, 1 - TITLE_HEIGHT / height, drawable(title), size=13, weight="bold", va="bottom"
+        )
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         """Add axes of that size in inches, their upper left corner at `left`, `top`."""

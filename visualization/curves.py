@@ -17,6 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from core.config import load_organs
 from core.system.exits import DONE, REFUSED, refusing, run_command
+from core.system.files import open_text
+from visualization.fonts import drawable_organs
 from visualization.style import INK, apply_style, colour_of, save_figure
 
 # Up to this many points are drawn one by one: a single epoch has no line, and a few are easier to read off.
@@ -46,10 +48,10 @@ def read_log(log_path: str | Path) -> dict[str, np.ndarray]:
     if not log_path.is_file():
         raise FileNotFoundError(f"{log_path}: no such file, expected the log that train.py writes")
     try:
-        with open(log_path, newline="", encoding="utf-8") as file:
+        with open_text(log_path) as file:
             reader = csv.DictReader(file)
             rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise ValueError(f"{log_path}: cannot be read as a table ({error})") from error
     if not rows:
         raise ValueError(f"{log_path}: has no finished epoch")
@@ -107,6 +109,7 @@ def draw_dice(axes: Axes, log: dict[str, np.ndarray], organs: Sequence[str]) -> 
     for name, (column, colour, width) in lines.items():
         ends[name] = draw_line(axes, log["epoch"], log[column], color=colour, linewidth=width, zorder=2 + (width > 3))
     axes.set(title="Dice on the validation scans", xlabel="epoch", ylim=(0, 1))
+    shown = {"mean": "mean"} | dict(zip(organs, drawable_organs(organs), strict=True))
     ranked = sorted(lines, key=lambda name: -1 if ends[name] is None else ends[name][1], reverse=True)
     for place, name in enumerate(ranked):
         _, colour, width = lines[name]
@@ -121,7 +124,7 @@ def draw_dice(axes: Axes, log: dict[str, np.ndarray], organs: Sequence[str]) -> 
         }
         axes.text(1.12, height, "\u25a0", color=colour, **style)
         axes.text(1.155, height, value, **style)
-        axes.text(1.25, height, name, **style)
+        axes.text(1.25, height, shown[name], **style)
         if ends[name] is not None:
             axes.annotate(
                 "", ends[name], (1.11, height), textcoords="axes fraction", annotation_clip=False,

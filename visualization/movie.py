@@ -16,7 +16,6 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from core.scans.files import case_id
@@ -25,10 +24,11 @@ from core.scans.volumes import load_scan, read_geometry
 from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.system.files import whole_file
+from visualization.fonts import drawable, drawable_organs, font_file
 from visualization.meshes import context_meshes, organ_mesh
 from visualization.render import Scene, Veil, View, backdrop, fitting_scale, render, view_at
 from visualization.shown import add_organ_flags, label_map_paths, organs_of, print_written, read_label_maps, title_of
-from visualization.style import FONT, INK, colour_of
+from visualization.style import INK, colour_of
 
 FRAMES, SIZE, FRAMES_A_SECOND = 120, (1280, 720), 24
 BONES, SKIN = (0.5, 0.5), (0.04, 0.6)  # opacity of the surroundings: facing the camera, and edge on
@@ -40,9 +40,9 @@ MOVIES = (".mp4", ".gif")
 
 
 @cache
-def font(pixels: int) -> ImageFont.FreeTypeFont:
-    """Return the font of every picture, at a height in pixels."""
-    return ImageFont.truetype(findfont(FONT), pixels)
+def font(pixels: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """Return a font that has a text's letters, at a height in pixels."""
+    return ImageFont.truetype(font_file(text), pixels)
 
 
 def make_scene(labels: np.ndarray, chosen: Sequence[int], affine: np.ndarray) -> Scene | None:
@@ -116,16 +116,18 @@ def draw_background(size: tuple[int, int], title: str, rows: Sequence[tuple[int,
     picture = Image.fromarray(np.round(255 * backdrop(size)).astype(np.uint8))
     draw, letters = ImageDraw.Draw(picture), font(round(TEXT * height))
     left, right, y = width * (1 - LEGEND), width - MARGIN * height, MARGIN * height
-    while draw.textlength(title, font(round(HEADING * height))) > right - left and len(title) > 1:
+    title = drawable(title)
+    heading = font(round(HEADING * height), title)
+    while draw.textlength(title, heading) > right - left and len(title) > 1:
         title = title.rstrip("…")[:-1] + "…"
-    draw.text((left, y), title, INK, font(round(HEADING * height)), "lm")
+    draw.text((left, y), title, INK, heading, "lm")
     y += 1.5 * LINE * height
     draw.text((right, y), "mL" if len(rows[0][2]) == 1 else "mL / reference", INK, letters, "rm")
     for organ, name, volumes_ml in rows:
         y += LINE * height
         colour, half = tuple(round(255 * part) for part in colour_of(organ)), 0.3 * LINE * height
         draw.rounded_rectangle((left, y - half, left + 2 * half, y + half), half / 2, colour)
-        draw.text((left + LINE * height, y), name, INK, letters, "lm")
+        draw.text((left + LINE * height, y), name, INK, font(round(TEXT * height), name), "lm")
         draw.text(
             (right, y), " / ".join(f"{ml:,.0f}" if ml >= 10 else f"{ml:.1f}" for ml in volumes_ml), INK, letters, "rm"
         )
@@ -216,7 +218,8 @@ def make_movie(
     if not any(panels.values()):
         raise ValueError(f"{title}: has none of the organs to show, expected one at least")
     counts = [np.bincount(labels.ravel(), minlength=len(organs)) for labels in label_maps.values()]
-    rows = [(organ, organs[organ], [count[organ] * geometry.voxel_ml for count in counts]) for organ in chosen]
+    names = drawable_organs(organs)
+    rows = [(organ, names[organ], [count[organ] * geometry.voxel_ml for count in counts]) for organ in chosen]
     rows = [row for row in rows if any(row[2])]
     labels = np.maximum.reduce(list(label_maps.values()))  # the union of the organs
     veils = [] if voxels is None else make_veils(voxels, labels, geometry.ras_affine)

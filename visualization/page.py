@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.system.files import whole_file
+from core.system.files import read_text, write_text
 
 FOLDER = Path(__file__).resolve().parent
 STYLE = FOLDER / "page.css"
@@ -61,7 +61,7 @@ def make_page(
     for script in scripts:
         if "</script" in script.lower():
             raise ValueError("a script holds its element's end; write <\\/script in it")
-    styles = [STYLE.read_text(encoding="utf-8"), *styles]
+    styles = [read_text(STYLE), *styles]
     blocks = [f'<script id="{name}" type="{item.kind}">{item.text}</script>' for name, item in (data or {}).items()]
     return "\n".join(
         (
@@ -119,5 +119,4 @@ def data_url(kind: str, content: bytes) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write a page whole; the folder is made when missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)

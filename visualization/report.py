@@ -32,7 +32,7 @@ from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
-from core.system.files import whole_file
+from core.system.files import read_text, write_text
 from core.system.provenance import git_commit, versions
 from visualization.comparison import draw_comparison
 from visualization.movie import make_movie
@@ -65,8 +65,7 @@ def write_report(shown: Shown, folder: Path, provenance: dict[str, str]) -> Path
     facts = {"case": shown.title, "provenance": provenance} | describe(shown)
     write_page(folder / VIEWER, make_viewer(shown))
     write_page(folder / REPORT_PAGE, make_report(shown, facts))
-    with whole_file(folder / REPORT_NUMBERS) as temporary:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / REPORT_NUMBERS, json.dumps(facts, indent=2) + "\n")
     return folder / REPORT_PAGE
 
 
@@ -267,7 +266,7 @@ def write_index(folder: Path) -> Path:
     lines = []
     for path in sorted(folder.glob(f"*/{REPORT_NUMBERS}")):
         try:
-            lines.append(index_row(path.parent.name, json.loads(path.read_text(encoding="utf-8"))))
+            lines.append(index_row(path.parent.name, json.loads(read_text(path))))
         except (ValueError, KeyError, TypeError) as error:
             print_warning(f"{path}: is no report of this program ({type(error).__name__}); left out of the list")
     head = "<tr><th>case</th><th>organs</th><th>mean Dice</th><th class='text'>to look at</th></tr>"

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.system.exits import DONE, REFUSED, refusing, run_command
+from core.system.files import open_text
+from visualization.fonts import drawable, drawable_organs
 from visualization.style import INK, PAPER, apply_style, colour_of, save_figure
 
 FIGURE_INCHES = (15.0, 7.6)
@@ -59,11 +61,11 @@ def read_metrics(path: str | Path) -> Scores:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected the table that evaluate.py writes")
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open_text(path) as file:
             reader = csv.DictReader(file)
             rows = list(reader)
             columns = reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise ValueError(f"{path}: cannot be read as a table ({error})") from error
     needed = ("case", "id", "organ", *DRAWN)
     lacking = [name for name in needed if name not in columns]
@@ -183,10 +185,11 @@ def draw_scores(metrics_path: str | Path, output_path: str | Path) -> None:
         draw_boxes(axes, scores.tables[name], scores.organs)
         axes.set(title=title)
     defined = (~np.isnan(scores.tables["dice"])).sum(axis=0)
-    names = [f"{shorten(organ)}  {n}" for organ, n in zip(scores.organs.values(), defined, strict=True)]
+    organs = drawable_organs(list(scores.organs.values()), list(scores.organs))
+    names = [f"{shorten(organ)}  {n}" for organ, n in zip(organs, defined, strict=True)]
     boxes[0].set_yticks(range(len(names)), names, size=min(NAME_SIZE, NAMES_LENGTH / len(names)))
     boxes[0].set_xlabel("beside the names: in how many cases it is defined")
-    draw_heat_map(heat_map, scores.tables["dice"], scores.cases, list(scores.organs.values()))
+    draw_heat_map(heat_map, scores.tables["dice"], [drawable(case) for case in scores.cases], organs)
     save_figure(figure, Path(output_path))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from visualization.fonts import drawable
 from visualization.slices import as_seen, draw_slice
 from visualization.style import INK, apply_style
 
@@ -28,6 +29,6 @@ def draw_sheet(slices: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[floa
         axes = figure.add_subplot(rows, columns, place)
         draw_slice(axes, as_seen(hu), as_seen(ids), size_mm)
         name = case if len(case) <= NAME_LETTERS else f"{case[: NAME_LETTERS - 1]}…"
-        axes.set_title(name, color=INK, fontsize=7, pad=3)
+        axes.set_title(drawable(name), color=INK, fontsize=7, pad=3)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.2 / (rows * 2.4), wspace=0.04, hspace=0.12)
     return figure

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import offset_copy
 
+from visualization.fonts import drawable_organs
 from visualization.style import INK, colour_of, colour_table
 
 # HU drawn black and white: the soft-tissue window of abdominal reading, level 40 and width 400.
@@ -157,7 +158,7 @@ def draw_legend(
     width, height = axes.get_position().size * axes.figure.get_size_inches()
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    y = LEGEND_LINE / 2
+    y, names = LEGEND_LINE / 2, drawable_organs(organs)
     axes.text(0, y, "organ" if present else "no organ in the label map", va="center", weight="bold")
     ends = [width - (len(columns) - 1 - place) * LEGEND_COLUMN for place in range(len(columns))]
     for end, heading in zip(ends, columns if present else (), strict=False):
@@ -166,7 +167,7 @@ def draw_legend(
         y += LEGEND_LINE
         colour = colour_of(organ)
         axes.add_patch(Rectangle((0, y - 0.07), 0.2, 0.14, facecolor=colour, edgecolor=colour, fill=organ in shown))
-        axes.text(0.3, y, organs[organ], va="center")
+        axes.text(0.3, y, names[organ], va="center")
         for end, values in zip(ends, columns.values(), strict=True):
             axes.text(end, y, values[organ], va="center", ha="right")
     if not shown.issuperset(present):

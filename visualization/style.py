@@ -1,4 +1,4 @@
-"""The look of every picture: the organs' colours, the fonts, and how a figure reaches the disk.
+"""The look of every picture: the organs' colours, the lines, and how a figure reaches the disk.
 
 The organs' colours come from core/scans/organ_colours.py, since label maps carry them too.
 """
@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 
 from core.scans.organ_colours import colour_of
 from core.system.files import whole_file
+from visualization import fonts
 
-# DejaVu comes with matplotlib, so a bare machine draws the same letters.
-FONT = "DejaVu Sans"
 # Pixels an inch: a picture 11 inches wide fills a full-HD screen's width and no more.
 PIXELS_PER_INCH = 150
 PICTURE_SUFFIXES = (".png", ".jpg", ".webp", ".pdf", ".svg")
@@ -52,7 +51,7 @@ def apply_style() -> None:
     """Set matplotlib's defaults for the figures made from here on: light on black, as scans are read."""
     matplotlib.rcParams.update(
         {
-            "font.family": FONT,
+            "font.family": fonts.families,
             "font.size": 10,
             # A case may have dollar signs in its name.
             "text.parse_math": False,

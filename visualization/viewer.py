@@ -24,6 +24,7 @@ from scipy import ndimage
 from core.scans.resample import resize_image, resize_labels
 from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.system.files import read_text
 from visualization.meshes import Mesh, organ_mesh
 from visualization.overlay import draw_overlay
 from visualization.page import FOLDER, Data, data_url, escaped, make_page, write_page
@@ -75,15 +76,15 @@ def make_viewer(shown: Shown, full: bool = False) -> str:
     }
     for number, labels in enumerate(shown.label_maps.values()):
         data[f"labels-{number}"] = Data.bytes(pack_volume(resize_labels(labels, size), affine))
-    body = Template((FOLDER / "viewer.html").read_text(encoding="utf-8")).substitute(
+    body = Template(read_text(FOLDER / "viewer.html")).substitute(
         title=escaped(shown.title),
         about=escaped(describe_grid(shown.voxels.shape, size, shown.geometry.spacing_mm, full)),
         slices=still_of_slices(shown, first),
         surfaces=still_of_surfaces({organ: mesh for (source, organ), mesh in meshes.items() if source == 0}),
-        niivue=escaped(json.loads((NIIVUE.parent / "niivue.json").read_text())["version"]),
+        niivue=escaped(json.loads(read_text(NIIVUE.parent / "niivue.json"))["version"]),
     )
-    scripts = [path.read_text(encoding="utf-8") for path in (NIIVUE, FOLDER / "viewer.js")]
-    return make_page(shown.title, body, scripts, [(FOLDER / "viewer.css").read_text(encoding="utf-8")], data)
+    scripts = [read_text(path) for path in (NIIVUE, FOLDER / "viewer.js")]
+    return make_page(shown.title, body, scripts, [read_text(FOLDER / "viewer.css")], data)
 
 
 def describe_grid(shape: Sequence[int], size: Sequence[int], spacing_mm: Sequence[float], full: bool) -> str:

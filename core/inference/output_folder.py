@@ -20,13 +20,12 @@ from core.scans.geometry import Geometry
 from core.scans.organ_names import read_network
 from core.scans.volumes import save_probabilities
 from core.system.exits import print_error, print_warning
-from core.system.files import check_room, locked, whole_file
+from core.system.files import check_room, locked, open_text, whole_file
 
 VOLUMES, VOLUMES_LOCK = "volumes.csv", ".volumes.lock"
 VOLUME_COLUMNS = ["case", "id", "organ", "ml"]
 BLOCK_BYTES = 4096  # of a disk; a full disk cannot store one more
 PROBABILITY_BYTES = 2  # for each voxel and class, in the temporary file from which they are compressed
-AS_IS = {"newline": "", "errors": "surrogateescape"}  # file names need not be UTF-8, nor do case ids
 
 # The folder of reports, and the files of one case's report beside the viewer.
 REPORTS, REPORT_PAGE, REPORT_NUMBERS = "reports", "index.html", "report.json"
@@ -246,7 +245,7 @@ def read_volumes(output: Path) -> list[dict]:
     path = output / VOLUMES
     if not path.exists():
         return []
-    with open(path, encoding="utf-8-sig", **AS_IS) as file:  # spreadsheet programs put a BOM before the text
+    with open_text(path) as file:
         reader = csv.DictReader(file, strict=True)
         try:
             if reader.fieldnames != VOLUME_COLUMNS:
@@ -274,7 +273,7 @@ def write_volumes(output: Path, case: str, volumes_ml: Sequence[float], organs: 
         rows = [row for row in read_volumes(output) if row["case"] != case]
         for i, organ in enumerate(organs[1:], start=1):
             rows.append({"case": case, "id": i, "organ": organ, "ml": f"{volumes_ml[i]:.3f}"})
-        with whole_file(output / VOLUMES) as temporary, open(temporary, "w", encoding="utf-8", **AS_IS) as file:
+        with whole_file(output / VOLUMES) as temporary, open_text(temporary, "w") as file:
             writer = csv.DictWriter(file, VOLUME_COLUMNS)
             writer.writeheader()
             writer.writerows(sorted(rows, key=lambda row: (row["case"], int(row["id"]))))

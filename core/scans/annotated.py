@@ -11,12 +11,11 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from core.system.files import whole_file
+from core.system.files import open_text, whole_file
 
 ANNOTATED = "annotated.csv"
 COLUMNS = ["case", "organs"]
 SEPARATOR = ";"
-AS_IS = {"errors": "surrogateescape", "newline": ""}  # case ids are file names, which need not be UTF-8
 
 
 def read_annotated(data_dir: str | Path) -> dict[str, tuple[str, ...]]:
@@ -31,7 +30,7 @@ def read_annotated(data_dir: str | Path) -> dict[str, tuple[str, ...]]:
     if not path.is_file():
         return {}
     try:
-        with open(path, encoding="utf-8-sig", **AS_IS) as file:
+        with open_text(path) as file:
             header, *rows = csv.reader(file)
         if header != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
             raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
@@ -46,7 +45,7 @@ def read_annotated(data_dir: str | Path) -> dict[str, tuple[str, ...]]:
 def write_annotated(data_dir: str | Path, organs: Mapping[str, Sequence[str]]) -> None:
     """Write the names of the annotated organs by case id, whole."""
     path = Path(data_dir) / ANNOTATED
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", **AS_IS) as file:
+    with whole_file(path) as temporary, open_text(temporary, "w") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
         rows.writerows([case, SEPARATOR.join(names)] for case, names in organs.items())

@@ -82,13 +82,11 @@ def load_scan(path: str | Path, reading: Reading = DEFAULT_READING) -> tuple[np.
 
 def warn_of_values(voxels: np.ndarray, warn: Callable[[str], None]) -> None:
     """Warn of a scan, in HU, whose values (of every fourth voxel along each axis) are unlike those of a CT."""
-    sample = voxels[::4, ::4, ::4]
-    scanned = sample[sample > PADDING_BELOW_HU]
-    sample = scanned if scanned.size else sample
+    sample = scanned_sample(voxels)
     low, high = float(sample.min()), float(sample.max())
     if low == high and voxels.min() == voxels.max():
         warn(f"all its voxels are {low:g}, so that there is nothing to see")
-    elif low > LEAST_FAT_HU and soft_tissue_share(sample - SHIFTED_HU) > SHIFTED_SOFT_TISSUE:
+    elif looks_too_high(voxels):
         warn(f"its values go from {low:g} to {high:g} and look {SHIFTED_HU:g} too high; subtract that, or is it MR?")
     elif low > LEAST_FAT_HU:
         warn(f"its values go from {low:g} to {high:g}, without the fat and air of every CT; is it MR, or not in HU?")
@@ -97,6 +95,19 @@ def warn_of_values(voxels: np.ndarray, warn: Callable[[str], None]) -> None:
         warn(
             f"{soft:.1%} of its voxels are soft tissue ({softest:g} to {hardest:g} HU); is it CT of the abdomen, in HU?"
         )
+
+
+def scanned_sample(voxels: np.ndarray) -> np.ndarray:
+    """Return every fourth voxel along each axis without padding; with it where there is nothing else."""
+    sample = voxels[::4, ::4, ::4]
+    scanned = sample[sample > PADDING_BELOW_HU]
+    return scanned if scanned.size else sample
+
+
+def looks_too_high(voxels: np.ndarray) -> bool:
+    """Return True when values look SHIFTED_HU too high: no fat and no air, but soft tissue after subtracting that."""
+    sample = scanned_sample(voxels)
+    return sample.min() > LEAST_FAT_HU and soft_tissue_share(sample - SHIFTED_HU) > SHIFTED_SOFT_TISSUE
 
 
 def soft_tissue_share(voxels: np.ndarray) -> float:

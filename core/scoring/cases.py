@@ -11,7 +11,7 @@ from core.scans.files import find_label_maps, listed
 from core.scoring.case import Rules, Scored, Task, ignore, score_case
 from core.scoring.results import csv_text
 from core.system.exits import print_error, print_warning
-from core.system.files import whole_file
+from core.system.files import open_text, write_text
 from core.system.parallel import in_processes
 
 Score = Callable[[Task, Rules, Callable[[], object]], Scored]
@@ -61,7 +61,7 @@ def score_cases(
     """
     organs = len(rules.organs) - 1
     done: dict[str, Scored] = {}
-    with open(path, "w", newline="") as file, tqdm(total=len(tasks) * organs, unit="organ", disable=None) as bar:
+    with open_text(path, "w") as file, tqdm(total=len(tasks) * organs, unit="organ", disable=None) as bar:
         file.write(csv_text([], rules.columns, header=True))
         file.flush()
         # Another process reports whole cases only.
@@ -76,8 +76,7 @@ def score_cases(
                 bar.update(len(done) * organs - bar.n)
     in_order = {task.case: done[task.case] for task in tasks}
     rows = [row for scored in in_order.values() for row in scored.rows]
-    with whole_file(path) as temporary:
-        temporary.write_text(csv_text(rows, rules.columns, header=True), newline="")
+    write_text(path, csv_text(rows, rules.columns, header=True))
     return in_order
 
 

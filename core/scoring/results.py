@@ -21,7 +21,7 @@ from core.scoring.statistics import (
     spread,
     summarise,
 )
-from core.system.files import whole_file
+from core.system.files import write_text
 
 # All files that a run may write. Those of an earlier run are removed first: they would pass for results of this one.
 RESULTS = ("metrics.csv", "other_metrics.csv", "summary.json", "comparison.json", "scores.png")
@@ -174,5 +174,4 @@ def prepare_output(output: Path, results: Sequence[str]) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file whole."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

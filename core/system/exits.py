@@ -1,5 +1,6 @@
 """How a command ends: exit codes, one clear sentence in place of a traceback, and signals that ask it to stop."""
 
+import io
 import os
 import signal
 import sys
@@ -32,11 +33,26 @@ WORKER_TRACEBACK = "Traceback (most recent call last):"
 
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run a script's main and end with the exit code that it returns; Ctrl-C ends it in one sentence."""
+    use_utf8()
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         print_stderr("interrupted; what was written before is whole")
         sys.exit(INTERRUPTED)
+
+
+def use_utf8() -> None:
+    """Let file names and printed text be UTF-8, whatever the locale; bytes that are not UTF-8 stay as they are.
+
+    In a locale without UTF-8 and with Python's UTF-8 mode switched off (PYTHONUTF8=0), a path with a letter outside the
+    locale cannot be opened. The command then starts again in UTF-8 mode, which its processes inherit.
+    """
+    again = os.environ.get("PYTHONUTF8") != "1"  # once only: -X utf8=0 overrides the variable
+    if os.name == "posix" and sys.getfilesystemencoding() != "utf-8" and again:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # not where a program that runs the command collects its text
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Files written whole, where there is room for them, one process at a time, and errors that name the file."""
+"""Files written whole, text as UTF-8, where there is room, one process at a time, and errors that name the file."""
 
 import errno
 import os
@@ -45,6 +45,28 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_text(path: str | Path, mode: str = "r") -> IO[str]:
+    """Open a text file as UTF-8, whatever the locale, with its line ends as they are.
+
+    Bytes that are not UTF-8, as in the name of a case from an old zip file, become surrogates, and bytes again when
+    they are written. A byte order mark, as spreadsheet programs write it, is skipped in reading.
+    """
+    encoding = "utf-8-sig" if mode == "r" else "utf-8"
+    return open(path, mode, encoding=encoding, errors="surrogateescape", newline="")
+
+
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file, opened as `open_text`."""
+    with open_text(path) as file:
+        return file.read()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole, opened as `open_text`."""
+    with whole_file(path) as temporary, open_text(temporary, "w") as file:
+        file.write(text)
 
 
 @contextmanager

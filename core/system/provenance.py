@@ -27,5 +27,5 @@ def git_commit() -> str | None:
     if git is None:
         return None
     command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     return done.stdout.strip() if done.returncode == 0 else None

@@ -63,7 +63,7 @@ class Run:
         self.config = config
         self.overwrite = overwrite
         if config.tensorboard:
-            check_tensorboard()
+            check_tensorboard(config.run_dir)
         self.device = choose_device(own_device(config.device))
         self.group = join_group(self.device)
         self.folder = RunFolder(config, draw_curves) if self.group.first else SilentRunFolder(config)

@@ -27,7 +27,7 @@ from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.scans.files import format_case_ids, listed
 from core.system.exits import Stopped, one_line, print_warning
-from core.system.files import lock_file, remove_left_over, whole_file
+from core.system.files import lock_file, open_text, read_text, remove_left_over, whole_file, write_text
 from core.system.provenance import git_commit, versions
 from core.training.tensorboard import write_scalars
 
@@ -92,7 +92,7 @@ class RunFolder:
             return
         # The system gives a lock up with its process: one that was killed leaves none behind.
         path = self.path / "run.lock"
-        file = open(path, "a+")  # noqa: SIM115, open as long as the process lives
+        file = open_text(path, "a+")  # open as long as the process lives
         holder = f"process {os.getpid()} on {platform.node()}\n"
         try:
             alone = lock_file(file, path, wait=False)
@@ -206,8 +206,7 @@ class RunFolder:
             "val_cases": cases["val"],
             "config": config_to_dict(self.config),
         }
-        with whole_file(self.path / "run.json") as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n")
+        write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def compare_data(self, before: dict[str, str] | None, now: dict[str, str]) -> None:
         """Note the cases' fingerprints in run.json; warn of cases that had other ones `before`, as far as known."""
@@ -236,9 +235,8 @@ class RunFolder:
         """Put facts into run.json beside what is there; what hinders that is a warning, and the run goes on."""
         path = self.path / "run.json"
         try:
-            before = json.loads(path.read_text())
-            with whole_file(path) as temporary:
-                temporary.write_text(json.dumps({**before, **facts}, indent=2) + "\n")
+            before = json.loads(read_text(path))
+            write_text(path, json.dumps({**before, **facts}, indent=2) + "\n")
         except (OSError, ValueError, TypeError) as error:  # no JSON, or no object in it
             print_warning(f"{path}: how the run ends is not noted ({one_line(error)})")
 
@@ -294,11 +292,11 @@ class RunFolder:
         """
         if self.rows is None:
             self.rows = []
-            with suppress(FileNotFoundError), open(self.log, newline="") as file:
+            with suppress(FileNotFoundError), open_text(self.log) as file:
                 self.rows = list(csv.DictReader(file))
         self.rows = [old for old in self.rows if int(old["epoch"]) < row["epoch"]]
         self.rows.append({key: format_cell(value) for key, value in row.items()})
-        with whole_file(self.log) as temporary, open(temporary, "w", newline="") as file:
+        with whole_file(self.log) as temporary, open_text(temporary, "w") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(self.rows)

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 
-def check_tensorboard() -> None:
-    """Raise a ValueError when the package that writes for TensorBoard is not installed."""
+def check_tensorboard(run_dir: str | Path) -> None:
+    """Raise a ValueError when the package that writes for TensorBoard is not installed, or cannot write into a run."""
+    if str(run_dir).encode(errors="ignore").decode() != str(run_dir):  # TensorBoard's writer refuses such a path
+        raise ValueError(f"tensorboard: got true with run_dir {run_dir!s}, expected a folder whose name is UTF-8")
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:

@@ -259,3 +259,41 @@ def test_real_scans_have_their_organs_on_the_right_side(tmp_path):
         ("amos_0013", "organ_absent", "without esophagus"),
         ("ts_example", "organ_absent", "without esophagus"),
     ]
+
+
+def test_values_stored_too_high_are_said_and_the_label_map_is_not_blamed(data):
+    def too_high(array: np.ndarray, padding: int) -> np.ndarray:
+        array = array.astype(np.int16) + np.int16(1024)
+        array[:6, :6] = padding
+        return array
+
+    rewrite(scan_of(data, 1), lambda array: too_high(array, -2000))
+    rewrite(scan_of(data, 2), lambda array: too_high(array, -1024))  # which fat and air of a scan could have
+    _, findings, done = doctor(data, "--workers", "1")
+    found = {case: {code for name, _, code in findings if name == case} for case in ("phantom_0001", "phantom_0002")}
+    assert "odd_file" in found["phantom_0001"]
+    assert "too_high" in found["phantom_0002"]
+    assert not {"misplaced", "mirrored"} & (found["phantom_0001"] | found["phantom_0002"])
+    for case in found:
+        assert [line for line in done.stdout.splitlines() if case in line and "look 1024 too high" in line]
+
+
+def test_ids_of_another_list_are_said_once_for_the_data_set(data):
+    for number in range(1, 5):
+        rewrite(labels_of(data, number), lambda array: np.choose(array, [0, 5, 2, 3, 4, 1, *range(6, 14)]).astype("u1"))
+    _, findings, done = doctor(data, "--workers", "1")
+    assert [finding for finding in findings if finding[2] == "other_ids"] == [("all cases", "warning", "other_ids")]
+    (said,) = (line for line in done.stdout.splitlines() if "ids of another list?" in line)
+    assert " mL in 4 of 6 cases, expected " in said
+    assert "python -m data.convert remaps ids by name" in said
+
+
+def test_a_case_name_that_is_not_utf8(data):
+    for path in (scan_of(data, 1), labels_of(data, 1)):
+        path.rename(path.with_name(path.name.replace("phantom_0001", "M\udcfcller")))
+    command = [sys.executable, "-m", "data.doctor", data, "--workers", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr.count(b"Traceback")) == (0, 0)
+    assert b"M\xfcller" in done.stdout
+    assert "M\udcfcller" in json.loads((data / "doctor" / "doctor.json").read_text())["cases"]
+    assert (data / "doctor" / "doctor.png").is_file()
