@@ -137,6 +137,7 @@ def test_the_summary_counted_by_hand(folders, run, tmp_path):
     _, summary = read(tmp_path / "scores")
     assert set(summary) == {
         "protocol", "mean", "organs", "interval_95", "voxel_accuracy", "cases", "missing", "refused", "extra",
+        "in_no_reference", "not_annotated",
         "tolerances_mm", "definitions", "versions",
     }  # fmt: skip
     assert (summary["protocol"], summary["cases"]) == ("default", ["case1", "case2"])

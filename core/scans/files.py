@@ -35,11 +35,17 @@ def find_label_maps(folder: str | Path) -> dict[str, Path]:
         ValueError: when two files mean the same case.
     """
     folder = Path(folder)
-    files = find_files(folder / "labels" if (folder / "labels").is_dir() else folder)
+    files = find_files(label_folder(folder))
     files = {case: path for case, path in sorted(files.items()) if not case.endswith("_probabilities")}
     if not files:
         raise FileNotFoundError(f"{folder}: no label map in this folder (CASE.nii.gz or CASE.nii)")
     return files
+
+
+def label_folder(folder: str | Path) -> Path:
+    """Return the folder of label maps that a path means: that of a data set is its `labels`."""
+    folder = Path(folder)
+    return folder / "labels" if (folder / "labels").is_dir() else folder
 
 
 def find_files(folder: str | Path) -> dict[str, Path]:

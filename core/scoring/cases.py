@@ -1,13 +1,17 @@
 """Score many cases: pair predictions with references, work in parallel, and lose no finished case."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from core.scans.files import find_label_maps, listed
+from core.scans.annotated import read_annotated
+from core.scans.files import find_label_maps, label_folder, listed
+from core.scans.organ_words import same_name
 from core.scoring.case import Rules, Scored, Task, ignore, score_case
 from core.scoring.results import csv_text
 from core.system.exits import print_error, print_warning
@@ -31,6 +35,21 @@ def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -
         )
     tasks = [Task(case, reference, predictions.get(case)) for case, reference in chosen.items()]
     return tasks, [case for case in predictions if case not in references]
+
+
+def mark_annotated(tasks: Sequence[Task], labels: str, organs: Sequence[str]) -> list[Task]:
+    """Note in each task which organs its reference annotates, by the annotated.csv beside a folder named `labels`.
+
+    Raises:
+        ValueError: when that file is damaged.
+    """
+    folder = Path(os.path.abspath(label_folder(labels)))
+    annotated = read_annotated(folder.parent) if folder.name == "labels" else {}
+    ids = {
+        case: tuple(i for i, organ in enumerate(organs) if any(same_name(organ, name) for name in names))
+        for case, names in annotated.items()
+    }
+    return [replace(task, annotated=ids.get(task.case)) for task in tasks]
 
 
 def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: str) -> list[str]:
