@@ -27,6 +27,7 @@ from core.scoring.results import RESULTS, prepare_output, write_comparison, writ
 from core.scoring.rules import make_rules
 from core.scoring.tables import comparison_text, print_notes, score_table
 from core.system.exits import DONE, REFUSED, USAGE, print_warning, refusing, run_command
+from core.system.files import user_path
 from core.system.parallel import MOST_WORKERS
 
 
@@ -40,7 +41,7 @@ def main() -> int:
             tasks = [Task(case, reference) for case, reference in chosen.items()]
             rules, workers = make_rules(tasks, [], arguments)
             tasks = mark_annotated(tasks, arguments.labels, rules.organs)
-            return score_ceiling(tasks, rules, workers, Path(arguments.output), arguments.table == "md")
+            return score_ceiling(tasks, rules, workers, arguments.output, arguments.table == "md")
         tasks, extra = pair_up(arguments.predictions, references, chosen)
         others, _ = pair_up(arguments.against, references, chosen) if arguments.against else ([], [])
         rules, workers = make_rules(tasks, others, arguments)
@@ -57,7 +58,7 @@ def score_predictions(
     arguments: argparse.Namespace,
 ) -> int:
     """Score the predictions, and those of --against; write, draw and print the results; return the exit code."""
-    output, markdown = Path(arguments.output), arguments.table == "md"
+    output, markdown = arguments.output, arguments.table == "md"
     prepare_output(output, RESULTS)
     missing = name_unpaired(tasks, extra, arguments.predictions)
     results = score_cases(tasks, rules, workers, output / "metrics.csv")
@@ -95,12 +96,18 @@ def draw_picture(output: Path) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Score label maps against reference label maps.")
-    parser.add_argument("--predictions", metavar="DIR", help="folder of CASE.nii.gz from infer.py, or any network's")
-    parser.add_argument("--labels", required=True, metavar="DIR", help="folder of reference CASE.nii.gz")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--predictions", type=user_path, metavar="DIR", help="folder of CASE.nii.gz from infer.py, or any network's"
+    )
+    parser.add_argument(
+        "--labels", type=user_path, required=True, metavar="DIR", help="folder of reference CASE.nii.gz"
+    )
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
-    parser.add_argument("--config", metavar="FILE", help="settings that name the organs (default: the label maps do)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="network whose settings name the organs")
+    parser.add_argument(
+        "--config", type=user_path, metavar="FILE", help="settings that name the organs (default: the label maps do)"
+    )
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="network whose settings name the organs")
     parser.add_argument("--organs", nargs="+", metavar="NAME", help="score only these organs (default: all)")
     parser.add_argument("--protocol", choices=("default", "flare22"), default="default", help="rules of scoring")
     parser.add_argument(
@@ -108,7 +115,9 @@ def parse_arguments() -> argparse.Namespace:
         help=f"of NSD, for organs that FLARE22 does not have (default: {TOLERANCE_MM:g})",
     )  # fmt: skip
     parser.add_argument("--distances", action="store_true", help="hd_mm and mean_distance_mm too, in the files only")
-    parser.add_argument("--against", metavar="DIR", help="other predictions of the same cases, to compare with")
+    parser.add_argument(
+        "--against", type=user_path, metavar="DIR", help="other predictions of the same cases, to compare with"
+    )
     parser.add_argument("--ceiling", action="store_true", help="score the labels on the network's grid and back")
     parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: the settings')")
     parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")

@@ -1,6 +1,7 @@
 """Find scans and label maps on disk by case id."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,9 +110,10 @@ def read_case_ids(given: Sequence[str]) -> list[str]:
     Raises:
         ValueError: when the file is no text, or lists no case.
     """
-    if len(given) != 1 or not Path(given[0]).is_file():
+    file = Path(os.path.expanduser(given[0])) if len(given) == 1 else None
+    if file is None or not file.is_file():
         return list(given)
-    content = Path(given[0]).read_bytes()
+    content = file.read_bytes()
     if b"\0" in content:
         raise ValueError(f"{given[0]}: is no text, expected one case id a line")
     ids = []

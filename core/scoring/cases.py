@@ -21,7 +21,7 @@ from core.system.parallel import in_processes
 Score = Callable[[Task, Rules, Callable[[], object]], Scored]
 
 
-def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -> tuple[list[Task], list[str]]:
+def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) -> tuple[list[Task], list[str]]:
     """Return the chosen cases with their predictions in a folder, and the folder's cases that have no reference.
 
     Raises:
@@ -37,7 +37,7 @@ def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -
     return tasks, [case for case in predictions if case not in references]
 
 
-def mark_annotated(tasks: Sequence[Task], labels: str, organs: Sequence[str]) -> list[Task]:
+def mark_annotated(tasks: Sequence[Task], labels: Path, organs: Sequence[str]) -> list[Task]:
     """Note in each task which organs its reference annotates, by the annotated.csv beside a folder named `labels`.
 
     Raises:
@@ -52,7 +52,7 @@ def mark_annotated(tasks: Sequence[Task], labels: str, organs: Sequence[str]) ->
     return [replace(task, annotated=ids.get(task.case)) for task in tasks]
 
 
-def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: str) -> list[str]:
+def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: Path) -> list[str]:
     """Name on stderr the cases without a prediction in the folder, and its predictions `extra` without a reference.
 
     Returns:
