@@ -84,8 +84,14 @@ def two_in_a_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "labels" / "b.nii.gz").unlink(), "no label map for the case b$"),
-        (lambda folder: (folder / "images" / "b_0000.nii.gz").unlink(), "no scan for the case b$"),
+        (
+            lambda folder: (folder / "labels" / "b.nii.gz").unlink(),
+            "no label map for the case b: looked for labels/b.nii.gz$",
+        ),
+        (
+            lambda folder: (folder / "images" / "b_0000.nii.gz").unlink(),
+            "no scan for the case b: looked for images/b_0000.nii.gz$",
+        ),
         (add_duplicate, "case b: .* both mean it"),
         (shift_labels, "case b: the scan has 12x10x6 .* expected the same voxels"),
         (cut_labels, "case b: the scan has 12x10x6 .* the label map 12x10x5"),

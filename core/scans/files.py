@@ -3,9 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from core.scans.not_found import found_instead, looked_for
 from core.scans.volumes import NIFTI_SUFFIXES
 
 
@@ -18,13 +19,14 @@ def find_scans(path: str | Path) -> dict[str, Path]:
     """
     path = Path(path)
     if path.is_dir():
-        files = find_files(path / "images" if (path / "images").is_dir() else path)
+        path = path / "images" if (path / "images").is_dir() else path
+        files = find_files(path)
     elif path.exists() or path.is_symlink():  # reading says what is wrong about the link
         files = {case_id(path): path}
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not files:
-        raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
+        raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii){found_instead(path)}")
     return dict(sorted(files.items()))
 
 
@@ -35,11 +37,13 @@ def find_label_maps(folder: str | Path) -> dict[str, Path]:
         FileNotFoundError: when there is no such folder, or no label map in it.
         ValueError: when two files mean the same case.
     """
-    folder = Path(folder)
-    files = find_files(label_folder(folder))
+    folder = label_folder(folder)
+    files = find_files(folder)
     files = {case: path for case, path in sorted(files.items()) if not case.endswith("_probabilities")}
     if not files:
-        raise FileNotFoundError(f"{folder}: no label map in this folder (CASE.nii.gz or CASE.nii)")
+        raise FileNotFoundError(
+            f"{folder}: no label map in this folder (CASE.nii.gz or CASE.nii){found_instead(folder)}"
+        )
     return files
 
 
@@ -84,6 +88,28 @@ def list_files(folder: str | Path) -> dict[str, list[Path]]:
         path = inside[0] if len(inside) == 1 else path
         found.setdefault(case_id(path), []).append(path)
     return found
+
+
+def check_partners(folder: Path, scans: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
+    """Check that each case of a data set has a scan and a label map.
+
+    Args:
+        folder: the data set's.
+        scans: files of its `images` by case id.
+        labels: files of its `labels` by case id.
+
+    Raises:
+        ValueError: naming the cases without one of them, and similar names.
+    """
+    for have, lack, name, what, ending in (
+        (scans, labels, "labels", "label map", ".nii.gz"),
+        (labels, scans, "images", "scan", "_0000.nii.gz"),
+    ):
+        orphans = [case for case in have if case not in lack]
+        if orphans:
+            taken = [path for case, path in lack.items() if case in have]
+            hint = looked_for(orphans[0], folder / name, taken, ending) + ("" if lack else found_instead(folder / name))
+            raise ValueError(f"{folder}: no {what} for the case {listed(orphans)}: {hint}")
 
 
 def nifti_in(folder: Path) -> list[Path]:

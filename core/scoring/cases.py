@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from core.scans.annotated import read_annotated
 from core.scans.files import find_label_maps, label_folder, listed
+from core.scans.not_found import looked_for
 from core.scans.organ_words import same_name
 from core.scoring.case import Rules, Scored, Task, ignore, score_case
 from core.scoring.results import csv_text
@@ -62,7 +63,8 @@ def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: Path) -> 
         print_warning(f"{folder}: no reference for {len(extra)}: {listed(extra)}")
     missing = [task.case for task in tasks if task.prediction is None]
     for case in missing:
-        print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed"))
+        hint = looked_for(case, label_folder(folder), [task.prediction for task in tasks if task.prediction])
+        print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed; {hint}"))
     return missing
 
 
