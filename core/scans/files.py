@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from core.scans.not_found import found_instead, looked_for
+from core.scans.not_found import found_instead, likeness, looked_for
 from core.scans.volumes import NIFTI_SUFFIXES
 
 
@@ -174,5 +174,7 @@ def select_cases(found: dict[str, Path], given: Sequence[str] | None) -> dict[st
     wanted = read_case_ids(given)
     missing = sorted(set(wanted) - set(found))
     if missing:
-        raise ValueError(f"--cases: {listed(missing)} not among the {len(found)} cases: {listed(list(found), 3)}")
+        closest = max(found, key=lambda case: likeness(missing[0], case), default="")
+        hint = f"; did you mean {closest}?" if likeness(missing[0], closest) else ""
+        raise ValueError(f"--cases: {listed(missing)} not among the {len(found)} cases: {listed(list(found), 3)}{hint}")
     return {case: path for case, path in found.items() if case in wanted}

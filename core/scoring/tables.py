@@ -82,7 +82,8 @@ def absent_note(summary: dict, rules: Rules) -> str | None:
     if rules.protocol == "flare22":
         note += " flare22 counts them as 1 where they are not predicted either, else as 0."
     elif predicted:
-        note += f" Predicted all the same, and so counted as Dice 0: {', '.join(predicted)}."
+        which = "all of them" if predicted == absent else ", ".join(predicted)
+        note += f" Predicted all the same, and so counted as Dice 0: {which}."
     return note
 
 

@@ -1,5 +1,6 @@
 """Messages about files that are not found, as train.py, infer.py and evaluate.py give them."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from helpers import TINY
 import evaluate
 import infer
 import train
+from core.scans.files import select_cases
 from core.scans.not_found import found_instead, looked_for
 from dataset import find_cases
 
@@ -141,3 +143,13 @@ def test_one_file_of_another_format_is_named(tmp_path, content, kind):
     (folder / "images" / "a_0000.nii.gz").write_bytes(content * 50)
     with pytest.raises(ValueError, match=rf"a_0000.nii.gz: is .*{kind}"):
         find_cases(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("Liver-4", "; did you mean liver_4?"), ("liver_4_pred", "; did you mean liver_4?"), ("liver_9", ""), ("x", "")],
+)
+def test_a_case_that_is_asked_for_by_another_name_is_named(given, hint):
+    found = {f"liver_{i}": Path(f"liver_{i}.nii.gz") for i in range(1, 6)}
+    with pytest.raises(ValueError, match=rf"^--cases: {given} not among the 5 cases: .*\.\.\.{re.escape(hint)}$"):
+        select_cases(found, [given])
