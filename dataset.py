@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 from core.config import Config
 from core.scans.anatomy import comparable_ml, organs_in, swapped_sides
 from core.scans.cache import CACHE_VERSION, read_cache, write_cache
-from core.scans.files import find_files, listed, read_case_ids
+from core.scans.files import check_partners, find_files, listed, read_case_ids
 from core.scans.geometry import check_same_grid
 from core.scans.nifti import Reading
+from core.scans.not_found import found_instead
 from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_image, read_geometry
@@ -70,14 +71,10 @@ def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list
         ValueError: naming the cases without a partner, given twice, or whose scan and label map differ in grid.
     """
     folder = find_data(data_dir)
-    scans = find_files(folder / "images")
-    labels = find_files(folder / "labels")
-    for have, lack, what in ((scans, labels, "label map"), (labels, scans, "scan")):
-        orphans = [case for case in have if case not in lack]
-        if orphans:
-            raise ValueError(f"{folder}: no {what} for the case {listed(orphans)}")
+    scans, labels = find_files(folder / "images"), find_files(folder / "labels")
     if not scans:
-        raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii)")
+        raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii){found_instead(folder / 'images')}")
+    check_partners(folder, scans, labels)
     cases = [Case(case, scans[case], labels[case]) for case in sorted(scans)]
     for case in cases:
         scan, labels = (read_geometry(path, reading) for path in (case.scan, case.labels))

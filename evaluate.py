@@ -2,34 +2,33 @@
 
     python evaluate.py --predictions predictions --labels data/FLARE22Train/labels --output scores \
         --cases runs/vnet/val_cases.txt
+    python evaluate.py --predictions predictions --labels DIR --output scores --organs liver "left kidney"
     python evaluate.py --predictions predictions --against others --labels data/FLARE22Train/labels --output scores
     python evaluate.py --ceiling --labels data/FLARE22Train/labels --size 256 256 128 --output scores
 
 The first writes OUTPUT/metrics.csv (a row per case and organ), OUTPUT/summary.json and OUTPUT/scores.png, and prints a
-table per organ. The second compares two sets of predictions as well (comparison.json, other_metrics.csv). The third
-measures what the network's grid costs (ceiling.csv, ceiling.json).
+table per organ. The second does so for some organs only. The third compares two sets of predictions as well
+(comparison.json, other_metrics.csv). The fourth measures what the network's grid costs (ceiling.csv, ceiling.json).
 Organ names come from --config or --checkpoint, else from the label maps themselves, else from config.yaml.
 Exit code 0: done, 1: some case was missing or refused (the others are scored), 2: wrong usage, 3: had to stop.
 """
 
 import argparse
-import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.config import check, load_config
 from core.scans.files import find_label_maps, select_cases
-from core.scans.nifti import MAX_GIB, Reading
+from core.scans.nifti import MAX_GIB
 from core.scoring.case import Rules, Task
-from core.scoring.cases import name_unpaired, pair_up, score_cases
+from core.scoring.cases import mark_annotated, name_unpaired, pair_up, score_cases
 from core.scoring.ceiling import score_ceiling
-from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
-from core.scoring.organ_list import choose_organs, load_given
+from core.scoring.flare22 import TOLERANCE_MM
 from core.scoring.results import RESULTS, prepare_output, write_comparison, write_summary
-from core.scoring.tables import comparison_text, score_table
-from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.parallel import MOST_WORKERS, cores
+from core.scoring.rules import make_rules
+from core.scoring.tables import comparison_text, print_notes, score_table
+from core.system.exits import DONE, REFUSED, USAGE, print_warning, refusing, run_command
+from core.system.files import user_path
+from core.system.parallel import MOST_WORKERS
 
 
 def main() -> int:
@@ -41,10 +40,12 @@ def main() -> int:
         if arguments.ceiling:
             tasks = [Task(case, reference) for case, reference in chosen.items()]
             rules, workers = make_rules(tasks, [], arguments)
-            return score_ceiling(tasks, rules, workers, Path(arguments.output), arguments.table == "md")
+            tasks = mark_annotated(tasks, arguments.labels, rules.organs)
+            return score_ceiling(tasks, rules, workers, arguments.output, arguments.table == "md")
         tasks, extra = pair_up(arguments.predictions, references, chosen)
         others, _ = pair_up(arguments.against, references, chosen) if arguments.against else ([], [])
         rules, workers = make_rules(tasks, others, arguments)
+        tasks, others = (mark_annotated(group, arguments.labels, rules.organs) for group in (tasks, others))
         return score_predictions(tasks, others, extra, rules, workers, arguments)
 
 
@@ -57,15 +58,14 @@ def score_predictions(
     arguments: argparse.Namespace,
 ) -> int:
     """Score the predictions, and those of --against; write, draw and print the results; return the exit code."""
-    output, markdown = Path(arguments.output), arguments.table == "md"
+    output, markdown = arguments.output, arguments.table == "md"
     prepare_output(output, RESULTS)
     missing = name_unpaired(tasks, extra, arguments.predictions)
     results = score_cases(tasks, rules, workers, output / "metrics.csv")
     summary = write_summary(output, results, rules, missing, extra)
     written = ["metrics.csv", "summary.json", *(draw_picture(output) if summary["cases"] else [])]
     print(score_table(summary, len(summary["cases"]), markdown))
-    if rules.organs_note:
-        print(rules.organs_note)
+    print_notes(summary, rules)
     failed = bool(missing or summary["refused"])
     if others:
         failed |= bool(name_unpaired(others, [], arguments.against))
@@ -87,56 +87,37 @@ def draw_picture(output: Path) -> list[str]:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        print("warning: no scores.png, since matplotlib is not installed", file=sys.stderr)
+        print_warning("no scores.png, since matplotlib is not installed")
         return []
     draw_scores(output / "metrics.csv", output / "scores.png")
     return ["scores.png"]
 
 
-def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argparse.Namespace) -> tuple[Rules, int]:
-    """Return the rules of scoring and the number of processes.
-
-    Raises:
-        FileNotFoundError, ValueError: when a flag or a file that it names is wrong, or predictions differ in organs.
-    """
-    given = load_given(arguments.config, arguments.checkpoint)
-    predictions = [[task.prediction for task in group if task.prediction] for group in (tasks, others)]
-    organs, note = choose_organs(given, *predictions, [task.reference for task in tasks])
-    if not 0 <= arguments.tolerance_mm < math.inf:
-        raise ValueError(f"--tolerance-mm: got {arguments.tolerance_mm}, expected millimetres of 0 or more")
-    size = None
-    if arguments.ceiling:
-        size = check("size", arguments.size, "--size") if arguments.size else (given or load_config()).size
-    workers = min(arguments.workers or min(cores(), MOST_WORKERS), len(tasks))
-    rules = Rules(
-        organs=organs,
-        organs_note=note,
-        tolerances_mm=tuple(tolerance_mm(organ, arguments.tolerance_mm) for organ in organs),
-        protocol=arguments.protocol,
-        distances=arguments.distances,
-        size=size,
-        threads=max(1, cores() // workers),
-        reading=Reading(check("max_gib", arguments.max_gib, "--max-gib"), arguments.assume_ras),
-    )
-    return rules, workers
-
-
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Score label maps against reference label maps.")
-    parser.add_argument("--predictions", metavar="DIR", help="folder of CASE.nii.gz from infer.py, or any network's")
-    parser.add_argument("--labels", required=True, metavar="DIR", help="folder of reference CASE.nii.gz")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--predictions", type=user_path, metavar="DIR", help="folder of CASE.nii.gz from infer.py, or any network's"
+    )
+    parser.add_argument(
+        "--labels", type=user_path, required=True, metavar="DIR", help="folder of reference CASE.nii.gz"
+    )
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
-    parser.add_argument("--config", metavar="FILE", help="settings that name the organs (default: the label maps do)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="network whose settings name the organs")
+    parser.add_argument(
+        "--config", type=user_path, metavar="FILE", help="settings that name the organs (default: the label maps do)"
+    )
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="network whose settings name the organs")
+    parser.add_argument("--organs", nargs="+", metavar="NAME", help="score only these organs (default: all)")
     parser.add_argument("--protocol", choices=("default", "flare22"), default="default", help="rules of scoring")
     parser.add_argument(
         "--tolerance-mm", type=float, default=TOLERANCE_MM, metavar="MM",
         help=f"of NSD, for organs that FLARE22 does not have (default: {TOLERANCE_MM:g})",
     )  # fmt: skip
     parser.add_argument("--distances", action="store_true", help="hd_mm and mean_distance_mm too, in the files only")
-    parser.add_argument("--against", metavar="DIR", help="other predictions of the same cases, to compare with")
+    parser.add_argument(
+        "--against", type=user_path, metavar="DIR", help="other predictions of the same cases, to compare with"
+    )
     parser.add_argument("--ceiling", action="store_true", help="score the labels on the network's grid and back")
     parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: the settings')")
     parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.system.files import write_text
+from core.system.files import user_path, write_text
 from core.system.yaml_files import dump_yaml, parse_value, read_yaml, shorten, show_value
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "config.yaml"
@@ -283,7 +283,9 @@ class RenamedFlag(argparse.Action):
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Add --config and a flag for every setting; `config_from_flags` reads them back."""
-    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="FILE", help="settings (default: config.yaml)")
+    parser.add_argument(
+        "--config", type=user_path, default=DEFAULT_CONFIG, metavar="FILE", help="settings (default: config.yaml)"
+    )
     group = parser.add_argument_group("settings")
     for item in fields(Config):
         rule, default = RULES[item.name], show_value(config_to_dict(Config())[item.name])

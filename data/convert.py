@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from core.config import DEFAULT_CONFIG, check, load_organs
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
-from core.system.files import read_text
+from core.system.files import read_text, user_path
 from core.system.parallel import MOST_WORKERS, cores, in_processes
 from data import doctor
 from data.converted import Converted, DataFolder, convert_case
@@ -148,10 +148,10 @@ def read_organ_list(names: Sequence[str] | None, config: Path) -> tuple[str, ...
     if names is None:
         organs = load_organs(config)
     elif len(names) == 1 and Path(names[0]).suffix in (".yaml", ".yml"):
-        organs = load_organs(names[0])
+        organs = load_organs(user_path(names[0]))
     else:
-        if len(names) == 1 and Path(names[0]).is_file():
-            lines = read_text(names[0]).splitlines()
+        if len(names) == 1 and names[0] and user_path(names[0]).is_file():
+            lines = read_text(user_path(names[0])).splitlines()
             names = [line.strip() for line in lines if line.strip()]
         names = list(names)
         organs = check("organs", names if names[:1] == [BACKGROUND] else [BACKGROUND, *names], "--organs")
@@ -164,7 +164,7 @@ def read_organ_list(names: Sequence[str] | None, config: Path) -> tuple[str, ...
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.convert", description=__doc__.splitlines()[0])
-    folder = {"type": lambda text: Path(text).expanduser()}
+    folder = {"type": user_path}
     parser.add_argument("source", **folder, metavar="SOURCE", help="folder of the collection")
     parser.add_argument("data_dir", **folder, metavar="DATA_DIR", help="folder to write, for train.py --data-dir")
     which = parser.add_mutually_exclusive_group()

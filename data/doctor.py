@@ -26,7 +26,7 @@ from core.scans.dicom_series import is_series_folder
 from core.scans.files import list_files
 from core.scans.nifti import MAX_GIB, Reading
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import write_text
+from core.system.files import user_path, write_text
 from core.system.parallel import MOST_WORKERS, cores, in_processes
 from data.checks import WHAT_TO_DO, Examined, Finding, examine, find_duplicates, find_other_ids, find_outliers
 from dataset import find_data
@@ -169,9 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("data_dir", type=Path, metavar="DATA_DIR", help="folder with images and labels")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the results (default: DATA_DIR/doctor)")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="settings that name the organs")
+    parser.add_argument("data_dir", type=user_path, metavar="DATA_DIR", help="folder with images and labels")
+    parser.add_argument(
+        "--output", type=user_path, metavar="DIR", help="folder for the results (default: DATA_DIR/doctor)"
+    )
+    parser.add_argument("--config", type=user_path, default=DEFAULT_CONFIG, help="settings that name the organs")
     parser.add_argument("--workers", type=int, default=min(cores(), MOST_WORKERS), metavar="N", help="processes")
     parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest scan, as float32")
     parser.add_argument("--assume-ras", action="store_true", help="files that do not say where they lie are RAS+")

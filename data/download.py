@@ -32,7 +32,7 @@ from core.system.exits import (
     refusing,
     run_command,
 )  # fmt: skip
-from core.system.files import check_room
+from core.system.files import check_room, user_path
 from data import doctor
 from dataset import find_cases, find_data
 
@@ -142,8 +142,10 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__.splitlines()[0])
-    parser.add_argument("--to", type=Path, default=Path("data"), metavar="DIR", help=f"folder for {NAME}")
-    parser.add_argument("--url", default=URL, metavar="URL|PATH", help="a mirror, or a local zip file")
+    parser.add_argument("--to", type=user_path, default=Path("data"), metavar="DIR", help=f"folder for {NAME}")
+    parser.add_argument(
+        "--url", type=os.path.expanduser, default=URL, metavar="URL|PATH", help="a mirror, or a local zip file"
+    )
     parser.add_argument("--sha256", default=SHA256, type=str.lower, metavar="HEX", help="of the zip file")
     parser.add_argument("--no-doctor", action="store_true", help="do not check the data afterwards")
     args = parser.parse_args()

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from core.scans.organ_names import organ_names_extension
 from core.scoring.flare22 import TOLERANCES_MM
 from core.system.exits import DONE, USAGE, refusing, run_command
-from core.system.files import read_text, whole_file, write_text
+from core.system.files import read_text, user_path, whole_file, write_text
 
 VERSION = 1  # raised when the same settings begin to give other voxels, so that an older set is not reused
 
@@ -511,7 +511,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's settings; a wrong one ends the program with exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m data.make_phantom", description=__doc__.partition("\n")[0])
-    parser.add_argument("data_dir", type=Path, metavar="DATA_DIR", help="a new or empty folder")
+    parser.add_argument("data_dir", type=user_path, metavar="DATA_DIR", help="a new or empty folder")
     parser.add_argument("--cases", type=int, default=DEFAULT_CASES, help="how many (default: %(default)s)")
     parser.add_argument(
         "--shape",

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from core.scans.not_found import CONVERTED_SUFFIXES
 from core.system.exits import one_line
 from core.system.files import whole_file
 
-OTHER_SUFFIXES = (".mha", ".mhd", ".nrrd")
+OTHER_SUFFIXES = CONVERTED_SUFFIXES
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 

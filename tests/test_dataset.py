@@ -1,8 +1,11 @@
 """Cases: found, split, cached, put in order and augmented."""
 
+import errno
 import multiprocessing
 import os
 import pickle
+import re
+import resource
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -13,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from data_files import SHAPE, SIZE, make_data, same_samples, settings, write_volume
+from helpers import TINY
 
+import train
 from core.config import Config, load_config
 from core.scans.files import find_label_maps, find_scans, read_case_ids, select_cases
 from core.scans.resample import resize_labels
@@ -84,8 +89,14 @@ def two_in_a_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "labels" / "b.nii.gz").unlink(), "no label map for the case b$"),
-        (lambda folder: (folder / "images" / "b_0000.nii.gz").unlink(), "no scan for the case b$"),
+        (
+            lambda folder: (folder / "labels" / "b.nii.gz").unlink(),
+            "no label map for the case b: looked for labels/b.nii.gz$",
+        ),
+        (
+            lambda folder: (folder / "images" / "b_0000.nii.gz").unlink(),
+            "no scan for the case b: looked for images/b_0000.nii.gz$",
+        ),
         (add_duplicate, "case b: .* both mean it"),
         (shift_labels, "case b: the scan has 12x10x6 .* expected the same voxels"),
         (cut_labels, "case b: the scan has 12x10x6 .* the label map 12x10x5"),
@@ -493,3 +504,34 @@ def test_list_of_cases_that_is_no_text_is_refused_by_name(tmp_path):
     (tmp_path / "cases.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"cases\.txt: is no text"):
         read_case_ids([str(tmp_path / "cases.txt")])
+
+
+def train_with_cache(run_main, data: Path, folder: Path, workers: int, reason: str) -> None:
+    """Train where no cache file can be written, and check the sentence that ends it."""
+    flags = [*TINY, "--workers", workers, f"--run-dir={folder / 'run'}", f"--cache-dir={folder / 'cache'}"]
+    code, _, err = run_main(train, f"--data-dir={data}", *flags)
+    assert code in (1, 2, 3)
+    sentence = rf"error: {folder}/cache/phantom_\d+-\w+.cache: the cache cannot be written \({reason}\); make room, "
+    assert re.fullmatch(sentence + r"give another --cache-dir, or train without a cache by --cache-dir null\n", err)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_cache_disk_names_the_way_without(tmp_path, monkeypatch, run_main, phantom_data, number):
+    def fail(path: Path, content: bytes) -> None:
+        if path.name.endswith(".cache"):
+            raise OSError(number, os.strerror(number), str(path))
+        write(path, content)
+
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    train_with_cache(run_main, phantom_data, tmp_path, 0, os.strerror(number))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_file_system_that_takes_no_cache_file_is_named_from_a_worker_too(tmp_path, run_main, phantom_data):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))  # a cache file has 2 x 32 x 32 x 16 bytes and more
+    try:
+        train_with_cache(run_main, phantom_data, tmp_path, 1, os.strerror(errno.EFBIG))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

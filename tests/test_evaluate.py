@@ -137,6 +137,7 @@ def test_the_summary_counted_by_hand(folders, run, tmp_path):
     _, summary = read(tmp_path / "scores")
     assert set(summary) == {
         "protocol", "mean", "organs", "interval_95", "voxel_accuracy", "cases", "missing", "refused", "extra",
+        "in_no_reference", "not_annotated",
         "tolerances_mm", "definitions", "versions",
     }  # fmt: skip
     assert (summary["protocol"], summary["cases"]) == ("default", ["case1", "case2"])
@@ -275,7 +276,8 @@ def test_a_missing_prediction_is_an_error_and_scored_as_missed(folders, run, tmp
     (tmp_path / "predictions" / "case2.nii.gz").unlink()
     code, out, err = run(*folders)
     assert code == 1
-    assert err == f"error: case case2: no prediction in {tmp_path / 'predictions'}; scored as missed\n"
+    sentence = f"error: case case2: no prediction in {tmp_path / 'predictions'}; scored as missed; "
+    assert err == f"{sentence}looked for predictions/case2.nii.gz\n"
     assert "2 of 2 cases scored, 1 of them as missed, into" in out
     rows, summary = read(tmp_path / "scores")
     # As an empty label map would be: 472 of 480 voxels are not liver.

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from core.config import load_organs
 from core.system.exits import DONE, REFUSED, refusing, run_command
-from core.system.files import open_text
+from core.system.files import open_text, user_path
 from visualization.fonts import drawable_organs
 from visualization.style import INK, apply_style, colour_of, save_figure
 
@@ -167,7 +167,7 @@ def draw_curves(log_path: str | Path, output_path: str | Path, organs: Sequence[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 input refused (2, wrong usage, comes from argparse)."""
     parser = argparse.ArgumentParser(prog="python -m visualization.curves", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="the run's folder, with log.csv and config.yaml")
+    parser.add_argument("run_dir", type=user_path, help="the run's folder, with log.csv and config.yaml")
     run_dir = parser.parse_args(arguments).run_dir
     with refusing(REFUSED):
         draw_curves(run_dir / "log.csv", run_dir / "curves.png", load_organs(run_dir / "config.yaml"))

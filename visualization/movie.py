@@ -23,7 +23,7 @@ from core.scans.geometry import Geometry
 from core.scans.volumes import load_scan, read_geometry
 from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import whole_file
+from core.system.files import user_path, whole_file
 from visualization.fonts import drawable, drawable_organs, font_file
 from visualization.meshes import context_meshes, organ_mesh
 from visualization.render import Scene, Veil, View, backdrop, fitting_scale, render, view_at
@@ -254,10 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m visualization.movie", description=__doc__.splitlines()[0])
-    parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
-    parser.add_argument("labels", type=Path, help="its label map, NIfTI")
-    parser.add_argument("--output", type=Path, required=True, help="movie to write: .mp4 or .gif")
-    parser.add_argument("--truth", type=Path, metavar="LABELS", help="reference, drawn beside the first label map")
+    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
+    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
+    parser.add_argument("--output", type=user_path, required=True, help="movie to write: .mp4 or .gif")
+    parser.add_argument("--truth", type=user_path, metavar="LABELS", help="reference, drawn beside the first label map")
     parser.add_argument("--context", action="store_true", help="show skin and bones faintly around the organs")
     parser.add_argument("--organs", nargs="+", metavar="NAME", help="the organs to show (default: all)")
     parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=f"of one turn (default: {FRAMES})")

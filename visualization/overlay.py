@@ -13,7 +13,6 @@ the captions count from 0 in RAS+ order: from the left, the back and the feet.
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 
 from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.system.files import user_path
 from visualization.canvas import (
     MARGIN,
     ROW_GAP,
@@ -204,11 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m visualization.overlay", description=__doc__.splitlines()[0])
-    parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
-    parser.add_argument("labels", type=Path, help="its label map, NIfTI")
-    parser.add_argument("--output", type=Path, required=True, help="picture to write: .png, .jpg, .webp, .pdf or .svg")
+    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
+    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
     parser.add_argument(
-        "--truth", type=Path, metavar="LABELS", help="reference to draw beside it, and where the two differ"
+        "--output", type=user_path, required=True, help="picture to write: .png, .jpg, .webp, .pdf or .svg"
+    )
+    parser.add_argument(
+        "--truth", type=user_path, metavar="LABELS", help="reference to draw beside it, and where the two differ"
     )
     parser.add_argument("--contact", type=int, metavar="N", help="draw a sheet of N axial slices instead")
     add_organ_flags(parser)

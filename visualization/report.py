@@ -32,7 +32,7 @@ from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
-from core.system.files import read_text, write_text
+from core.system.files import read_text, user_path, write_text
 from core.system.provenance import git_commit, versions
 from visualization.comparison import draw_comparison
 from visualization.movie import make_movie
@@ -327,10 +327,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m visualization.report", description=__doc__.splitlines()[0])
-    parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
-    parser.add_argument("labels", type=Path, help="its label map, NIfTI")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the report into")
-    parser.add_argument("--truth", type=Path, metavar="LABELS", help="compare with this reference")
+    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
+    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
+    parser.add_argument(
+        "--output", type=user_path, required=True, metavar="DIR", help="folder to write the report into"
+    )
+    parser.add_argument("--truth", type=user_path, metavar="LABELS", help="compare with this reference")
     add_organ_flags(parser)
     return parser.parse_args(arguments)
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.system.exits import DONE, REFUSED, refusing, run_command
-from core.system.files import open_text
+from core.system.files import open_text, user_path
 from visualization.fonts import drawable, drawable_organs
 from visualization.style import INK, PAPER, apply_style, colour_of, save_figure
 
@@ -196,7 +196,7 @@ def draw_scores(metrics_path: str | Path, output_path: str | Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 input refused (2, wrong usage, comes from argparse)."""
     parser = argparse.ArgumentParser(prog="python -m visualization.scores", description=__doc__.splitlines()[0])
-    parser.add_argument("scores_dir", type=Path, help="the folder that evaluate.py wrote, with metrics.csv")
+    parser.add_argument("scores_dir", type=user_path, help="the folder that evaluate.py wrote, with metrics.csv")
     folder = parser.parse_args(arguments).scores_dir
     with refusing(REFUSED):
         draw_scores(folder / "metrics.csv", folder / "scores.png")

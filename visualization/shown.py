@@ -13,6 +13,7 @@ from core.scans.geometry import Geometry, check_same_grid
 from core.scans.organ_names import check_organ_names
 from core.scans.volumes import load_labels, load_scan
 from core.scoring.organ_list import choose_organs
+from core.system.files import user_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +90,8 @@ def in_mm(geometry: Geometry, voxel: Sequence[int]) -> list[float]:
 def add_organ_flags(parser: argparse.ArgumentParser) -> None:
     """Add the two flags that name the organs."""
     text = "settings that name the organs (default: the label map does)"
-    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="network whose settings name the organs")
+    parser.add_argument("--config", type=user_path, metavar="FILE", help=text)
+    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="network whose settings name the organs")
 
 
 def label_map_paths(args: argparse.Namespace) -> dict[str, Path]:

@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from string import Template
 
 import nibabel as nib
@@ -24,7 +23,7 @@ from scipy import ndimage
 from core.scans.resample import resize_image, resize_labels
 from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import read_text
+from core.system.files import read_text, user_path
 from visualization.meshes import Mesh, organ_mesh
 from visualization.overlay import draw_overlay
 from visualization.page import FOLDER, Data, data_url, escaped, make_page, write_page
@@ -201,10 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m visualization.viewer", description=__doc__.splitlines()[0])
-    parser.add_argument("scan", type=Path, help="CT scan, NIfTI")
-    parser.add_argument("labels", type=Path, help="its label map, NIfTI")
-    parser.add_argument("--output", type=Path, required=True, help="page to write: .html")
-    parser.add_argument("--truth", type=Path, metavar="LABELS", help="reference, to switch to")
+    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
+    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
+    parser.add_argument("--output", type=user_path, required=True, help="page to write: .html")
+    parser.add_argument("--truth", type=user_path, metavar="LABELS", help="reference, to switch to")
     parser.add_argument("--full", action="store_true", help="hold every voxel and HU, however large the page gets")
     add_organ_flags(parser)
     return parser.parse_args(arguments)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib
 
+from core.system.exits import one_line
 from core.system.files import whole_file
 
 CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file
@@ -14,11 +15,21 @@ CACHE_VERSION = 5  # raise it when the content for the same scan and settings ch
 
 
 def write_cache(path: Path, volumes: np.ndarray, facts: dict) -> None:
-    """Write a cache file: volumes (2, X, Y, Z) uint8, the scan's facts as JSON, and the checksum of both."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a cache file: volumes (2, X, Y, Z) uint8, the scan's facts as JSON, and the checksum of both.
+
+    Raises:
+        OSError: when it cannot be written, as on a full disk; it says how to go on.
+    """
     content = volumes.tobytes() + json.dumps(facts).encode()
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content + checksum(content))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content + checksum(content))
+    except OSError as error:
+        raise OSError(
+            f"{path}: the cache cannot be written ({error.strerror or one_line(error)}); make room, give another "
+            "--cache-dir, or train without a cache by --cache-dir null"
+        ) from error
 
 
 def read_cache(path: Path, size: tuple[int, int, int]) -> tuple[np.ndarray, dict] | None:

@@ -1,10 +1,12 @@
 """Find scans and label maps on disk by case id."""
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from core.scans.not_found import found_instead, likeness, looked_for
 from core.scans.volumes import NIFTI_SUFFIXES
 
 
@@ -17,13 +19,14 @@ def find_scans(path: str | Path) -> dict[str, Path]:
     """
     path = Path(path)
     if path.is_dir():
-        files = find_files(path / "images" if (path / "images").is_dir() else path)
+        path = path / "images" if (path / "images").is_dir() else path
+        files = find_files(path)
     elif path.exists() or path.is_symlink():  # reading says what is wrong about the link
         files = {case_id(path): path}
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not files:
-        raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii)")
+        raise FileNotFoundError(f"{path}: no scan in this folder (.nii.gz or .nii){found_instead(path)}")
     return dict(sorted(files.items()))
 
 
@@ -34,12 +37,20 @@ def find_label_maps(folder: str | Path) -> dict[str, Path]:
         FileNotFoundError: when there is no such folder, or no label map in it.
         ValueError: when two files mean the same case.
     """
-    folder = Path(folder)
-    files = find_files(folder / "labels" if (folder / "labels").is_dir() else folder)
+    folder = label_folder(folder)
+    files = find_files(folder)
     files = {case: path for case, path in sorted(files.items()) if not case.endswith("_probabilities")}
     if not files:
-        raise FileNotFoundError(f"{folder}: no label map in this folder (CASE.nii.gz or CASE.nii)")
+        raise FileNotFoundError(
+            f"{folder}: no label map in this folder (CASE.nii.gz or CASE.nii){found_instead(folder)}"
+        )
     return files
+
+
+def label_folder(folder: str | Path) -> Path:
+    """Return the folder of label maps that a path means: that of a data set is its `labels`."""
+    folder = Path(folder)
+    return folder / "labels" if (folder / "labels").is_dir() else folder
 
 
 def find_files(folder: str | Path) -> dict[str, Path]:
@@ -79,6 +90,28 @@ def list_files(folder: str | Path) -> dict[str, list[Path]]:
     return found
 
 
+def check_partners(folder: Path, scans: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
+    """Check that each case of a data set has a scan and a label map.
+
+    Args:
+        folder: the data set's.
+        scans: files of its `images` by case id.
+        labels: files of its `labels` by case id.
+
+    Raises:
+        ValueError: naming the cases without one of them, and similar names.
+    """
+    for have, lack, name, what, ending in (
+        (scans, labels, "labels", "label map", ".nii.gz"),
+        (labels, scans, "images", "scan", "_0000.nii.gz"),
+    ):
+        orphans = [case for case in have if case not in lack]
+        if orphans:
+            taken = [path for case, path in lack.items() if case in have]
+            hint = looked_for(orphans[0], folder / name, taken, ending) + ("" if lack else found_instead(folder / name))
+            raise ValueError(f"{folder}: no {what} for the case {listed(orphans)}: {hint}")
+
+
 def nifti_in(folder: Path) -> list[Path]:
     """List the paths in a folder that are named like a NIfTI file, in order, without hidden files."""
     return [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
@@ -103,9 +136,10 @@ def read_case_ids(given: Sequence[str]) -> list[str]:
     Raises:
         ValueError: when the file is no text, or lists no case.
     """
-    if len(given) != 1 or not Path(given[0]).is_file():
+    file = Path(os.path.expanduser(given[0])) if len(given) == 1 else None
+    if file is None or not file.is_file():
         return list(given)
-    content = Path(given[0]).read_bytes()
+    content = file.read_bytes()
     if b"\0" in content:
         raise ValueError(f"{given[0]}: is no text, expected one case id a line")
     ids = []
@@ -140,5 +174,7 @@ def select_cases(found: dict[str, Path], given: Sequence[str] | None) -> dict[st
     wanted = read_case_ids(given)
     missing = sorted(set(wanted) - set(found))
     if missing:
-        raise ValueError(f"--cases: {listed(missing)} not among the {len(found)} cases: {listed(list(found), 3)}")
+        closest = max(found, key=lambda case: likeness(missing[0], case), default="")
+        hint = f"; did you mean {closest}?" if likeness(missing[0], closest) else ""
+        raise ValueError(f"--cases: {listed(missing)} not among the {len(found)} cases: {listed(list(found), 3)}{hint}")
     return {case: path for case, path in found.items() if case in wanted}

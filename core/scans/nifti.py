@@ -36,8 +36,11 @@ SMALLEST_SLOPE = float(np.finfo(np.float32).tiny)  # smaller numbers lose digits
 # Other files that are named like a scan, by their first bytes.
 OTHER_KINDS = {
     b"version https://git-lfs": "is a Git LFS pointer and not the file itself; run git lfs pull",
-    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"PK\x03\x04": "is a zip archive (or .npz); unpack it, expected NIfTI",
     b"NRRD": "is an NRRD file; convert it to NIfTI",
+    b"ObjectType": "is a MetaImage file (.mha, .mhd); convert it to NIfTI",
+    b"NDims": "is a MetaImage file (.mha, .mhd); convert it to NIfTI",
+    b"\x93NUMPY": "is an array of numpy, which does not say where its voxels lie; expected NIfTI",
     b"\x89PNG": "is a PNG picture, expected NIfTI",
     b"BZh": "is packed with bzip2; unpack it",
     b"\xfd7zXZ": "is packed with xz; unpack it",

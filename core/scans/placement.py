@@ -14,6 +14,7 @@ SPACING_MM = (0.1, 20.0)  # between neighbouring voxels of any CT
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # unknown, metre, millimetre, micron; of xyzt_units & UNIT_BITS
 UNIT_BITS = 7
 SAME_PLACE = 0.1  # voxels by which sform and qform may differ at a corner
+EXACT_MM = 1e-6  # by which numbers of a qform may differ from whole ones
 SHEAR_DEGREES = 0.5  # by which axes may be off right angles
 
 
@@ -52,6 +53,8 @@ def affine_of(
     if other:
         warn_of_two_places(affine, *other, shape, warn)
     warn_of_shear(affine, warn)
+    if "assumed" not in ways:
+        warn_of_identity(affine, warn)
     return affine
 
 
@@ -116,6 +119,19 @@ def corners_mm(affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 def voxels_apart(apart_mm: np.ndarray, affine: np.ndarray) -> float:
     """Return the largest of (N, 3) differences between places, in voxels of each axis."""
     return float(np.abs(np.linalg.solve(affine[:3, :3], apart_mm.T)).max())
+
+
+def warn_of_identity(affine: np.ndarray, warn: Callable[[str], None]) -> None:
+    """Warn of an affine that no scanner writes, but many conversions that lose a scan's place: the identity.
+
+    Some write it with X and Y turned round, which is the identity of DICOM's directions.
+    """
+    if np.allclose(np.abs(affine), np.eye(4), rtol=0, atol=EXACT_MM):
+        turned = " with axes turned round" if (np.diag(affine) < 0).any() else ""
+        warn(
+            f"its affine is the identity{turned} (voxels of 1 mm, the first at 0, 0, 0): a conversion has probably "
+            "lost its place in the patient, so that right and left, sizes and volumes cannot be trusted"
+        )
 
 
 def warn_of_shear(affine: np.ndarray, warn: Callable[[str], None]) -> None:

@@ -31,6 +31,7 @@ class Rules:
 
     Attributes:
         organs: names by id, background first.
+        scored: ids of the organs that are scored; the others count as background.
         tolerances_mm: of NSD, by id, background first.
         protocol: default or flare22.
         distances: whether DISTANCES are wanted too.
@@ -41,6 +42,7 @@ class Rules:
     """
 
     organs: tuple[str, ...]
+    scored: tuple[int, ...]
     tolerances_mm: tuple[float, ...]
     protocol: str
     distances: bool
@@ -48,6 +50,11 @@ class Rules:
     threads: int = 1
     reading: Reading = DEFAULT_READING
     organs_note: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the organs that are scored."""
+        return tuple(self.organs[organ] for organ in self.scored)
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -67,20 +74,42 @@ class Rules:
 
 @dataclass(frozen=True)
 class Task:
-    """A case to be scored; `prediction` is None when there is none."""
+    """A case to be scored.
+
+    Attributes:
+        case: its id.
+        reference: its label map.
+        prediction: the label map to score; None when there is none.
+        annotated: ids of the organs that the reference annotates; None when it annotates all.
+    """
 
     case: str
     reference: Path
     prediction: Path | None = None
+    annotated: tuple[int, ...] | None = None
+
+    def to_score(self, rules: Rules) -> tuple[int, ...]:
+        """Return the ids of the organs to score in this case: those that are scored and annotated."""
+        return tuple(organ for organ in rules.scored if self.annotated is None or organ in self.annotated)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The outcome of a case: a CSV row per organ, or no row and the reason why the case was refused."""
+    """The outcome of a case.
+
+    Attributes:
+        rows: a CSV row per scored organ; none when the case was refused.
+        voxel_accuracy: share of voxels with the right id.
+        refusal: why the case was refused; None when it was not.
+        in_reference: ids of the organs that the reference holds.
+        not_annotated: ids of the organs without a score, because the reference does not annotate them.
+    """
 
     rows: Sequence[dict] = ()
     voxel_accuracy: float = math.nan
     refusal: str | None = None
+    in_reference: frozenset[int] = frozenset()
+    not_annotated: tuple[int, ...] = ()
 
 
 def ignore() -> None:
@@ -103,6 +132,7 @@ def score_case(task: Task, rules: Rules, tick: Callable[[], object] = ignore) ->
     if task.prediction:
         prediction, prediction_geometry = read_label_map(task.prediction, rules)
         check_same_grid(geometry, prediction_geometry, f"case {task.case}", "the reference", "the prediction")
+    reference, prediction = (keep_organs(labels, task, rules) for labels in (reference, prediction))
     matrix = confusion_matrix(reference, prediction, len(rules.organs))
     if rules.protocol == "flare22" and not task.prediction:
         scores = [{"dice": 0.0, "nsd": 0.0} for _ in rules.organs[1:]]
@@ -111,7 +141,7 @@ def score_case(task: Task, rules: Rules, tick: Callable[[], object] = ignore) ->
     volumes_ml = matrix[1:].sum(axis=1) * geometry.voxel_ml, matrix[:, 1:].sum(axis=0) * geometry.voxel_ml
     for of_organ, reference_ml, predicted_ml in zip(scores, *volumes_ml, strict=True):
         of_organ |= {"reference_ml": reference_ml, "predicted_ml": predicted_ml}
-    return Scored(as_rows(task.case, scores, rules.organs), float(voxel_accuracy(matrix)))
+    return outcome(task, scores, matrix, rules)
 
 
 def read_label_map(path: Path, rules: Rules) -> tuple[np.ndarray, Geometry]:
@@ -123,6 +153,16 @@ def read_label_map(path: Path, rules: Rules) -> tuple[np.ndarray, Geometry]:
     labels, geometry = load_labels(path, len(rules.organs), rules.reading)
     check_organ_names(path, rules.organs)
     return labels, geometry
+
+
+def keep_organs(labels: np.ndarray, task: Task, rules: Rules) -> np.ndarray:
+    """Return labels, (X, Y, Z) uint8, in which the organs that are not scored in this case are background."""
+    organs = list(task.to_score(rules))
+    if len(organs) == len(rules.organs) - 1:
+        return labels
+    kept = np.zeros(len(rules.organs), np.uint8)
+    kept[organs] = organs
+    return kept[labels]
 
 
 def score_organs(
@@ -163,10 +203,20 @@ def score_organs(
     return scores
 
 
-def as_rows(case: str, scores: Sequence[dict[str, float]], organs: Sequence[str]) -> list[dict]:
-    """Return the CSV rows of one case, with numbers rounded as in the file."""
-    return [
-        {"case": case, "id": organ, "organ": organs[organ]}
-        | {name: float(f"{value:.{DIGITS}g}") for name, value in of_organ.items()}
-        for organ, of_organ in enumerate(scores, start=1)
-    ]
+def outcome(task: Task, scores: Sequence[dict[str, float]], matrix: np.ndarray, rules: Rules) -> Scored:
+    """Return the outcome of a case, with the numbers of its rows rounded as in the CSV file.
+
+    Args:
+        task: the case.
+        scores: of organ 1, 2, ... by name.
+        matrix: (K, K), the confusion matrix of reference and prediction.
+        rules: how it was scored.
+    """
+    rows, to_score = [], task.to_score(rules)
+    for organ in rules.scored:
+        of_organ = scores[organ - 1] if organ in to_score else dict.fromkeys(scores[organ - 1], math.nan)
+        numbers = {name: float(f"{value:.{DIGITS}g}") for name, value in of_organ.items()}
+        rows.append({"case": task.case, "id": organ, "organ": rules.organs[organ]} | numbers)
+    in_reference = frozenset(organ for organ in to_score if matrix[organ].any())
+    not_annotated = tuple(organ for organ in rules.scored if organ not in to_score)
+    return Scored(rows, float(voxel_accuracy(matrix)), None, in_reference, not_annotated)

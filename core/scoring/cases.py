@@ -1,13 +1,18 @@
 """Score many cases: pair predictions with references, work in parallel, and lose no finished case."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from core.scans.files import find_label_maps, listed
+from core.scans.annotated import read_annotated
+from core.scans.files import find_label_maps, label_folder, listed
+from core.scans.not_found import looked_for
+from core.scans.organ_words import same_name
 from core.scoring.case import Rules, Scored, Task, ignore, score_case
 from core.scoring.results import csv_text
 from core.system.exits import print_error, print_warning
@@ -17,7 +22,7 @@ from core.system.parallel import in_processes
 Score = Callable[[Task, Rules, Callable[[], object]], Scored]
 
 
-def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -> tuple[list[Task], list[str]]:
+def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) -> tuple[list[Task], list[str]]:
     """Return the chosen cases with their predictions in a folder, and the folder's cases that have no reference.
 
     Raises:
@@ -33,7 +38,22 @@ def pair_up(folder: str, references: dict[str, Path], chosen: dict[str, Path]) -
     return tasks, [case for case in predictions if case not in references]
 
 
-def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: str) -> list[str]:
+def mark_annotated(tasks: Sequence[Task], labels: Path, organs: Sequence[str]) -> list[Task]:
+    """Note in each task which organs its reference annotates, by the annotated.csv beside a folder named `labels`.
+
+    Raises:
+        ValueError: when that file is damaged.
+    """
+    folder = Path(os.path.abspath(label_folder(labels)))
+    annotated = read_annotated(folder.parent) if folder.name == "labels" else {}
+    ids = {
+        case: tuple(i for i, organ in enumerate(organs) if any(same_name(organ, name) for name in names))
+        for case, names in annotated.items()
+    }
+    return [replace(task, annotated=ids.get(task.case)) for task in tasks]
+
+
+def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: Path) -> list[str]:
     """Name on stderr the cases without a prediction in the folder, and its predictions `extra` without a reference.
 
     Returns:
@@ -43,7 +63,8 @@ def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: str) -> l
         print_warning(f"{folder}: no reference for {len(extra)}: {listed(extra)}")
     missing = [task.case for task in tasks if task.prediction is None]
     for case in missing:
-        print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed"))
+        hint = looked_for(case, label_folder(folder), [task.prediction for task in tasks if task.prediction])
+        print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed; {hint}"))
     return missing
 
 

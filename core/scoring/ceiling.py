@@ -7,11 +7,21 @@ import numpy as np
 import torch
 
 from core.scans.resample import apply_weights, axis_weights, logits_to_labels, resize_labels
-from core.scoring.case import COMPARED, Rules, Scored, Task, as_rows, ignore, read_label_map, score_organs
+from core.scoring.case import (
+    COMPARED,
+    Rules,
+    Scored,
+    Task,
+    ignore,
+    keep_organs,
+    outcome,
+    read_label_map,
+    score_organs,
+)
 from core.scoring.cases import score_cases
 from core.scoring.overlap import confusion_matrix
 from core.scoring.results import CEILING_RESULTS, DEFINITIONS, prepare_output, summary_of, write_json
-from core.scoring.tables import ceiling_table
+from core.scoring.tables import ceiling_table, print_notes
 from core.system.exits import DONE, REFUSED
 
 
@@ -31,8 +41,7 @@ def score_ceiling(tasks: list[Task], rules: Rules, workers: int, output: Path, m
     summary["definitions"] |= DEFINITIONS["ceiling"]
     write_json(output / "ceiling.json", summary)
     print(ceiling_table(summary, rules.size, markdown))
-    if rules.organs_note:
-        print(rules.organs_note)
+    print_notes(summary, rules)
     print(f"{len(summary['cases'])} of {len(tasks)} cases pushed through, into {output}: {', '.join(CEILING_RESULTS)}")
     return REFUSED if summary["refused"] else DONE
 
@@ -50,14 +59,16 @@ def measure_ceiling(task: Task, rules: Rules, tick: Callable[[], object]) -> Sco
     reference, geometry = read_label_map(task.reference, rules)
     torch.set_num_threads(1)  # cases run in parallel, and the numbers must not depend on the machine
     scores = [{} for _ in rules.organs[1:]]
+    kept = keep_organs(reference, task, rules)
     for ending, there_and_back in (("", from_shares), ("_as_labels", from_labels)):
-        restored = there_and_back(reference, rules)
-        matrix = confusion_matrix(reference, restored, len(rules.organs))
+        # Organs that are not scored are on the grid too: they share its voxels with the others.
+        restored = keep_organs(there_and_back(reference, rules), task, rules)
+        matrix = confusion_matrix(kept, restored, len(rules.organs))
         # An organ is done after the second way.
-        found = score_organs(reference, restored, matrix, geometry, rules, tick if ending else ignore)
+        found = score_organs(kept, restored, matrix, geometry, rules, tick if ending else ignore)
         for of_organ, here in zip(scores, found, strict=True):
             of_organ |= {f"{name}{ending}": here[name] for name in COMPARED}
-    return Scored(as_rows(task.case, scores, rules.organs))
+    return outcome(task, scores, matrix, rules)
 
 
 def from_shares(labels: np.ndarray, rules: Rules) -> np.ndarray:

@@ -50,6 +50,28 @@ def tolerance_mm(organ: str, otherwise: float) -> float:
     return TOLERANCES_MM.get(standard_name(organ), otherwise)
 
 
+def unknown_names(organs: Sequence[str], complete: bool = True) -> list[str]:
+    """Return a sentence each on names that the protocol does not know, and on organs of the protocol without a name.
+
+    Args:
+        organs: the names of the organs that are scored, without background.
+        complete: True when they are the whole list, which should have all organs of the protocol.
+    """
+    standard = [standard_name(organ) for organ in organs]
+    lacking = [name for name in TOLERANCES_MM if name not in standard]
+    unknown = [organ for organ, name in zip(organs, standard, strict=True) if name not in TOLERANCES_MM]
+    found = []
+    if lacking and (complete or unknown):
+        whose = "its rule is" if len(lacking) == 1 else "their rules are"
+        found.append(f"no organ of the list is the protocol's {', '.join(map(repr, lacking))}; {whose} not used")
+    if unknown:
+        found.append(
+            f"the protocol does not know {', '.join(map(repr, unknown))} of the list; "
+            "scored in all slices and with the tolerance of --tolerance-mm"
+        )
+    return found
+
+
 def flare22_scores(
     reference: np.ndarray,
     prediction: np.ndarray,

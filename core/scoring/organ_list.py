@@ -1,6 +1,7 @@
 """Whose organ names count for label maps: those of --config or --checkpoint, of the label maps, or of config.yaml."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from core.checkpoint import load_checkpoint
@@ -54,6 +55,22 @@ def choose_organs(given: Config | None, *groups: Iterable[Path]) -> tuple[tuple[
                 )
         return as_list(names, first), None
     return load_organs(), DEFAULT_NOTE
+
+
+def choose_scored(names: Sequence[str] | None, organs: Sequence[str]) -> tuple[int, ...]:
+    """Return the ids of the organs to score, in order: those that --organs names, however spelled; all for None.
+
+    Raises:
+        ValueError: when a name is not in the organ list.
+    """
+    if names is None:
+        return tuple(range(1, len(organs)))
+    for name in names:
+        if not any(same_name(name, organ) for organ in organs[1:]):
+            close = difflib.get_close_matches(name, organs[1:], n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"--organs: got {name!r}{hint}, expected some of: {', '.join(organs[1:])}")
+    return tuple(i for i, organ in enumerate(organs) if i and any(same_name(name, organ) for name in names))
 
 
 def names_if_readable(path: Path) -> dict[int, str]:

@@ -60,6 +60,8 @@ DEFINITIONS = {
         "mean": "over organs, of each organ's mean over the cases where its score is defined; null where infinite",
         "interval_95": f"95 % interval of mean: {INTERVAL}",
         "refused": "cases of which a file could not be read or compared, and why; they are in no mean",
+        "in_no_reference": "scored organs that no reference holds; a prediction that holds one counts as Dice 0",
+        "not_annotated": "organs by case that annotated.csv does not list for it; they have no score there",
         "extra": "predictions of cases without a reference; they are not looked at",
         "rounding": f"the rows have {DIGITS} significant digits, and everything else is computed from those",
     },
@@ -102,15 +104,29 @@ def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
     tables = tables_of(results, results, rules)
     return {
         "protocol": rules.protocol,
-        **summarise(tables, rules.organs[1:]),
+        **summarise(tables, rules.names),
         "interval_95": {name: bootstrap_interval(tables[name]) for name in COMPARED},
         "cases": [case for case, scored in results.items() if not scored.refusal],
         "refused": {case: scored.refusal for case, scored in results.items() if scored.refusal},
-        "tolerances_mm": dict(zip(rules.organs[1:], rules.tolerances_mm[1:], strict=True)),
+        "in_no_reference": organs_in_no_reference(results, rules),
+        "not_annotated": {
+            case: [rules.organs[organ] for organ in scored.not_annotated]
+            for case, scored in results.items()
+            if scored.not_annotated
+        },
+        "tolerances_mm": {rules.organs[organ]: rules.tolerances_mm[organ] for organ in rules.scored},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("numpy", "scipy", "nibabel", "torch")},
         "definitions": DEFINITIONS["summary"] | SCORE_DEFINITIONS[rules.protocol],
     }
+
+
+def organs_in_no_reference(results: dict[str, Scored], rules: Rules) -> list[str]:
+    """Return the scored organs that no reference holds, although one annotates them; none when no case was scored."""
+    scored = [of_case for of_case in results.values() if not of_case.refusal]
+    looked_for = {organ for of_case in scored for organ in rules.scored if organ not in of_case.not_annotated}
+    found = frozenset().union(*(of_case.in_reference for of_case in scored))
+    return [rules.organs[organ] for organ in rules.scored if organ in looked_for - found]
 
 
 def write_summary(
@@ -137,7 +153,7 @@ def write_summary(
 def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) -> dict[str, np.ndarray]:
     """Return by score the table (cases, organs) of those of `cases` that are not refused."""
     rows = [results[case].rows for case in cases if not results[case].refusal]
-    shape = (len(rows), len(rules.organs) - 1)
+    shape = (len(rows), len(rules.scored))
     return {
         name: np.array([row[name] for of_case in rows for row in of_case], dtype=float).reshape(shape)
         for name in rules.scores
@@ -150,7 +166,7 @@ def write_comparison(output: Path, results: dict[str, Scored], other: dict[str, 
     here, there = tables_of(results, cases, rules), tables_of(other, cases, rules)
     comparison = {
         "protocol": rules.protocol,
-        **{name: compare_tables(here[name], there[name], rules.organs[1:]) for name in COMPARED},
+        **{name: compare_tables(here[name], there[name], rules.names) for name in COMPARED},
         "cases": cases,
         "left_out": [case for case in results if case not in cases],
         "definitions": DEFINITIONS["comparison"],

@@ -1,7 +1,12 @@
 """Tables of scores as text: for a terminal of 100 columns, or in Markdown."""
 
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 
+from core.scoring.case import Rules
+
+COLUMNS = 100  # of the terminal that text is wrapped for
 NAME_WIDTH = 20  # of an organ; longer names are cut, so that 100 columns are enough
 FEW_CASES = 10  # below this number, a bootstrap interval is too narrow to rely on
 NOT_DEFINED = "-"
@@ -57,6 +62,38 @@ def score_notes(summary: dict, cases: int, full: bool) -> list[str]:
         notes.append("HD95: infinite where the organ is in one label map only; * median, for the mean is infinite.")
     notes.append("accuracy: one organ against the rest, near 1 even for an organ wholly missed; read Dice.")
     return notes
+
+
+def print_notes(summary: dict, rules: Rules) -> None:
+    """Print below a table which organs have no reference or no annotation, and where the organ names come from."""
+    for note in (absent_note(summary, rules), annotated_note(summary), rules.organs_note):
+        if note:
+            print(textwrap.fill(note, COLUMNS, break_long_words=False, break_on_hyphens=False))
+
+
+def absent_note(summary: dict, rules: Rules) -> str | None:
+    """Return a sentence on the organs that are in no reference, and how they count; None when there are none."""
+    absent = summary["in_no_reference"]
+    if not absent:
+        return None
+    note = f"{len(absent)} of {len(rules.scored)} organs are in no reference: {', '.join(absent)}; "
+    note += "--organs chooses which are scored."
+    predicted = [name for name in absent if summary["organs"][name]["dice"]["n"]]
+    if rules.protocol == "flare22":
+        note += " flare22 counts them as 1 where they are not predicted either, else as 0."
+    elif predicted:
+        which = "all of them" if predicted == absent else ", ".join(predicted)
+        note += f" Predicted all the same, and so counted as Dice 0: {which}."
+    return note
+
+
+def annotated_note(summary: dict) -> str | None:
+    """Return a sentence on the organs without a score because they are not annotated; None when there are none."""
+    counts = Counter(name for names in summary["not_annotated"].values() for name in names)
+    if not counts:
+        return None
+    listed = ", ".join(f"{name} ({count} of {len(summary['cases'])} cases)" for name, count in counts.items())
+    return f"Not annotated by annotated.csv, and so not scored: {listed}."
 
 
 def ceiling_table(summary: dict, size: Sequence[int], markdown: bool = False) -> str:

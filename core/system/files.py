@@ -1,5 +1,6 @@
 """Files written whole, text as UTF-8, where there is room, one process at a time, and errors that name the file."""
 
+import argparse
 import errno
 import os
 import secrets
@@ -128,6 +129,17 @@ def check_room(folder: Path, needed: int, what: str) -> None:
         raise OSError(
             f"{folder}: has {gib(free)} free, but {what} needs {gib(needed)}; make room, or choose another folder"
         )
+
+
+def user_path(typed: str) -> Path:
+    """Return the path that a user typed, with a leading ~ expanded; `type=` of every path in argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: when it is empty, which would mean the current folder.
+    """
+    if not typed:
+        raise argparse.ArgumentTypeError("got an empty path")
+    return Path(os.path.expanduser(typed))  # not Path.expanduser, which has no answer for the home of an unknown user
 
 
 def gib(size: int) -> str:

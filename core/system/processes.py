@@ -6,7 +6,7 @@ in its own order.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +17,10 @@ from torch import Tensor, distributed, nn
 
 from core.system.exits import is_out_of_memory, one_line
 
+# The environment variables of a process that torchrun has started, beside WORLD_SIZE.
+TORCHRUN_SETS = (
+    "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
+)  # fmt: skip
 WAIT = timedelta(minutes=30)  # for the slowest process; preparing scans for the first time takes minutes
 # Words in the errors of NCCL and Gloo, and what they mean.
 ENDED = "another process of this run has ended"
@@ -129,8 +133,11 @@ def join_group(device: torch.device) -> Group:
     """Join the processes that torchrun has started; alone where it has not.
 
     Talks over NCCL between GPUs and over Gloo between processors.
+
+    Raises:
+        ValueError: when the environment tells of several processes that torchrun has not started.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if not started_by_torchrun(os.environ):
         return ALONE
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -144,6 +151,25 @@ def join_group(device: torch.device) -> Group:
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT, **own)
         talk = distributed.new_group(backend="gloo", timeout=WAIT)
     return Group(rank, size, talk)
+
+
+def started_by_torchrun(environment: Mapping[str, str]) -> bool:
+    """Return True when torchrun has started this process as one of several, by the environment variables that it sets.
+
+    Raises:
+        ValueError: when WORLD_SIZE tells of several processes, as a scheduler leaves it, without the rest.
+    """
+    size = environment.get("WORLD_SIZE", "1").strip() or "1"
+    if size == "1":
+        return False
+    missing = [name for name in TORCHRUN_SETS if not environment.get(name)]
+    if not missing and size.isdecimal():
+        return True
+    lacking = f" without {', '.join(missing)}" if missing else ""
+    raise ValueError(
+        f"the environment has WORLD_SIZE {size}{lacking}, so that torchrun has not started this process; for several "
+        "processes start it by torchrun --nproc-per-node N, for one: unset WORLD_SIZE"
+    )
 
 
 def own_device(name: str) -> str:

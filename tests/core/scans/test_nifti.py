@@ -87,6 +87,31 @@ def test_of_two_places_the_sform_is_used_and_that_said(tmp_path):
     assert not read(near)[2]
 
 
+@pytest.mark.parametrize(
+    ("diagonal", "origin", "turned"),
+    [
+        ((1, 1, 1), (0, 0, 0), ""),
+        ((-1, -1, 1), (0, 0, 0), " with axes turned round"),  # what SimpleITK writes of an array
+        ((1, 1, 1), (0, 0, 0.5), None),
+        ((1, 1, 1.001), (0, 0, 0), None),
+        ((-1, -1, 1), (-120, 80, -400), None),
+    ],
+)
+@pytest.mark.parametrize("by", ["sform", "qform"])
+def test_an_identity_affine_is_doubted(tmp_path, diagonal, origin, turned, by):
+    affine = nib.affines.from_matvec(np.diag(diagonal).astype(float), origin)
+    file = nib.Nifti1Image(HU, affine)
+    file.set_sform(affine, 2 if by == "sform" else 0)
+    file.set_qform(affine, 2 if by == "qform" else 0)
+    nib.save(file, tmp_path / "scan.nii")
+    _, geometry, warnings = read(tmp_path / "scan.nii")
+    np.testing.assert_allclose(geometry.affine, affine, atol=1e-6)
+    expected = f"{tmp_path}/scan.nii: its affine is the identity{turned} (voxels of 1 mm, the first at 0, 0, 0): "
+    assert [warning.startswith(expected) for warning in warnings] == ([] if turned is None else [True])
+    if turned is not None:
+        assert "right and left, sizes and volumes cannot be trusted" in warnings[0]
+
+
 def test_shear_is_said_and_kept(tmp_path):
     for mm, degrees in ((0.9, 16.7), (3.0, 45.0)):  # of every 3 mm along Z, towards Y
         affine = AFFINE.copy()

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import torch
 from helpers import TINY, same_weights
 from torch import nn
 
+import infer
+import train
 from core.checkpoint import load_checkpoint
-from core.system.processes import ALONE, Group, naming_lost_processes, own_device
+from core.system.processes import ALONE, Group, naming_lost_processes, own_device, started_by_torchrun
 from data.make_phantom import write_phantom
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are ended by signals of POSIX")
@@ -192,3 +195,46 @@ def test_frozen_and_unused_parameters_take_part(monkeypatch):
     assert network["used"].weight.grad == 1
     assert network["unused"].weight.grad == 0
     assert network["frozen"].weight.grad is None
+
+
+TORCHRUN = {
+    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0",
+}  # fmt: skip
+
+
+def test_one_of_several_is_known_by_what_torchrun_sets():
+    assert started_by_torchrun(TORCHRUN)
+    for alone in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}, TORCHRUN | {"WORLD_SIZE": "1"}, {"LOCAL_RANK": "3"}):
+        assert not started_by_torchrun(alone)
+    for name in TORCHRUN.keys() - {"WORLD_SIZE"}:
+        for value in ({}, {name: ""}):
+            rest = {key: TORCHRUN[key] for key in TORCHRUN if key != name}
+            with pytest.raises(ValueError, match=f"has WORLD_SIZE 2 without {name}, .* torchrun .* unset WORLD_SIZE"):
+                started_by_torchrun(rest | value)
+    with pytest.raises(ValueError, match="WORLD_SIZE two, "):
+        started_by_torchrun(TORCHRUN | {"WORLD_SIZE": "two"})
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"},
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"},
+    ],
+)
+def test_what_a_scheduler_leaves_is_one_sentence(left, run_main, monkeypatch, phantom_data, tmp_path):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    where = [f"--data-dir={phantom_data}", f"--run-dir={tmp_path / 'run'}", f"--cache-dir={tmp_path / 'cache'}"]
+    scan = phantom_data / "images" / "phantom_0001_0000.nii.gz"
+    segment = [scan, "--device=cpu", f"--checkpoint={tmp_path / 'best.pt'}", f"--output={tmp_path / 'out'}"]
+    for script, flags in ((train, [*where, *TINY]), (infer, segment)):
+        code, out, err = run_main(script, *flags)
+        assert (code, out) == (2, "")
+        assert re.fullmatch(f"error: the environment has WORLD_SIZE {left['WORLD_SIZE']}.*unset WORLD_SIZE\n", err)
+    assert list(tmp_path.iterdir()) == []

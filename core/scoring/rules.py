@@ -1,0 +1,46 @@
+"""The rules of scoring that evaluate.py's command line asks for."""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from core.config import check, load_config
+from core.scans.nifti import Reading
+from core.scoring.case import Rules, Task
+from core.scoring.flare22 import tolerance_mm, unknown_names
+from core.scoring.organ_list import choose_organs, choose_scored, load_given
+from core.system.exits import print_warning
+from core.system.parallel import MOST_WORKERS, cores
+
+
+def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argparse.Namespace) -> tuple[Rules, int]:
+    """Return the rules of scoring and the number of processes.
+
+    Raises:
+        FileNotFoundError, ValueError: when a flag or a file that it names is wrong, or predictions differ in organs.
+    """
+    given = load_given(arguments.config, arguments.checkpoint)
+    predictions = [[task.prediction for task in group if task.prediction] for group in (tasks, others)]
+    organs, note = choose_organs(given, *predictions, [task.reference for task in tasks])
+    scored = choose_scored(arguments.organs, organs)
+    if arguments.protocol == "flare22":
+        for doubt in unknown_names([organs[organ] for organ in scored], complete=arguments.organs is None):
+            print_warning(f"--protocol flare22: {doubt}")
+    if not 0 <= arguments.tolerance_mm < math.inf:
+        raise ValueError(f"--tolerance-mm: got {arguments.tolerance_mm}, expected millimetres of 0 or more")
+    size = None
+    if arguments.ceiling:
+        size = check("size", arguments.size, "--size") if arguments.size else (given or load_config()).size
+    workers = min(arguments.workers or min(cores(), MOST_WORKERS), len(tasks))
+    rules = Rules(
+        organs=organs,
+        scored=scored,
+        organs_note=note,
+        tolerances_mm=tuple(tolerance_mm(organ, arguments.tolerance_mm) for organ in organs),
+        protocol=arguments.protocol,
+        distances=arguments.distances,
+        size=size,
+        threads=max(1, cores() // workers),
+        reading=Reading(check("max_gib", arguments.max_gib, "--max-gib"), arguments.assume_ras),
+    )
+    return rules, workers
