@@ -24,7 +24,8 @@ from tqdm import tqdm
 from core.config import DEFAULT_CONFIG, check, load_organs
 from core.scans.anatomy import misplaced, odd_volumes, organs_in, plausible_ml, swapped_sides
 from core.scans.annotated import read_annotated
-from core.scans.dicom_series import is_series_folder, load_series
+from core.scans.dicom_folders import is_series_folder
+from core.scans.dicom_series import load_series
 from core.scans.files import list_files
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import MAX_GIB, Reading
