@@ -13,7 +13,7 @@ from core.scans.dicom_folders import (
     is_one_series,
     is_series_folder,
     pairs,
-    places_in,
+    places_of_input,
     series_folders_within,
 )
 from core.scans.dicom_header import import_pydicom
@@ -101,19 +101,19 @@ def divided_series(scans: dict[str, Path]) -> dict[str, str]:
 
     Copies of a series are no parts.
     """
-    folders = {case: scan for case, scan in scans.items() if scan.is_dir()}
-    parts = {case: places_in([folder]) for case, folder in folders.items()} if len(folders) > 1 else {}
+    folders = {case: Path(os.path.abspath(scan)) for case, scan in scans.items() if scan.is_dir()}
+    parts = {case: places_of_input(folder) for case, folder in folders.items()} if len(folders) > 1 else {}
     divided = {}
     for one, other in pairs(list(parts)):
-        if are_parts(parts[one], parts[other]):
-            here, there = folders[one], folders[other]
-            whole = Path(os.path.commonpath([os.path.abspath(here), os.path.abspath(there)]))
-            if whole in map(Path, map(os.path.abspath, (here, there))) or is_one_series(series_folders_within(whole)):
-                what_to_do = f"give {os.path.relpath(whole) if not here.is_absolute() else whole} alone"
-            else:
-                what_to_do = "put its files into one folder and give that"
-            for case, (part, rest) in {one: (here, there), other: (there, here)}.items():
-                divided[case] = f"{part}: holds a part of a DICOM series, {rest} another part; {what_to_do}"
+        here, there = folders[one], folders[other]
+        whole = Path(os.path.commonpath([here, there]))
+        shared = parts[one].keys() & parts[other].keys()
+        nested = whole in (here, there) and any(parts[one][i].keys() != parts[other][i].keys() for i in shared)
+        if nested or are_parts(parts[one], parts[other]):
+            alone = nested or is_one_series(series_folders_within(whole))
+            what_to_do = f"give {whole} alone" if alone else "put its files into one folder and give that"
+            for case, rest in ((one, scans[other]), (other, scans[one])):
+                divided[case] = f"{scans[case]}: holds a part of a DICOM series, {rest} another part; {what_to_do}"
     return divided
 
 

@@ -48,7 +48,7 @@ def acquisitions_of(slices: Sequence[Slice]) -> list[Acquisition]:
         if are_apart(parts, places, fewest):
             return named(slices, sorted(parts, key=lambda part: sort_key(slices[part[0]], keywords)), keywords)
     for keyword in TIMES if is_even(places) else (*TIMES, "InstanceNumber"):
-        for parts in parts_by_sweep(slices, places, keyword):
+        for parts in (parts_by_pause(slices, keyword), *parts_by_sweep(slices, places, keyword)):
             if are_apart(parts, places, FEWEST_IN_TIME):
                 return named(slices, parts, (keyword,))
     return []
@@ -102,6 +102,17 @@ def parts_by_mark(slices: Sequence[Slice], keywords: Sequence[str]) -> Parts:
     return list(parts.values())
 
 
+def parts_by_pause(slices: Sequence[Slice], keyword: str) -> Parts:
+    """Divide slices at the pauses of a time: gaps that are longer than half of the longest one."""
+    values = [number_in(one.marks.get(keyword, "")) for one in slices]
+    if None in values:
+        return []
+    order = sorted(range(len(slices)), key=lambda k: values[k])
+    gaps = np.diff([values[k] for k in order])
+    parts = np.split(order, np.flatnonzero(gaps > gaps.max() / 2) + 1)
+    return [sorted(part.tolist()) for part in parts]
+
+
 def parts_by_sweep(slices: Sequence[Slice], places: np.ndarray, keyword: str) -> Iterator[Parts]:
     """Divide slices, in the order of an attribute, wherever they do not go on by the same step.
 
@@ -149,7 +160,7 @@ def sort_key(one: Slice, keywords: Sequence[str]) -> list[tuple[bool, float, str
 def named(slices: Sequence[Slice], parts: Parts, keywords: Sequence[str]) -> list[Acquisition]:
     """Make acquisitions, named by the attributes that divided them and by others with no value in common."""
     telling = list(keywords)
-    for keyword in MARKS:
+    for keyword in MARKS[:-1]:
         values = [{slices[k].marks.get(keyword, "") for k in part} for part in parts]
         if keyword not in telling and not any(one & other for one, other in combinations(values, 2)):
             telling.append(keyword)

@@ -128,6 +128,12 @@ def places_in(folders: Collection[Path]) -> Places:
     return found
 
 
+def places_of_input(folder: Path) -> Places:
+    """Return the CT files by series and place that reading a folder would take, with those in folders within it."""
+    own, every = places_in([folder]), places_in([folder, *series_folders_within(folder)])
+    return {identity: places for identity, places in every.items() if not own or identity in own}
+
+
 def listed(names: Collection[str]) -> str:
     """Return names for a message, in order; a long list is cut."""
     names = sorted(names)

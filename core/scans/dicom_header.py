@@ -52,12 +52,13 @@ GROUP_OF = {
 # What may tell the acquisitions under one SeriesInstanceUID apart, in the order in which it is tried.
 TIMES = (
     *("AcquisitionDateTime", "AcquisitionTime", "FrameAcquisitionDateTime", "FrameReferenceDateTime", "ContentTime"),
-    "TriggerTime",
+    *("InstanceCreationTime", "TriggerTime"),
 )
 MARKS = (
     *("AcquisitionNumber", "FrameAcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex"),
     *("ConvolutionKernel", "ContrastBolusAgent", "ContrastBolusStartTime", "KVP", "ImageType", "FrameType"),
     *("SeriesNumber", "SeriesDescription", "SeriesTime", "ProtocolName", "ScanOptions", "FilterType", "SliceThickness"),
+    *("XRayTubeCurrent", "Exposure"),
     *TIMES,
     "InstanceNumber",
 )

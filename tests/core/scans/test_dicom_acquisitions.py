@@ -55,6 +55,7 @@ DIFFERENT = {
     "ConvolutionKernel": ("B30f", "B70f"),
     "AcquisitionTime": ("140300", "140345"),
     "ContentTime": (clock(0), clock(30)),
+    "InstanceCreationTime": (lambda k: clock(0)(7 * k % 10), lambda k: clock(30)(3 * k % 10)),  # not in order
     "AcquisitionDateTime": (lambda k: f"20221208{clock(0)(k)}+0100", lambda k: f"20221208{clock(30)(k)}+0100"),
     "TemporalPositionIdentifier": (1, 2),
     "TriggerTime": (300, 620),

@@ -13,6 +13,7 @@ from test_dicom_series import compress
 from core.inference.inputs import find_inputs
 from core.scans.dicom_folders import is_series_folder
 from core.scans.dicom_series import load_series
+from core.scans.volumes import load_scan
 
 COUNT = 12
 
@@ -78,6 +79,8 @@ def test_parts_in_folders_of_their_own_are_read_by_the_folder_above(tmp_path, ca
     assert (found, refused) == ({"export": tmp_path / "export"}, [])
     np.testing.assert_array_equal(warned(tmp_path / "export")[1], whole)
 
+    assert find_inputs([str(tmp_path / "export"), str(first)])[0] == {}
+    assert f"error: {first}: holds a part of a DICOM series" in capsys.readouterr().err
     assert find_inputs([str(first), str(second)]) == ({}, [first, second])
     err = capsys.readouterr().err
     assert f"error: {first}: holds a part of a DICOM series, {second} another part; give {first.parent} alone\n" in err
@@ -100,10 +103,23 @@ def test_a_folder_and_the_one_within_are_one_series(tmp_path, capsys):
     assert f"another part; give {tmp_path / 'main'} alone\n" in capsys.readouterr().err
 
 
+def test_another_series_within_is_another_case(tmp_path):
+    main = write(tmp_path / "main", make_series(COUNT))
+    other = write(main / "other", make_series(5, SeriesInstanceUID="1.2.3.7"))
+    assert find_inputs([str(main), str(other)]) == ({"main": main, "other": other}, [])
+
+
 def test_copies_of_a_series_are_two_cases(tmp_path):
     one = write(tmp_path / "one", make_series(COUNT))
     two = write(tmp_path / "two", make_series(COUNT))
     assert list(find_inputs([str(one), str(two)])[0]) == ["one", "two"]
+
+
+def test_a_slice_without_preamble_that_is_given_itself_is_named_as_dicom(tmp_path):
+    path = write(tmp_path / "one", make_series(2)) / "IM002.dcm"
+    without_preamble(path, "dataset only")
+    with pytest.raises(ValueError, match="is a DICOM file; give the folder of its series"):
+        load_scan(path)
 
 
 def test_series_of_an_export_tree_are_named(tmp_path, capsys):
