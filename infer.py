@@ -52,7 +52,7 @@ class Inference:
         precision: the type that convolutions are computed in.
         output: the folder for the results.
         reading: which scans are accepted.
-        series_uid: which of the series in a DICOM folder to read; None when there is only one.
+        series_uid: which of the series in a DICOM folder to read, UID or UID:N; None when there is only one.
         fingerprint: of the networks; written into each label map.
     """
 
@@ -224,7 +224,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_probabilities.nii.gz too")
     parser.add_argument("--report", action="store_true", help="write a page with pictures for each case, in reports/")
-    parser.add_argument("--series", metavar="UID", help="of a DICOM folder with several series, the one to segment")
+    parser.add_argument("--series", metavar="UID", help="the DICOM series to segment; UID:2: its second acquisition")
     parser.add_argument(
         "--max-gib",
         default=str(Reading.max_gib),

@@ -715,6 +715,33 @@ def test_which_of_several_series(run, series, tmp_path):
     assert nib.load(tmp_path / "out" / "p1.nii.gz").shape == (8, 6, 4)
 
 
+def test_which_of_several_acquisitions(run, series, tmp_path):
+    for path in series.glob("*.dcm"):
+        one = pydicom.dcmread(path)
+        one.AcquisitionNumber = 1 + round((one.ImagePositionPatient[2] - 30) / 2.5) % 2
+        one.save_as(path)
+    code, _, err = run(series)
+    assert code == 1
+    names = "1.2.3.4:1 (AcquisitionNumber 1, 2 slices); 1.2.3.4:2 (AcquisitionNumber 2, 2 slices)"
+    message = f"holds 2 acquisitions under one series UID; choose by --series UID:N: {names}\n"
+    assert f"error: {series}: {message}" in err
+    assert run(series, "--series", "1.2.3.4:2")[0] == 0
+    labels = nib.load(tmp_path / "out" / "p1.nii.gz")
+    assert labels.shape == (8, 6, 2)
+    np.testing.assert_allclose(labels.affine[2], [0, 0, 5, 32.5])
+
+
+def test_a_series_in_two_folders_is_one_case_or_refused(run, tmp_path):
+    parts = [write(tmp_path / "export" / f"DIR00{i}", make_series(12)[6 * i : 6 * i + 6]) for i in range(2)]
+    code, _, err = run(*parts)
+    assert code == 1
+    for part, rest in (parts, parts[::-1]):
+        message = f"holds a part of a DICOM series, {rest} another part; give {tmp_path / 'export'} alone\n"
+        assert f"error: {part}: {message}" in err
+    assert run(tmp_path / "export")[0] == 0
+    assert nib.load(tmp_path / "out" / "export.nii.gz").shape == (8, 6, 12)
+
+
 def test_without_pydicom_a_series_is_refused_and_the_rest_is_done(run, scans, series, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     code, out, err = run(series, scans)

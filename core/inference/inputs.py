@@ -8,9 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from core.scans.dicom_folders import (
+    are_parts,
+    is_one_series,
+    is_series_folder,
+    pairs,
+    places_of_input,
+    series_folders_within,
+)
 from core.scans.dicom_header import import_pydicom
-from core.scans.dicom_series import is_series_folder, load_series
-from core.scans.files import case_id, find_files, find_scans, select_cases
+from core.scans.dicom_series import load_series
+from core.scans.files import case_id, find_files, find_scans, listed, select_cases
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import load_scan, warn_of_values
@@ -43,7 +51,7 @@ def choose_scans(
     Args:
         inputs: NIfTI files, folders of them, folders of DICOM series.
         cases: ids, or the name of a file of ids, as `select_cases` takes them; None for all.
-        series_uid: the DICOM series that is asked for, or None.
+        series_uid: the DICOM series that is asked for, UID or UID:N, or None.
         show: whether to name refused inputs on stderr.
 
     Returns:
@@ -81,12 +89,38 @@ def find_inputs(inputs: Sequence[str], show: bool = True) -> tuple[dict[str, Pat
         for case, scan in scans.items():
             if os.path.realpath(found.setdefault(case, scan)) != os.path.realpath(scan):
                 raise ValueError(f"case {case}: {found[case]} and {scan} both mean it; rename one or leave it out")
+    for case, why in divided_series(found).items():
+        if show:
+            print_error(ValueError(why))
+        refused.append(found.pop(case))
     return dict(sorted(found.items())), refused
+
+
+def divided_series(scans: dict[str, Path]) -> dict[str, str]:
+    """Return the cases whose folders hold only a part of a DICOM series, with the sentence that says where the rest is.
+
+    Copies of a series are no parts.
+    """
+    folders = {case: Path(os.path.abspath(scan)) for case, scan in scans.items() if scan.is_dir()}
+    parts = {case: places_of_input(folder) for case, folder in folders.items()} if len(folders) > 1 else {}
+    divided = {}
+    for one, other in pairs(list(parts)):
+        here, there = folders[one], folders[other]
+        whole = Path(os.path.commonpath([here, there]))
+        shared = parts[one].keys() & parts[other].keys()
+        nested = whole in (here, there) and any(parts[one][i].keys() != parts[other][i].keys() for i in shared)
+        if nested or are_parts(parts[one], parts[other]):
+            alone = nested or is_one_series(series_folders_within(whole))
+            what_to_do = f"give {whole} alone" if alone else "put its files into one folder and give that"
+            for case, rest in ((one, scans[other]), (other, scans[one])):
+                divided[case] = f"{scans[case]}: holds a part of a DICOM series, {rest} another part; {what_to_do}"
+    return divided
 
 
 def find_input(path: Path) -> dict[str, Path]:
     """Return the scans of one input by case id: a NIfTI file, all files of a folder, or the folder of a DICOM series.
 
+    A folder whose subfolders hold the parts of a single series is the folder of that series.
     A folder with files of both kinds is refused: often both are the same scan, and only the user knows which to take.
 
     Raises:
@@ -99,8 +133,13 @@ def find_input(path: Path) -> dict[str, Path]:
                 raise ValueError(f"{path}: holds DICOM and NIfTI files; give the NIfTI file, or move one kind away")
             import_pydicom()  # without it, the input is refused
             return {named_case(path): path}
-        if not nifti and any(is_series_folder(folder) for folder in path.iterdir()):
-            raise ValueError(f"{path}: its DICOM series are in folders within it; give those, say {path}/*")
+        within = [] if nifti else series_folders_within(path)
+        if is_one_series(within):
+            return {named_case(path): path}
+        if within:
+            direct = all(folder.parent == path for folder in within)
+            names = f"say {path}/*" if direct else listed(list(map(str, within)))
+            raise ValueError(f"{path}: its DICOM series are in folders within it; give those, {names}")
     return find_scans(path)
 
 
@@ -118,7 +157,7 @@ def read_scan(file: Path, reading: Reading, series_uid: str | None = None) -> tu
     Args:
         file: a NIfTI file, or the folder of a DICOM series.
         reading: which scans are accepted.
-        series_uid: which of the series in a DICOM folder to read; None when there is only one.
+        series_uid: which of the series in a DICOM folder to read, UID or UID:N; None when there is only one.
 
     Raises:
         OSError, ValueError: when it cannot be read.

@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from core.scans.dicom_header import Slice
+from core.scans.dicom_slice import Slice
 from core.scans.geometry import GRID_TOLERANCE, Geometry
 from core.scans.placement import SPACING_MM
 

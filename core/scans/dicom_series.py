@@ -22,23 +22,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from core.scans import dicom_pixels
+from core.scans.alternating import period_of_slices
+from core.scans.dicom_acquisitions import Acquisition, acquisitions_in_turn, acquisitions_of
+from core.scans.dicom_folders import files_of_series, listed
 from core.scans.dicom_geometry import NIFTI_EXTENT, geometry_of, sort_slices
 from core.scans.dicom_header import (
     DEFLATED,
-    Slice,
     description_of,
-    is_dicom,
     kind_of,
     number_of_frames,
     printable,
     read_header,
-    slices_of,
     text,
 )
 from core.scans.dicom_pixels import FAILURE, FRAME, FRAME_SECONDS
+from core.scans.dicom_slice import Slice, slices_of
 from core.scans.geometry import Geometry
 from core.scans.nifti import MAX_GIB
-from core.scans.volumes import NIFTI_SUFFIXES
 from core.system.exits import print_warning
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 DECODER = Path(dicom_pixels.__file__).resolve()
 AIR_HU = -1024.0  # what padding outside of the scanned circle becomes
 BODY_HU = (-1000.0, 3071.0)  # values that tissue has; padding should have none of them
-LISTED = 3  # names in a message before "and N more"
 
 
 @dataclass
@@ -79,25 +78,10 @@ class Series:
 # ---- Finding ---------------------------------------------------------------------------------------------------------
 
 
-def is_series_folder(path: str | Path) -> bool:
-    """Return True when a folder itself holds DICOM files (its subfolders do not count); needs no pydicom."""
-    return Path(path).is_dir() and any(is_dicom(file) for file in files_of(path))
-
-
-def files_of(folder: str | Path) -> list[Path]:
-    """List the regular files of a folder by name, without hidden ones, the index DICOMDIR, and NIfTI files."""
-    files = (path for path in sorted(Path(folder).iterdir()) if path.is_file())
-    return [
-        path
-        for path in files
-        if not path.name.startswith(".")
-        and path.name.upper() != "DICOMDIR"
-        and not path.name.lower().endswith(NIFTI_SUFFIXES)
-    ]
-
-
 def find_series(folder: str | Path, warn: Callable[[str], None] = print_warning) -> dict[str, Series]:
-    """Find the series in a folder by SeriesInstanceUID; read headers only, and no folders within it.
+    """Find the series in a folder by SeriesInstanceUID; read headers only.
+
+    Of folders within it, only files that belong to the same series are read.
 
     Args:
         folder: where the files are.
@@ -110,13 +94,9 @@ def find_series(folder: str | Path, warn: Callable[[str], None] = print_warning)
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    dicom, others = [], []
-    for path in files_of(folder):
-        (dicom if is_dicom(path) else others).append(path)
+    dicom = files_of_series(folder, warn)
     if not dicom:
         raise FileNotFoundError(f"{folder}: no DICOM file in it; give the folder that holds the slices themselves")
-    if others:
-        warn(f"{folder}: left out, being no DICOM: {listed([path.name for path in others])}")
     series: dict[str, Series] = {}
     for path in dicom:
         header = read_header(path)
@@ -130,13 +110,16 @@ def find_series(folder: str | Path, warn: Callable[[str], None] = print_warning)
     return series
 
 
-def choose_series(folder: Path, series_uid: str | None, warn: Callable[[str], None]) -> Series:
-    """Choose the CT series of that UID, or the only one in the folder; name what else is there in a warning.
+def choose_series(folder: Path, asked: str | None, warn: Callable[[str], None]) -> tuple[Series, int | None]:
+    """Choose the CT series asked for, UID or UID:N, or the only one in the folder; return it and N.
+
+    What else is there is named in a warning.
 
     Raises:
         FileNotFoundError, ValueError: as `find_series`, and when none or more than one can be meant.
     """
     found = find_series(folder, warn)
+    series_uid, number = split_choice(found, asked)
     names = "; ".join(str(series) for series in found.values() if series.headers) or "none"
     if series_uid is not None and series_uid not in found:
         raise ValueError(f"{folder}: has no series {printable(series_uid)}; its CT series: {names}")
@@ -149,14 +132,33 @@ def choose_series(folder: Path, series_uid: str | None, warn: Callable[[str], No
         raise ValueError(f"{folder}: holds {len(every)} CT series, expected one; choose by --series UID: {names}")
     if others:
         warn(f"{folder}: left out {len(others)} file(s) that are no slices of a CT volume: {listed(set(others))}")
-    return every[0]
+    return every[0], number
 
 
-def listed(names: Collection[str]) -> str:
-    """Return names for a message, in order; a long list is cut."""
-    names = sorted(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+def split_choice(found: Collection[str], asked: str | None) -> tuple[str | None, int | None]:
+    """Split --series UID:N into the SeriesInstanceUID and the number of an acquisition, None where not given."""
+    uid, colon, number = (asked or "").rpartition(":")
+    if asked in found or not (colon and number.isdecimal()):
+        return asked, None
+    return uid, int(number)
+
+
+def choose_acquisition(
+    folder: Path, series: Series, found: Sequence[Acquisition], number: int | None, why: str
+) -> list[Slice]:
+    """Choose the N-th of a series' acquisitions, from 1.
+
+    Raises:
+        ValueError: when none or another one is asked for.
+    """
+    if number is not None and 1 <= number <= len(found):
+        return found[number - 1].slices
+    names = "; ".join(f"{series.uid}:{i} ({one.name})" for i, one in enumerate(found, start=1))
+    if not found:
+        raise ValueError(f"{folder}: series {series.uid} has one acquisition, expected --series UID without :{number}")
+    raise ValueError(
+        f"{folder}: holds {len(found)} acquisitions under one series UID{why}; choose by --series UID:N: {names}"
+    )
 
 
 # ---- Voxels ----------------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def load_series(
 
     Args:
         folder: where its files are.
-        series_uid: its SeriesInstanceUID; None: the only CT series in the folder.
+        series_uid: its SeriesInstanceUID, with :N for the N-th of its acquisitions; None: the only CT series.
         warn: is given what the user should know, a sentence each.
         max_gib: of voxels as float32; larger series are refused before memory is taken.
 
@@ -184,19 +186,40 @@ def load_series(
         ValueError: when the series is no whole, even CT volume that can be read, or pydicom is not installed.
     """
     folder = Path(folder)
-    series = choose_series(folder, series_uid, warn)
+    series, number = choose_series(folder, series_uid, warn)
     slices = [one for path, header in series.headers.items() for one in slices_of(path, header)]
     slices = sort_slices(folder, slices)
     check_sizes(folder, slices, series, max_gib)
+    found = acquisitions_of(slices)
+    if found:
+        slices = choose_acquisition(folder, series, found, number, "")
+        number = None
+    voxels, geometry, period = read_slices(folder, slices, warn)
+    if found and period > 1:
+        raise ValueError(f"{folder}: neighbouring slices of this acquisition alternate, expected one volume")
+    if period > 1 or number is not None:
+        found = acquisitions_in_turn(slices, period) if period > 1 else []
+        slices = choose_acquisition(folder, series, found, number, ", as neighbouring slices alternate")
+        voxels, geometry, _ = read_slices(folder, slices, warn)
+    return voxels, geometry
+
+
+def read_slices(folder: Path, slices: Sequence[Slice], warn: Callable[[str], None]) -> tuple[np.ndarray, Geometry, int]:
+    """Read sorted slices into a volume; return it, its geometry, and how many acquisitions take turns along it.
+
+    Raises:
+        ValueError: when they are no even volume, or pixels cannot be decoded.
+    """
     geometry = geometry_of(folder, slices, warn)
     warn_of_padding(folder, slices, warn)
     voxels = np.empty(geometry.shape, dtype=np.float32)
     stack = geometry.from_ras(voxels)  # a view of the same memory as (column, row, slice)
     place = {(one.path, one.frame): k for k, one in enumerate(slices)}
     for path, frame, stored in decoded_frames(slices):
-        k = place[path, frame]
-        stack[:, :, k] = to_hu(stored, slices[k]).T
-    return voxels, geometry
+        if (path, frame) in place:  # other frames of a file may be of another acquisition
+            k = place[path, frame]
+            stack[:, :, k] = to_hu(stored, slices[k]).T
+    return voxels, geometry, period_of_slices(stack)
 
 
 def check_sizes(folder: Path, slices: Sequence[Slice], series: Series, max_gib: float) -> None:

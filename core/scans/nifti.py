@@ -21,6 +21,7 @@ import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
+from core.scans.dicom_pixels import dataset_start
 from core.scans.placement import affine_of
 from core.system.exits import one_line, print_warning
 
@@ -47,7 +48,6 @@ OTHER_KINDS = {
     b"\x28\xb5\x2f\xfd": "is packed with zstd; unpack it",
     b"<": "is a web page or XML, expected NIfTI; was the download refused?",
 }
-DICOM_MAGIC_AT, DICOM_MAGIC = 128, b"DICM"
 # Raised when a damaged file is read; OverflowError where gzip's own header is larger than ISA-L's buffer.
 READ_ERRORS = (EOFError, OSError, zlib.error, isal_zlib.error, ValueError, MemoryError, OverflowError)
 
@@ -191,7 +191,7 @@ def read_header(path: Path) -> tuple[nib.Nifti1Header, bool]:
     for start, what in OTHER_KINDS.items():
         if head.startswith(start):
             raise ValueError(what)
-    if head[DICOM_MAGIC_AT:].startswith(DICOM_MAGIC):
+    if dataset_start(head) is not None:
         raise ValueError("is a DICOM file; give the folder of its series")
     raise ValueError("is no NIfTI file: it does not begin with the length of its header")
 

@@ -23,6 +23,7 @@ import numpy as np
 from isal import igzip
 from torch import Tensor
 
+from core.scans.alternating import period_of_slices
 from core.scans.geometry import Geometry, geometry_of
 from core.scans.nifti import MAX_BEHIND, READ_ERRORS, Reading, open_nifti
 from core.scans.organ_names import organ_names_extension
@@ -95,6 +96,8 @@ def warn_of_values(voxels: np.ndarray, warn: Callable[[str], None]) -> None:
         warn(
             f"{soft:.1%} of its voxels are soft tissue ({softest:g} to {hardest:g} HU); is it CT of the abdomen, in HU?"
         )
+    if period_of_slices(voxels) > 1:
+        warn("neighbouring slices alternate in HU or noise; are they of two acquisitions, such as contrast phases?")
 
 
 def scanned_sample(voxels: np.ndarray) -> np.ndarray:

@@ -37,7 +37,8 @@ from pydicom.uid import (
 
 from core.scans import dicom_header
 from core.scans import dicom_series as dicom
-from core.scans.dicom_series import find_series, is_series_folder, load_series
+from core.scans.dicom_folders import is_series_folder
+from core.scans.dicom_series import find_series, load_series
 from core.scans.volumes import save_label_map
 
 

@@ -1,0 +1,141 @@
+"""Find the DICOM files of a folder, and the parts of one series that an export has put into several folders."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from core.scans.dicom_header import is_dicom, kind_of, read_header, text
+from core.scans.volumes import NIFTI_SUFFIXES
+
+SLICE_SUFFIXES = {".dcm", ".dicom", ".ima"}  # of names that only DICOM files have
+SLICE_SIZE = 0.5  # of the smallest slice; a file without such a name is taken for a damaged slice from this size on
+LISTED = 3  # names in a message before "and N more"
+Identity = tuple[str, ...]  # what the slices of one series have in common
+Places = dict[Identity, dict[str, Path]]  # the files of each series by place
+
+
+def is_series_folder(path: str | Path) -> bool:
+    """Return True when a folder itself holds DICOM files (its subfolders do not count); needs no pydicom."""
+    return Path(path).is_dir() and any(is_dicom(file) for file in files_of(path))
+
+
+def files_of(folder: str | Path) -> list[Path]:
+    """List the regular files of a folder by name, without hidden ones, the index DICOMDIR, and NIfTI files."""
+    files = (path for path in sorted(Path(folder).iterdir()) if path.is_file())
+    return [
+        path
+        for path in files
+        if not path.name.startswith(".")
+        and path.name.upper() != "DICOMDIR"
+        and not path.name.lower().endswith(NIFTI_SUFFIXES)
+    ]
+
+
+def series_folders_within(folder: str | Path) -> list[Path]:
+    """List the folders below a folder, at any depth, that hold DICOM files; hidden ones are skipped."""
+    found, seen = [], {os.path.realpath(folder)}
+    for current, below, _ in os.walk(folder, followlinks=True):
+        paths = {name: os.path.realpath(os.path.join(current, name)) for name in below if not name.startswith(".")}
+        below[:] = sorted(name for name, path in paths.items() if path not in seen)  # a link may lead back
+        seen.update(paths.values())
+        if current != str(folder) and is_series_folder(current):
+            found.append(Path(current))
+    return found
+
+
+def dicom_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
+    """List the DICOM files of a folder; name the others in a warning.
+
+    Raises:
+        ValueError: when another one seems to be a slice that is damaged.
+    """
+    dicom, others = [], []
+    for path in files_of(folder):
+        (dicom if is_dicom(path) else others).append(path)
+    if dicom and others:
+        suffixes = {path.suffix.lower() for path in dicom}
+        size = SLICE_SIZE * min(path.stat().st_size for path in dicom)
+        for path in others:
+            own = {suffix.lower() for suffix in path.suffixes}
+            bytes_ = path.stat().st_size
+            if (own & SLICE_SUFFIXES and bytes_) or (path.suffix.lower() in suffixes and bytes_ >= size):
+                raise ValueError(
+                    f"{folder}: {path.name} is no DICOM but is named like the slices, so one may be missing; copy it "
+                    "again or move it away"
+                )
+        warn(f"{folder}: left out, being no DICOM: {listed([path.name for path in others])}")
+    return dicom
+
+
+def files_of_series(folder: Path, warn: Callable[[str], None]) -> list[Path]:
+    """List the DICOM files of a folder, with those of its subfolders that belong to the same series.
+
+    A folder without DICOM files of its own is read when its subfolders hold the parts of a single series.
+    """
+    own, within = dicom_files(folder, warn), series_folders_within(folder)
+    if not within:
+        return own
+    if not own:
+        return [path for part in within for path in dicom_files(part, warn)] if is_one_series(within) else []
+    main, joined = places_in([folder]), []
+    for part in within:
+        for identity, places in places_in([part]).items():
+            if identity not in main:
+                continue
+            if places.keys() <= main[identity].keys():
+                warn(f"{folder}: left out {part}, which holds {len(places)} of its slices once more")
+            else:
+                warn(f"{folder}: read with {len(places)} more slice(s) of the same series in {part}")
+                joined += places.values()
+    return [*own, *joined]
+
+
+def is_one_series(folders: Collection[Path]) -> bool:
+    """Return True when several folders hold the parts of a single CT series."""
+    parts = [places for folder in folders if (places := places_in([folder]))]
+    if len(parts) < 2 or len({identity for part in parts for identity in part}) != 1:
+        return False
+    return all(are_parts(*pair) for pair in pairs(parts))
+
+
+def pairs(items: list) -> Iterator[tuple]:
+    """Return each two of some items."""
+    return ((items[i], items[k]) for i in range(len(items)) for k in range(i + 1, len(items)))
+
+
+def are_parts(one: Places, other: Places) -> bool:
+    """Return True when a series is in both, and neither has all the slices of it that the other has."""
+    return any(
+        not (one[identity].keys() <= other[identity].keys() or other[identity].keys() <= one[identity].keys())
+        for identity in one.keys() & other.keys()
+    )
+
+
+def places_in(folders: Collection[Path]) -> Places:
+    """Return the CT files of folders by series and place; files that cannot be read are skipped."""
+    found: Places = defaultdict(dict)
+    for path in (path for folder in folders for path in files_of(folder) if is_dicom(path)):
+        with suppress(ValueError, OSError):
+            header = read_header(path)
+            identity = [text(header, key) for key in ("SeriesInstanceUID", "FrameOfReferenceUID", "PatientID")]
+            if not identity[0]:  # removed to protect the patient
+                identity.append(text(header, "SeriesDescription"))
+            if kind_of(header) is None and any(identity[:2]):
+                place = header.get("ImagePositionPatient") or path
+                found[tuple(identity)][str(place)] = path
+    return found
+
+
+def places_of_input(folder: Path) -> Places:
+    """Return the CT files by series and place that reading a folder would take, with those in folders within it."""
+    own, every = places_in([folder]), places_in([folder, *series_folders_within(folder)])
+    return {identity: places for identity, places in every.items() if not own or identity in own}
+
+
+def listed(names: Collection[str]) -> str:
+    """Return names for a message, in order; a long list is cut."""
+    names = sorted(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
