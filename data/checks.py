@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from core.scans.anatomy import comparable_ml, misplaced, odd_organs, odd_volumes, organs_in, plausible_ml, swapped_sides
-from core.scans.dicom_series import is_series_folder, load_series
+from core.scans.dicom_folders import is_series_folder
+from core.scans.dicom_series import load_series
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
 from core.scans.resample import resize_image

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from core.config import DEFAULT_CONFIG, check, load_organs
 from core.scans.annotated import read_annotated
 from core.scans.dicom_folders import is_series_folder
-from core.scans.dicom_series import is_series_folder
 from core.scans.files import list_files
 from core.scans.nifti import MAX_GIB, Reading
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
