@@ -130,8 +130,8 @@ def places_in(folders: Collection[Path]) -> Places:
 
 def places_of_input(folder: Path) -> Places:
     """Return the CT files by series and place that reading a folder would take, with those in folders within it."""
-    own, every = places_in([folder]), places_in([folder, *series_folders_within(folder)])
-    return {identity: places for identity, places in every.items() if not own or identity in own}
+    own, within = places_in([folder]), places_in(series_folders_within(folder))
+    return {identity: within.get(identity, {}) | places for identity, places in own.items()} if own else within
 
 
 def listed(names: Collection[str]) -> str:
