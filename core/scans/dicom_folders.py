@@ -10,6 +10,7 @@ from core.scans.dicom_header import is_dicom, kind_of, read_header, text
 from core.scans.volumes import NIFTI_SUFFIXES
 
 SLICE_SUFFIXES = {".dcm", ".dicom", ".ima"}  # of names that only DICOM files have
+HALF_COPIED = {".part", ".partial", ".crdownload", ".tmp", ".gz"}  # what a download, or a copy, adds to a name
 SLICE_SIZE = 0.5  # of the smallest slice; a file without such a name is taken for a damaged slice from this size on
 LISTED = 3  # names in a message before "and N more"
 Identity = tuple[str, ...]  # what the slices of one series have in common
@@ -55,12 +56,11 @@ def dicom_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     for path in files_of(folder):
         (dicom if is_dicom(path) else others).append(path)
     if dicom and others:
-        suffixes = {path.suffix.lower() for path in dicom}
-        size = SLICE_SIZE * min(path.stat().st_size for path in dicom)
+        suffixes, sizes = {path.suffix.lower() for path in dicom}, [path.stat().st_size for path in dicom]
         for path in others:
-            own = {suffix.lower() for suffix in path.suffixes}
-            bytes_ = path.stat().st_size
-            if (own & SLICE_SUFFIXES and bytes_) or (path.suffix.lower() in suffixes and bytes_ >= size):
+            name, size = path.with_suffix("") if path.suffix.lower() in HALF_COPIED else path, path.stat().st_size
+            like_a_slice = path.suffix.lower() in suffixes and size >= SLICE_SIZE * min(sizes)
+            if like_a_slice or (name.suffix.lower() in SLICE_SUFFIXES and size):
                 raise ValueError(
                     f"{folder}: {path.name} is no DICOM but is named like the slices, so one may be missing; copy it "
                     "again or move it away"
@@ -130,8 +130,8 @@ def places_in(folders: Collection[Path]) -> Places:
 
 def places_of_input(folder: Path) -> Places:
     """Return the CT files by series and place that reading a folder would take, with those in folders within it."""
-    own, every = places_in([folder]), places_in([folder, *series_folders_within(folder)])
-    return {identity: places for identity, places in every.items() if not own or identity in own}
+    own, within = places_in([folder]), places_in(series_folders_within(folder))
+    return {identity: within.get(identity, {}) | places for identity, places in own.items()} if own else within
 
 
 def listed(names: Collection[str]) -> str:

@@ -8,6 +8,7 @@ import pydicom
 import pytest
 from dicom_files import COLUMNS, REAL, ROWS, make_series, make_slice, write
 from pydicom.dataset import Dataset
+from test_dicom_series import make_enhanced
 
 from core.scans.dicom_series import load_series
 
@@ -95,6 +96,27 @@ def test_instance_numbers_tell_acquisitions_at_the_same_places(tmp_path):
             one.save_as(path)
     assert f"1.2.3.4:2 (InstanceNumber {COUNT + 1} to {2 * COUNT}, {COUNT} slices)" in refusal(folder)
     assert (load_series(folder, "1.2.3.4:2")[0] == HU[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("group", "keyword", "values"),
+    [
+        ("FrameContentSequence", "FrameAcquisitionNumber", (1, 2)),
+        ("CTReconstructionSequence", "ConvolutionKernel", ("B30f", "B70f")),
+    ],
+)
+def test_frames_of_an_enhanced_file(tmp_path, group, keyword, values):
+    one = make_enhanced()
+    for groups in one.PerFrameFunctionalGroupsSequence:
+        k = round((groups.PlanePositionSequence[0].ImagePositionPatient[2] - 30) / 2.5)
+        mark = Dataset()
+        setattr(mark, keyword, values[k % 2])
+        setattr(groups, group, [mark])
+    folder = write(tmp_path / "scan", [one])
+    assert f"1.2.3.4:2 ({keyword} {values[1]}, 2 slices)" in refusal(folder)
+    voxels, geometry = load_series(folder, "1.2.3.4:2")
+    assert geometry.spacing_mm[2] == 5
+    np.testing.assert_array_equal(geometry.from_ras(voxels)[0, 0], [1100 - 1024 - 1, 1300 - 1024 - 3])
 
 
 def test_phases_of_two_kernels_each_are_four(tmp_path):

@@ -205,7 +205,7 @@ def test_a_series_without_preamble_within_is_named_as_dicom(tmp_path, capsys):
 
 def test_what_is_no_dicom_is_left_out(tmp_path):
     folder = write(tmp_path / "scan", make_series(COUNT))
-    names = {"readme.txt": b"8 slices\n" * 200, "all.zip": b"PK\x03\x04" * 999, "a.jpg": b"\xff\xd8\xff" * 999}
+    names = {"readme.txt": b"8 slices\n" * 200, "all.zip": b"PK\x03\x04" * 999, "IM002.dcm.jpg": b"\xff\xd8" * 999}
     for name, content in names.items():
         (folder / name).write_bytes(content)
     (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
@@ -216,7 +216,7 @@ def test_what_is_no_dicom_is_left_out(tmp_path):
     shutil.move(tmp_path / "mr" / "IM002.dcm", folder / "MR.dcm")
     warnings, voxels = warned(folder)
     assert voxels.shape[2] == COUNT
-    assert warnings[0] == f"{folder}: left out, being no DICOM: a.jpg, all.zip, readme.txt"
+    assert warnings[0] == f"{folder}: left out, being no DICOM: IM002.dcm.jpg, all.zip, readme.txt"
 
 
 @pytest.mark.parametrize("name", ["IM035.dcm", "IM035.dcm.part", "IM035.DCM"])
