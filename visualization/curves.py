@@ -51,6 +51,8 @@ def read_log(log_path: str | Path) -> dict[str, np.ndarray]:
         with open_text(log_path) as file:
             reader = csv.DictReader(file)
             rows = list(reader)
+        if "\0" in "".join(reader.fieldnames or ()):
+            raise csv.Error("its heading holds bytes of zero, as in UTF-16")
     except csv.Error as error:
         raise ValueError(f"{log_path}: cannot be read as a table ({error})") from error
     if not rows:
