@@ -67,8 +67,9 @@ def flip_left_right(
     image: Tensor, labels: Tensor, flips: Sequence[bool], organs: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
     """Mirror the samples that `flips` marks along X and give paired organs each other's id: right is right again."""
-    swapped = torch.tensor(mirrored_ids(organs), device=labels.device, dtype=labels.dtype)
-    chosen = torch.tensor(flips, device=image.device)
+    # Copied without waiting for the GPU, which torch.tensor(..., device=...) would do.
+    swapped = torch.tensor(mirrored_ids(organs), dtype=labels.dtype).to(labels.device, non_blocking=True)
+    chosen = torch.tensor(flips).to(image.device, non_blocking=True)
     image = torch.where(chosen[:, None, None, None, None], image.flip(2), image)
     return image, torch.where(chosen[:, None, None, None], swapped[labels.long()].flip(1), labels)
 
