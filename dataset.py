@@ -7,7 +7,6 @@ Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +153,7 @@ class CaseDataset(Dataset):
 
     A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
     uint8; `extent_mm` (3,) float32, the scan's size; `hu_percentiles` (3,) float32, of its body; `volumes_ml` (K,)
-    float32, by id, NaN where unknown; `swapped`, the organs that lie on each other's side, in words. It is the same to
+    float32, by id, 0 where unknown; `swapped`, the organs that lie on each other's side, in words. It is the same to
     the bit with and without the cache.
 
     Args:
@@ -214,7 +213,7 @@ class CaseDataset(Dataset):
         facts = {
             "extent_mm": list(geometry.extent_mm),
             "hu_percentiles": hu_percentiles(voxels),
-            "volumes_ml": [ml.get(organ, math.nan) for organ in self.organs],
+            "volumes_ml": [ml.get(organ, 0.0) for organ in self.organs],
             "swapped": ", ".join(f"{right} to the left of {left}" for right, left in swapped_sides(found)),
         }
         volumes = np.stack([prepare_image(voxels, self.size, self.window_hu), resize_labels(labels, self.size)])

@@ -138,7 +138,7 @@ class Config:
     val_interval: int = setting(1, whole_number(1),
         "number of epochs from one validation to the next; the last epoch is always validated")
     checkpoint_minutes: float = setting(15.0, replace(NOT_NEGATIVE, words="a number of minutes, 0 or more"),
-        "minutes from one last.pt to the next within an epoch; each epoch also ends with one; 0: after every step")
+        "minutes from one last.pt to the next; a run that ends or is stopped writes one, too; 0: after every step")
     max_grad_norm: float = setting(0.0, NOT_NEGATIVE,
         "clip the gradient of all weights together to this norm; 0: no clipping")
     accumulation_steps: int = setting(1, whole_number(1),
@@ -155,7 +155,8 @@ class Config:
     tensorboard: bool = setting(False, BOOLEAN,
         "write the numbers of log.csv for TensorBoard too (pip install tensorboard)")
     init_from: str | None = setting(None, Rule(str, "a checkpoint, or null", bool, optional=True, is_path=True),
-        "checkpoint of another run whose weights this run starts from; null: random weights")
+        "checkpoint of another run whose weights this run starts from, all but the last layer's where the organs "
+        "differ; null: random weights")
 
     # Augmentation
     augment: bool = setting(False, BOOLEAN, "augment the training cases at random")

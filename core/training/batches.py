@@ -147,7 +147,7 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE) -> Desc
     dataset.warn_no_more()
     found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
     volumes = [dict(zip(dataset.organs, row, strict=True)) for row in found.pop("volumes_ml")]
-    odd = odd_organs([{organ: ml for organ, ml in case.items() if not math.isnan(ml)} for case in volumes])
+    odd = odd_organs([{organ: ml for organ, ml in case.items() if ml} for case in volumes])
     if odd and group.first:
         print_warning(odd)
     return Description(ranges_of(found), dict(chain(*group.gather(fingerprints))))

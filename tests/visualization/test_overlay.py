@@ -156,7 +156,7 @@ def make_volume() -> tuple[np.ndarray, np.ndarray]:
     voxels, labels = np.zeros(SHAPE, np.float32), np.zeros(SHAPE, np.uint8)
     for organ, box in BOXES.items():
         voxels[box], labels[box] = 60, organ
-    voxels[::4, ::4, ::4][labels[::4, ::4, ::4] == 0] = -120  # some fat, without which it is no CT
+    voxels[::4, ::4][labels[::4, ::4] == 0] = -120  # some fat, without which it is no CT
     return voxels, labels
 
 

@@ -44,5 +44,6 @@ def test_the_logits_of_one_network_are_left_as_they_are():
         ("float32", "bf16", "cuda", torch.float32),
     ],
 )
-def test_precision_is_the_one_asked_for_or_that_of_the_training(name, trained_in, device, expected):
+def test_precision_is_the_one_asked_for_or_that_of_the_training(monkeypatch, name, trained_in, device, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_inference_precision(name, trained_in, torch.device(device)) == expected
