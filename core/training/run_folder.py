@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -45,6 +46,7 @@ MAY_CHANGE = (
     "checkpoint_minutes",
     "tensorboard",
 )
+DRAW_SECONDS = 10  # from one drawing of curves.png to the next; the last epoch is always drawn
 RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "previous.pt", "best.pt")
 
 
@@ -70,7 +72,7 @@ class RunFolder:
         self.rows: list[dict[str, str]] | None = None  # of log.csv, once it has been read
         self.lock_file: IO | None = None
         self.last_is_damaged = False
-        self.can_draw = True
+        self.can_draw, self.is_drawn, self.drawn = True, True, time.monotonic()
         self.unwritten: OSError | None = None  # why the latest results are not in the folder
 
     @property
@@ -214,8 +216,7 @@ class RunFolder:
         if changed:
             print_warning(
                 f"{self.path}: the scan or label map of {len(changed)} of {len(now)} cases has changed since the run "
-                f"began: {listed(changed)}; it goes on with the new ones; for a run on them alone, start anew in "
-                "another --run-dir"
+                f"began: {listed(changed)}; it goes on with the new ones; --run-dir of another name starts anew"
             )
         self.note(data_fingerprint=hashlib.sha256(json.dumps(now).encode()).hexdigest(), case_fingerprints=now)
 
@@ -226,7 +227,10 @@ class RunFolder:
         try:
             yield
         finally:
-            how = how_it_ended(sys.exc_info()[1])
+            how, unwritten = how_it_ended(sys.exc_info()[1]), self.unwritten
+            with self.writing():
+                self.draw_curves()
+            self.unwritten = unwritten or self.unwritten
             if self.unwritten:
                 how += f"; the latest results could not be written ({one_line(self.unwritten)})"
             self.note(outcome=how, ended=datetime.now(UTC).isoformat(timespec="seconds"))
@@ -264,12 +268,14 @@ class RunFolder:
         return self.unwritten is None
 
     def log_epoch(self, row: dict[str, Any]) -> None:
-        """Add an epoch's row to log.csv and to TensorBoard's files if asked for, and draw curves.png."""
+        """Add an epoch's row to log.csv and to TensorBoard's files if asked for, and draw curves.png if due."""
         with self.writing():
             self.append_log(row)
             if self.config.tensorboard:
                 write_scalars(self.scalars, row)
-            self.draw_curves()
+            self.is_drawn = False
+            if time.monotonic() - self.drawn >= DRAW_SECONDS:
+                self.draw_curves()
 
     def results(self) -> list[str]:
         """Return the names of the results that are in the folder."""
@@ -277,8 +283,9 @@ class RunFolder:
 
     def draw_curves(self) -> None:
         """Draw curves.png from log.csv; where matplotlib cannot be imported, warn once and go on."""
-        if not self.can_draw:
+        if self.is_drawn or not self.can_draw:
             return
+        self.is_drawn, self.drawn = True, time.monotonic()
         try:
             self.draw(self.log, self.curves, self.config.organs)
         except ImportError as error:

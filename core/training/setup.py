@@ -235,7 +235,8 @@ def seed_torch(seed: int, deterministic: bool) -> None:
     """Seed torch's random numbers and choose algorithms: deterministic ones, or else the fastest."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # torch imports its compiler for it, a second
+        torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes time
     torch.backends.cudnn.deterministic = deterministic
     # Off on purpose: trying cuDNN's algorithms takes gigabytes of workspace and picks other ones in every run.
