@@ -10,22 +10,30 @@ memory to numbers, whatever the library needs in between. A peer that is not ins
 """
 
 import argparse
-import time
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.ndimage import binary_dilation, binary_erosion, find_objects
 
-from benchmarks import installed_version, machine, print_result
-from benchmarks.train_step import ratios, summarise, watch_memory
+from benchmarks.measuring import (
+    THREE,
+    Contender,
+    installed_version,
+    make_parser,
+    measure_and_print,
+    ratios,
+    summarise,
+    take_turns,
+)
 from core.config import load_config
 from core.scoring.overlap import confusion_matrix, divide, organ_scores
 from core.scoring.surface import Surfaces, hausdorff_mm, nsd, organ_surfaces, surfaces_of
-from core.system.exits import DONE, USAGE, refusing, run_command
+from core.system.exits import run_command
 from data.make_phantom import MAX_VOXELS, MIN_SIDE, make_case
 
 SHAPE = (512, 512, 100)
@@ -34,7 +42,7 @@ TOLERANCE_MM = 2.0  # of every organ's NSD
 MAX_SHIFT_VOXELS = (3, 3, 1)  # by which an organ of the wrong copy is moved
 SPECKLE_SHARE = 0.05  # of the voxels, wrong at random
 SPECKLE_ORGAN = 1  # the liver, the largest
-MIB = 2**20
+MIB_PER_GIB = 1024
 PROJECT = "this repository"
 
 Scores = dict[str, np.ndarray]  # score -> its value for organ 1, 2, ...
@@ -50,18 +58,14 @@ class Case:
     classes: int
 
 
-@dataclass
-class Contender:
-    """One way to do a task, and what its turns gave."""
+class Scorer(NamedTuple):
+    """One way to do a task: its name, the package that it needs, turns that count at most, and what it leaves out."""
 
     name: str
-    package: str | None  # that must be installed
+    package: str | None
     score: Callable[[Case], Scores]
-    slow: bool = False  # takes one turn
+    turns: int = sys.maxsize
     note: str = ""
-    seconds: list[float] = field(default_factory=list)
-    rise_mib: list[float] = field(default_factory=list)
-    scores: Scores = field(default_factory=dict)
 
 
 # ---- The case --------------------------------------------------------------------------------------------------------
@@ -215,52 +219,48 @@ def speckle_by_deepmind(case: Case) -> Scores:
     return surface_by_deepmind(Case(reference, prediction, case.spacing_mm, classes=2))
 
 
-def make_contenders() -> dict[str, list[Contender]]:
-    """Task -> who does it, this repository first."""
-    voxels = "between voxels, not surfaces"
-    return {
-        "overlap": [
-            Contender(PROJECT, None, overlap),
-            Contender("boolean masks", None, overlap_by_masks),
-            Contender("SimpleITK", "SimpleITK", overlap_by_simpleitk),
-            Contender("scikit-learn", "scikit-learn", overlap_by_scikit_learn),
-            Contender("MONAI", "monai", overlap_by_monai, slow=True),
-        ],
-        "surface": [
-            Contender(PROJECT, None, surface),
-            Contender("surface-distance", "surface-distance", surface_by_deepmind),
-            Contender("MONAI", "monai", surface_by_monai, slow=True, note=f"HD95 {voxels}; no HD"),
-            Contender("SimpleITK", "SimpleITK", surface_by_simpleitk, slow=True, note=f"HD alone, {voxels}"),
-        ],
-        "speckle": [
-            Contender(PROJECT, None, speckle),
-            Contender("surface-distance", "surface-distance", speckle_by_deepmind, slow=True),
-        ],
-    }
+VOXELS = "between voxels, not surfaces"
+TASKS = {  # who does it, this repository first
+    "overlap": [
+        Scorer(PROJECT, None, overlap),
+        Scorer("boolean masks", None, overlap_by_masks),
+        Scorer("SimpleITK", "SimpleITK", overlap_by_simpleitk),
+        Scorer("scikit-learn", "scikit-learn", overlap_by_scikit_learn),
+        Scorer("MONAI", "monai", overlap_by_monai, turns=1),
+    ],
+    "surface": [
+        Scorer(PROJECT, None, surface),
+        Scorer("surface-distance", "surface-distance", surface_by_deepmind),
+        Scorer("MONAI", "monai", surface_by_monai, turns=1, note=f"HD95 {VOXELS}; no HD"),
+        Scorer("SimpleITK", "SimpleITK", surface_by_simpleitk, turns=1, note=f"HD alone, {VOXELS}"),
+    ],
+    "speckle": [
+        Scorer(PROJECT, None, speckle),
+        Scorer("surface-distance", "surface-distance", speckle_by_deepmind, turns=1),
+    ],
+}
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def take_turn(contender: Contender, case: Case) -> None:
-    """Score the case once, with a clock and an eye on the resident memory."""
-    read_rise_gib = watch_memory(torch.device("cpu"))
-    started = time.perf_counter()
-    contender.scores = contender.score(case)
-    contender.seconds.append(time.perf_counter() - started)
-    rise_gib = read_rise_gib()
-    if rise_gib is not None:
-        contender.rise_mib.append(rise_gib * 2**30 / MIB)
-
-
-def compete(contenders: list[Contender], case: Case, repeats: int) -> None:
-    """Let the contenders take turns, the slow ones one alone; all have loaded what they need before."""
-    for contender in contenders:
-        contender.score(tiny_case(case.classes))
-    for turn in range(repeats):
-        for contender in contenders:
-            if turn == 0 or not contender.slow:
-                take_turn(contender, case)
+def compete(scorers: list[Scorer], case: Case, repeats: int) -> dict[str, Any]:
+    """Let the scorers take turns; return the numbers of each. All have loaded what they need before."""
+    for scorer in scorers:
+        scorer.score(tiny_case(case.classes))
+    contenders = [Contender(each.name, lambda _, each=each: each.score(case), each.turns) for each in scorers]
+    take_turns(contenders, repeats, warm_up=0)
+    project = contenders[0]
+    return {
+        each.name: {
+            "seconds": summarise(each.seconds),
+            "ratio": ratios(each.seconds, project.seconds),
+            "rise_mib": summarise([rise * MIB_PER_GIB for rise in each.rise_gib]),
+            "differs_by": differences(each.answer, project.answer),
+            "note": scorer.note,
+        }
+        for each, scorer in zip(contenders, scorers, strict=True)
+    }
 
 
 def differences(scores: Scores, to: Scores) -> dict[str, float | None]:
@@ -271,21 +271,6 @@ def differences(scores: Scores, to: Scores) -> dict[str, float | None]:
         apart = np.where(same, 0, np.abs(np.where(same, 0, scores[name]) - np.where(same, 0, to[name])))
         found[name] = float(apart.max()) if np.isfinite(apart).all() else None
     return dict(sorted(found.items()))
-
-
-def rows_of(contenders: list[Contender]) -> dict[str, Any]:
-    """Return the results of a task, by contender, this repository the first of them."""
-    project = contenders[0]
-    return {
-        each.name: {
-            "seconds": summarise(each.seconds),
-            "ratio": ratios(each.seconds, project.seconds[: len(each.seconds)]),
-            "rise_mib": summarise(each.rise_mib),
-            "differs_by": differences(each.scores, project.scores),
-            "note": each.note,
-        }
-        for each in contenders
-    }
 
 
 def make_cases(shape: tuple[int, int, int], classes: int) -> dict[str, Case]:
@@ -304,69 +289,44 @@ def make_cases(shape: tuple[int, int, int], classes: int) -> dict[str, Case]:
     return {"overlap": case, "surface": case, "speckle": with_speckle}
 
 
-def measure(cases: dict[str, Case], repeats: int) -> dict[str, Any]:
-    """Let everybody score the cases."""
-    tasks, packages = {}, {}
-    for task, contenders in make_contenders().items():
-        packages |= {each.package: installed_version(each.package) for each in contenders if each.package}
-        present = [each for each in contenders if each.package is None or packages[each.package]]
-        compete(present, cases[task], repeats)
-        tasks[task] = rows_of(present)
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Let everybody score the cases.
+
+    Raises:
+        ValueError: when the shape does not fit.
+    """
+    shape = tuple(arguments.shape)
+    if min(shape) < MIN_SIDE or prod(shape) > MAX_VOXELS:
+        given = " ".join(map(str, shape))
+        raise ValueError(f"--shape: got {given}, expected {MIN_SIDE} or more each, {MAX_VOXELS} voxels at most")
+    cases = make_cases(shape, len(load_config().organs))
+    packages = {
+        each.package: installed_version(each.package) for task in TASKS.values() for each in task if each.package
+    }
+    tasks = {
+        name: compete(
+            [each for each in task if each.package is None or packages[each.package]], cases[name], arguments.repeats
+        )
+        for name, task in TASKS.items()
+    }
     missing = ", ".join(package for package, version in packages.items() if version is None)
-    case = cases["surface"]
     return {
-        "shape": list(case.reference.shape),
-        "spacing_mm": case.spacing_mm,
-        "organs": case.classes - 1,
+        "shape": list(shape),
+        "spacing_mm": list(cases["surface"].spacing_mm),
+        "organs": cases["surface"].classes - 1,
         "tolerance_mm": TOLERANCE_MM,
-        "repeats": repeats,
-        "tasks": tasks,
+        "repeats": arguments.repeats,
+        **tasks,
         "peers": packages,
         "notes": [f"not installed: {missing}; pip install -r benchmarks/requirements.txt"] if missing else [],
-        "machine": machine(),
     }
-
-
-def format_table(result: dict[str, Any]) -> list[str]:
-    """Return the lines of the tables, one table a task."""
-    shape = " x ".join(map(str, result["shape"]))
-    lines = [f"scoring {result['organs']} organs at {shape}; ratio: to this repository; rise: of resident memory"]
-    for task, rows in result["tasks"].items():
-        titles = ("seconds", "min", "max", "n", "ratio", "rise MiB")
-        lines += ["", f"{task:<18}" + "".join(f"{title:>10}" for title in titles) + "  differs by at most"]
-        for name, row in rows.items():
-            seconds, rise = row["seconds"], row["rise_mib"]
-            times = "".join(f"{seconds[key]:>10.3f}" for key in ("median", "min", "max")) + f"{seconds['n']:>10}"
-            memory = "-" if rise is None else f"{rise['max']:.0f}"
-            apart = [f"{score} {'not defined' if x is None else f'{x:.1g}'}" for score, x in row["differs_by"].items()]
-            told = "; ".join([", ".join(apart)] * (name != PROJECT) + [row["note"]] * bool(row["note"]))
-            lines.append(f"{name:<18}{times}{row['ratio']['median']:>10.2f}{memory:>10}  {told}".rstrip())
-    return [*lines, "", *result["notes"]]
 
 
 def main() -> int:
     """Measure, and print."""
-    arguments = parse_arguments()
-    with refusing(USAGE):
-        if arguments.repeats < 1:
-            raise ValueError(f"--repeats: got {arguments.repeats}, expected 1 or more")
-        shape = tuple(arguments.shape)
-        if min(shape) < MIN_SIDE or prod(shape) > MAX_VOXELS:
-            given = " ".join(map(str, shape))
-            raise ValueError(f"--shape: got {given}, expected {MIN_SIDE} or more each, {MAX_VOXELS} voxels at most")
-        cases = make_cases(shape, len(load_config().organs))
-    result = measure(cases, arguments.repeats)
-    print_result(format_table(result), result, arguments.json)
-    return DONE
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Time the scoring of one case, the libraries for it beside.")
-    parser.add_argument("--shape", nargs=3, type=int, default=SHAPE, metavar=("X", "Y", "Z"), help="voxels")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns after the warm-up (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
-    return parser.parse_args()
+    parser = make_parser(__doc__, repeats=5)
+    parser.add_argument("--shape", **THREE, default=SHAPE, help="voxels")
+    return measure_and_print(parser, measure)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ it is not installed.
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, print_result
-from benchmarks.peers import NO_MONAI, Predecessor, monai_installed, monai_vnet
-from core.config import Config, load_config
-from core.system.exits import DONE, USAGE, refusing, run_command
+from benchmarks import peers
+from benchmarks.measuring import THREE, make_parser, measure_and_print
+from core.config import load_config
+from core.system.exits import run_command
 from core.training.losses import LOSSES
 from core.training.memory_count import count_step
 from core.training.memory_plans import GIB
@@ -32,8 +32,7 @@ from core.training.step import compute_gradients
 from vnet import check_size
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """What one training step in a plain loop needs: its peak in GiB, and its floating-point operations."""
 
     peak_gib: float
@@ -75,52 +74,36 @@ def count_plain_step(
     return Count(peak / GIB, forward_flops[0], counter.get_total_flops())
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Count a step of every network at the settings' size; a peak is null where its network is not installed."""
+    config = load_config(flags={"size": list(map(str, arguments.size))} if arguments.size else {})
+    check_size(config.size, len(config.up_convs))
     config = replace(config, batch_size=1, loss="cross_entropy")
     classes, precision = len(config.organs), torch.bfloat16
-    result, flops = {}, {}
-    for plan in PLANS:
-        need = count_step(config, plan, precision)
-        result[f"project_{plan}_gib"], flops[f"project_{plan}"] = need.peak_gib, need.flops
-    monai = count_plain_step(lambda: monai_vnet(classes), config.size, precision) if monai_installed() else None
-    predecessor = count_plain_step(Predecessor, config.size, precision, Predecessor.GROWTH)
-    for name, count in {"monai": monai, "predecessor": predecessor}.items():
-        result[f"{name}_gib"] = count and count.peak_gib
-        flops[name] = count and count.flops
-    notes = ["counted for one training step; bf16 mixed precision, batch 1", "predecessor: a reconstruction"]
-    notes += [] if monai else [NO_MONAI]
-    settings = {"size": list(config.size), "classes": classes, "channels": config.channels, "norm": config.norm}
-    return {**result, "step_flops": flops, **settings, "notes": notes, "machine": machine()}
-
-
-def format_table(result: dict[str, Any]) -> list[str]:
-    """Return the lines of the table."""
-    lines = [f"{'network':<24}{'peak GiB':>10}{'TFLOP':>10}"]
-    for name, flops in result["step_flops"].items():
-        peak_gib = result[f"{name}_gib"]
-        numbers = "not installed" if peak_gib is None else f"{peak_gib:>10.2f}{flops / 1e12:>10.2f}"
-        lines.append(f"{name.replace('_', ', plan ', 1):<24}{numbers}")
-    return [f"one training step at {' x '.join(map(str, result['size']))}", *lines, *result["notes"]]
+    counts = {f"project_{plan}": count_step(config, plan, precision) for plan in PLANS}
+    has_monai = peers.monai_installed()
+    counts["monai"] = count_plain_step(lambda: peers.monai_vnet(classes), config.size, precision) if has_monai else None
+    counts["predecessor"] = count_plain_step(peers.Predecessor, config.size, precision, peers.Predecessor.GROWTH)
+    return {
+        "size": list(config.size),
+        "classes": classes,
+        "channels": config.channels,
+        "norm": config.norm,
+        **{f"{name}_gib": count and count.peak_gib for name, count in counts.items()},
+        "step_tflop": {name: count and count.flops / 1e12 for name, count in counts.items()},
+        "notes": [
+            "counted for one training step; bf16 mixed precision, batch 1",
+            "predecessor: a reconstruction",
+            *peers.monai_notes(),
+        ],
+    }
 
 
 def main() -> int:
     """Count, and print."""
-    arguments = parse_arguments()
-    with refusing(USAGE):
-        config = load_config(flags={"size": list(map(str, arguments.size))} if arguments.size else {})
-        check_size(config.size, len(config.up_convs))
-    result = measure(config)
-    print_result(format_table(result), result, arguments.json)
-    return DONE
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Count what one training step needs, peers beside it.")
-    parser.add_argument("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="default: that of config.yaml")
-    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
-    return parser.parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--size", **THREE, help="default: that of config.yaml")
+    return measure_and_print(parser, measure)
 
 
 if __name__ == "__main__":

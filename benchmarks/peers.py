@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import installed_version
+from benchmarks.measuring import installed_version
 from core.config import Config
 from core.training.setup import autocast
 
@@ -20,6 +20,11 @@ NO_MONAI = "MONAI is not installed; pip install -r benchmarks/requirements.txt"
 def monai_installed() -> bool:
     """Whether there is a MONAI to compare with."""
     return installed_version("monai") is not None
+
+
+def monai_notes() -> list[str]:
+    """Return the note of a result without MONAI."""
+    return [] if monai_installed() else [NO_MONAI]
 
 
 def monai_vnet(classes: int) -> nn.Module:

@@ -5,13 +5,11 @@
     python -m benchmarks.restore --long                                         # a scan of 512x512x1000 as well
     python -m benchmarks.restore --json                                         # only the line of JSON
 
-Logits (14, 256, 256, 128) to labels (512, 512, 100). Plain is F.interpolate (trilinear) of all classes and argmax. All
-take turns; ratios are taken within a turn. The memory is what a way needs above the logits and its answer.
+Logits (14, 256, 256, 128) to labels (512, 512, 100). Plain is F.interpolate (trilinear) of all classes and argmax.
+Ratios are taken within a turn. The memory is what a way needs above the logits and its answer.
 """
 
 import argparse
-import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,13 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import machine, print_result
-from benchmarks.peers import NO_MONAI, monai_installed
-from benchmarks.train_step import clock, ratios, summarise, watch_memory
+from benchmarks import peers
+from benchmarks.measuring import Contender, make_parser, measure_and_print, ratios, summarise, take_turns, time_each
 from core.checkpoint import load_network
 from core.config import Config, load_config
 from core.scans.resample import cells_with_boundary, logits_to_labels, resize_labels
 from core.scans.volumes import load_scan, prepare_image
-from core.system.exits import DONE, USAGE, refusing, run_command
+from core.system.exits import run_command
 from core.training.memory_plans import GIB
 from core.training.setup import choose_device
 from data.make_phantom import make_case
@@ -109,146 +106,71 @@ def boundary_share(logits: Tensor) -> float:
     return float(cells_with_boundary(logits.argmax(dim=0).to("cpu", torch.uint8).numpy()).mean())
 
 
-def time_ways(ways: dict[str, Callable], logits: Tensor, shape: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Let the ways take turns, after one turn to warm up; the first one's label map is kept."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    rise_gib: dict[str, list[float]] = {name: [] for name in ways}
-    labels = None
-    for turn in range(1 + repeats):
-        for name, restore in ways.items():
-            read_rise_gib = watch_memory(logits.device)
-            started = clock(logits.device)
-            restored = torch.as_tensor(restore(logits, shape))
-            taken, rise = clock(logits.device) - started, read_rise_gib()
-            if name == OURS:
-                labels = restored
-            if turn > 0:
-                seconds[name].append(taken)
-                rise_gib[name] += [] if rise is None else [rise]
+def time_ways(ways: dict[str, Callable], logits: Tensor, shape: Sequence[int], repeats: int) -> tuple[dict, Tensor]:
+    """Let the ways take turns; return the numbers of each, and the first one's label map."""
+    contenders = [Contender(name, lambda _, way=way: torch.as_tensor(way(logits, shape))) for name, way in ways.items()]
+    take_turns(contenders, repeats, logits.device)
+    labels = contenders[0].answer
     on_device = labels.nbytes / GIB if logits.device.type == "cpu" else 0
-    return {
-        "labels": labels,
-        "ways": {
-            name: {
-                "seconds": summarise(taken),
-                "plain_to_this": ratios(seconds[PLAIN], taken) if PLAIN in ways else None,
-                "gib_above_logits_and_labels": summarise([max(0, rise - on_device) for rise in rise_gib[name]]),
-            }
-            for name, taken in seconds.items()
-        },
-    }
-
-
-def measure_kind(logits: Tensor, repeats: int, long: bool) -> dict[str, Any]:
-    """All that is measured on one kind of logits."""
-    ways = {OURS: logits_to_labels, PLAIN: restore_plainly}
-    if monai_installed():
-        ways[PEER] = restore_with_monai
-    timed = time_ways(ways, logits, SHAPE, repeats)
-    result = {
-        "boundary_share": boundary_share(logits),
-        "shape": list(SHAPE),
-        "ways": timed["ways"],
-        "against_plain": compare(logits, timed["labels"]),
-        "one_pass_s": one_pass_s(logits, repeats),
-    }
-    if long:
-        timed = time_ways({OURS: logits_to_labels}, logits, LONG_SHAPE, repeats)
-        per_slice = {
-            "seconds": timed["ways"][OURS]["seconds"]["median"] / LONG_SHAPE[2],
-            "plain_seconds": result["ways"][PLAIN]["seconds"]["median"] / SHAPE[2],
+    plain = next((each for each in contenders if each.name == PLAIN), None)
+    rows = {
+        each.name: {
+            "seconds": summarise(each.seconds),
+            "plain_to_this": plain and ratios(plain.seconds, each.seconds),
+            "gib_above_logits_and_labels": summarise([max(0, rise - on_device) for rise in each.rise_gib]),
         }
-        compared = compare(logits, timed["labels"])
-        result["long"] = {"shape": list(LONG_SHAPE), **timed["ways"][OURS], "per_slice": per_slice, **compared}
-    return result
+        for each in contenders
+    }
+    return rows, labels
 
 
-def one_pass_s(logits: Tensor, repeats: int) -> dict[str, Any]:
-    """Seconds to read the logits once, which nothing that looks at all of them can beat."""
-    seconds = []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        logits.sum().item()
-        seconds.append(time.perf_counter() - started)
-    return summarise(seconds[1:])
+def measure_kind(logits: Tensor, repeats: int, long: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the numbers of each way on one kind of logits, and what else is measured on it."""
+    ways = {OURS: logits_to_labels, PLAIN: restore_plainly}
+    if peers.monai_installed():
+        ways[PEER] = restore_with_monai
+    rows, labels = time_ways(ways, logits, SHAPE, repeats)
+    # Nothing that looks at all logits can beat reading them once.
+    one_pass = time_each({"one_pass_s": lambda: logits.sum().item()}, repeats)
+    facts = {"boundary_share": boundary_share(logits), **one_pass, **compare(logits, labels)}
+    if long:
+        long_rows, labels = time_ways({OURS: logits_to_labels}, logits, LONG_SHAPE, repeats)
+        row = {"shape": list(LONG_SHAPE), **long_rows[OURS], **compare(logits, labels)}
+        row["slice_ms"] = 1000 * row["seconds"]["median"] / LONG_SHAPE[2]
+        row["plain_slice_ms"] = 1000 * rows[PLAIN]["seconds"]["median"] / SHAPE[2]  # to the usual shape
+        facts["long"] = row
+    return rows, facts
 
 
-def measure(config: Config, repeats: int, checkpoint: Path | None, scan: Path | None, long: bool) -> dict[str, Any]:
-    """Measure on a network's logits and on random ones."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure on a network's logits and on random ones.
+
+    Raises:
+        ValueError: when the flags do not fit each other, or the checkpoint or the scan cannot be used.
+    """
+    checkpoint, scan = arguments.checkpoint, arguments.scan
+    if (checkpoint is None) != (scan is None):
+        raise ValueError("--checkpoint and --scan: got one of them, expected both or none")
+    config = load_config(flags={"device": arguments.device})
     device = choose_device(config.device)
     first = "network-like" if checkpoint is None else "trained"
     logits = network_like_logits(config) if checkpoint is None else trained_logits(checkpoint, scan, config)
-    kinds = {first: measure_kind(logits.to(device), repeats, long)}
-    logits = torch.randn(logits.shape, generator=torch.Generator().manual_seed(config.seed))
-    kinds["random"] = measure_kind(logits.to(device), repeats, long)
-    return {
-        "logits": list(logits.shape),
-        "device": str(device),
-        "repeats": repeats,
-        "kinds": kinds,
-        "notes": [] if monai_installed() else [NO_MONAI],
-        "machine": machine(),
-    }
-
-
-def format_table(result: dict[str, Any]) -> list[str]:
-    """Return the lines of the tables."""
-    lines = [f"logits {result['logits']} on {result['device']}, n = {result['repeats']}"]
-    for kind, row in result["kinds"].items():
-        lines.append(f"{kind} logits ({row['boundary_share']:.1%} of the cells have a boundary) to {row['shape']}")
-        titles = ("seconds", "min", "max", "plain/this", "min", "max", "GiB above")
-        lines.append(f"  {'':<18}" + "".join(f"{title:>12}" for title in titles))
-        for name, way in row["ways"].items():
-            numbers = [way[key][n] for key in ("seconds", "plain_to_this") for n in ("median", "min", "max")]
-            above = way["gib_above_logits_and_labels"] or {"max": None}
-            numbers.append(above["max"])
-            lines.append(f"  {name:<18}" + "".join(f"{'-':>12}" if n is None else f"{n:>12.3f}" for n in numbers))
-        lines.append(
-            f"  {describe(row['against_plain'])}; one pass over the logits {row['one_pass_s']['median']:.3f} s"
-        )
-        if "long" in row:
-            long, above = row["long"], row["long"]["gib_above_logits_and_labels"] or {"max": math.nan}
-            slice_ms, plain_ms = (1000 * long["per_slice"][key] for key in ("seconds", "plain_seconds"))
-            lines.append(
-                f"  to {long['shape']}: {long['seconds']['median']:.2f} s, {slice_ms:.2f} ms a slice (plain to "
-                f"{row['shape']}: {plain_ms:.2f}), {above['max']:.3f} GiB above; {describe(long)}"
-            )
-    return [*lines, *result["notes"]]
-
-
-def describe(compared: dict[str, Any]) -> str:
-    """How labels compare with plain ones, in words."""
-    return (
-        f"{compared['voxels_that_differ']} of {compared['of']} voxels differ from plain, "
-        f"{compared['differ_beyond_ties']} by more than {TIE:g}"
-    )
+    random = torch.randn(logits.shape, generator=torch.Generator().manual_seed(config.seed))
+    result = {"logits": list(logits.shape), "shape": list(SHAPE), "device": str(device), "repeats": arguments.repeats}
+    ways, facts = {}, {}
+    for kind, each in ((first, logits), ("random", random)):
+        rows, facts[kind] = measure_kind(each.to(device), arguments.repeats, arguments.long)
+        ways |= {f"{kind}, {name}": row for name, row in rows.items()}
+    return {**result, "ways": ways, "kinds": facts, "notes": peers.monai_notes()}
 
 
 def main() -> int:
     """Measure, and print."""
-    arguments = parse_arguments()
-    with refusing(USAGE):
-        if arguments.repeats < 1:
-            raise ValueError(f"--repeats: got {arguments.repeats}, expected 1 or more")
-        if (arguments.checkpoint is None) != (arguments.scan is None):
-            raise ValueError("--checkpoint and --scan: got one of them, expected both or none")
-        config = load_config(flags={"device": arguments.device})
-        choose_device(config.device)
-        result = measure(config, arguments.repeats, arguments.checkpoint, arguments.scan, arguments.long)
-    print_result(format_table(result), result, arguments.json)
-    return DONE
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Time the way from logits to label maps, peers beside it.")
+    parser = make_parser(__doc__, repeats=5, device=True)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained network, instead of made-up logits")
     parser.add_argument("--scan", type=Path, metavar="SCAN", help="what the trained network is to see")
     parser.add_argument("--long", action="store_true", help="restore to 512x512x1000 as well (8 GiB of memory)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns after the warm-up (default: 5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
-    return parser.parse_args()
+    return measure_and_print(parser, measure)
 
 
 if __name__ == "__main__":

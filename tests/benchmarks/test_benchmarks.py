@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import inference, memory, train_step
+from benchmarks import inference, memory, peers, train_step
+from benchmarks.measuring import take_turns
 from benchmarks.peers import NO_MONAI, Predecessor, monai_installed
 from core.config import load_config
 from core.network import build_network
@@ -29,16 +30,14 @@ SMALL = load_config(
 
 @pytest.fixture
 def without_monai(monkeypatch):
-    for module in (memory, train_step):
-        monkeypatch.setattr(module, "monai_installed", lambda: False)
+    monkeypatch.setattr(peers, "monai_installed", lambda: False)
 
 
 @pytest.fixture
 def with_a_peer(monkeypatch):
     """Return a network of one convolution in MONAI's place."""
-    for module in (memory, train_step):
-        monkeypatch.setattr(module, "monai_installed", lambda: True)
-        monkeypatch.setattr(module, "monai_vnet", lambda classes: nn.Conv3d(1, classes, kernel_size=1))
+    monkeypatch.setattr(peers, "monai_installed", lambda: True)
+    monkeypatch.setattr(peers, "monai_vnet", lambda classes: nn.Conv3d(1, classes, kernel_size=1))
 
 
 def run(monkeypatch, capsys, module, *flags: object) -> tuple[list[str], dict]:
@@ -69,9 +68,10 @@ def test_memory_answers_in_json_with_the_numbers_of_the_plans(monkeypatch, capsy
 
 def test_memory_prints_a_table_above_the_json(monkeypatch, capsys, with_a_peer):
     lines, result = run(monkeypatch, capsys, memory, "--size", 32, 32, 16)
-    assert any(line.startswith("project, plan lowest") for line in lines)
+    assert any(line.startswith("project_lowest_gib: ") for line in lines)
     assert result["monai_gib"] > 0
-    assert f"{result['monai_gib']:.2f}" in next(line for line in lines if line.startswith("monai"))
+    assert f"monai_gib: {result['monai_gib']:.4g}" in lines
+    assert f"monai {result['step_tflop']['monai']:.4g}" in next(line for line in lines if line.startswith("step_tflop"))
 
 
 def test_a_plain_step_is_counted_as_the_plan_off_is():
@@ -102,7 +102,7 @@ def test_train_step_times_every_contender(monkeypatch, capsys, with_a_peer, flag
         assert row["step_s"]["n"] == row["step_to_monai"]["n"] == 2
         assert 0 < row["forward_s"]["median"] < row["step_s"]["median"]
     assert result["contenders"]["MONAI"]["step_to_monai"]["median"] == 1
-    assert set(result["flops"]) == {"project", "monai"}
+    assert set(result["arithmetic"]) == {"project", "MONAI"}
 
 
 def test_train_step_without_monai_has_no_ratios(monkeypatch, capsys, without_monai):
@@ -136,12 +136,21 @@ def test_wrong_usage_is_told_in_a_sentence(monkeypatch, capsys, module, flags, t
 def test_take_turns_trains_as_the_training_step_does(monkeypatch, without_monai):
     torch.manual_seed(0)
     image, labels = torch.rand(1, 1, 16, 16, 16), torch.randint(14, (1, 16, 16, 16), dtype=torch.uint8)
-    (contender, *_) = train_step.make_contenders(replace(SMALL, size=(16, 16, 16)), image, channels_last=False)
-    network = contender.training.network
-    before = [p.clone() for p in network.parameters()]
-    train_step.take_turn(contender, labels)
-    assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    assert len(contender.step_s) == 1
+    config = replace(SMALL, size=(16, 16, 16))
+    networks = []
+
+    def build(config):
+        networks.append(build_network(config))
+        return networks[-1]
+
+    monkeypatch.setattr(train_step, "build_network", build)
+    (contender, *_) = train_step.make_contenders(config, image, labels)
+    before = [p.clone() for p in networks[0].parameters()]
+    take_turns([contender], repeats=1, warm_up=0)
+    assert all(not torch.equal(a, b) for a, b in zip(before, networks[0].parameters(), strict=True))
+    assert len(contender.seconds) == len(contender.laps["forward"]) == 1
+    contender.before()
+    assert all(p.grad is None for p in networks[0].parameters())
 
 
 # ---- inference
@@ -167,8 +176,8 @@ class Peer:
 
 
 def test_inference_tells_the_stages_of_every_way(monkeypatch, capsys):
-    monkeypatch.setattr(inference, "monai_installed", lambda: True)
-    monkeypatch.setattr(inference, "MonaiPipeline", Peer)
+    monkeypatch.setattr(peers, "monai_installed", lambda: True)
+    monkeypatch.setattr(peers, "MonaiPipeline", Peer)
     lines, result = run(monkeypatch, capsys, inference, *TINY, "--device", "cpu")
     ways = itertools.product(("float32", "bf16"), ("project", "MONAI"), ("", ", in turn"))
     assert list(result["contenders"]) == [f"{name}, {precision}{way}" for precision, name, way in ways]
@@ -181,11 +190,11 @@ def test_inference_tells_the_stages_of_every_way(monkeypatch, capsys):
     assert sum(stage["min"] for stage in stages.values()) <= whole["max"]
     assert result["contenders"]["MONAI, bf16"]["to_monai"]["median"] == 1
     assert sorted(map(sorted, result["scans"])) == [[24, 36, 40]] * 2
-    assert any(line.startswith("2 scans of ") for line in lines)
+    assert any(line.startswith("project, bf16, in turn  ") for line in lines)
 
 
 def test_inference_without_monai_has_no_ratios(monkeypatch, capsys):
-    monkeypatch.setattr(inference, "monai_installed", lambda: False)
+    monkeypatch.setattr(peers, "monai_installed", lambda: False)
     lines, result = run(monkeypatch, capsys, inference, *TINY, "--device", "cpu", "--json")
     assert len(lines) == 1
     assert all("project" in name and row["to_monai"] is None for name, row in result["contenders"].items())
@@ -199,15 +208,16 @@ def test_inference_in_turn_writes_the_label_maps_of_infer(tmp_path):
     scans = find_scans(tmp_path / "data")
     torch.manual_seed(0)
     contenders = inference.make_contenders(build_network(config).eval(), config, torch.device("cpu"), scans, tmp_path)
-    whole, in_turn = contenders[:2]
-    assert (whole.title, in_turn.title) == ("project, float32", "project, float32, in turn")
-    whole.run()
-    shutil.copytree(whole.output, tmp_path / "whole")
-    for path in whole.output.glob("*.nii.gz"):
+    whole, in_turn = contenders["project", "float32"]
+    assert (whole.name, in_turn.name) == ("project, float32", "project, float32, in turn")
+    output = inference.output_of(tmp_path, "project", "float32")
+    take_turns([whole], repeats=1, warm_up=0)
+    shutil.copytree(output, tmp_path / "whole")
+    for path in output.glob("*.nii.gz"):
         path.unlink()
-    in_turn.run()
+    take_turns([in_turn], repeats=1, warm_up=0)
     names = {case: Path(f"{case}.nii.gz") for case in scans}
-    assert inference.same_voxels(tmp_path / "whole", in_turn.output, names) == 1
+    assert inference.same_voxels(tmp_path / "whole", output, names) == 1
 
 
 @pytest.mark.skipif(not monai_installed(), reason=NO_MONAI)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import data_loading, restore
+from benchmarks import data_loading, peers, restore
 from benchmarks.peers import NO_MONAI
 from core.config import load_config
 from core.scans.resample import logits_to_labels
@@ -32,8 +32,7 @@ def small(monkeypatch):
     monkeypatch.setattr(restore, "SHAPE", (20, 24, 10))
     monkeypatch.setattr(restore, "LONG_SHAPE", (20, 24, 40))
     monkeypatch.setattr(restore, "load_config", lambda flags: replace(SMALL, device=flags["device"]))
-    for module in (data_loading, restore):
-        monkeypatch.setattr(module, "monai_installed", lambda: False)
+    monkeypatch.setattr(peers, "monai_installed", lambda: False)
 
 
 def answer(run_main, module: ModuleType, *flags: object) -> tuple[list[str], dict]:
@@ -60,10 +59,10 @@ def test_data_loading_times_raw_and_cached_samples(run_main, small):
     assert raw["disk_mib_per_case"] == 0
     # Two bytes a voxel, and a line of facts.
     assert cached["disk_mib_per_case"] == pytest.approx(2 * 32 * 32 * 16 / 2**20, rel=0.02)
-    assert result["stages"]["shape"] == [32, 32, 24]
-    assert result["stages"]["scan_mib"] == 4 * 32 * 32 * 24 / 2**20
-    assert all(ms["n"] == 2 for ms in result["stages"]["ms"].values())
-    assert [row["cases"] for row in result["growth"]] == [2, 4]
+    assert result["scan"]["shape"] == [32, 32, 24]
+    assert result["scan"]["scan_mib"] == 4 * 32 * 32 * 24 / 2**20
+    assert all(row["ms"]["n"] == 2 for row in result["stages"].values())
+    assert list(result["growth"]) == ["2 cases", "4 cases"]
     assert result["demo"]["step_ms"]["n"] == 3
     assert result["copy_gib_per_s"] > 0
     assert result["machine"]["torch"] == torch.__version__
@@ -89,10 +88,10 @@ def test_monai_gets_the_same_samples(tmp_path):
     # Nearest neighbour and largest share differ at boundaries alone.
     assert (theirs["labels"][0] == ours["labels"]).float().mean() > 0.95
     (tmp_path / "kept").mkdir()
-    for contender in data_loading.make_contenders(cases, SMALL, tmp_path / "kept"):
-        data_loading.set_up(contender)
-        assert contender.first_ms > 0
-        contender.loaders.clear()
+    for way in data_loading.make_ways(cases, SMALL, tmp_path / "kept").values():
+        dataset, row = data_loading.set_up(way)
+        assert len(dataset) == 1
+        assert row["first_epoch_ms"] > 0
 
 
 # ---- Restoring -------------------------------------------------------------------------------------------------------
@@ -102,13 +101,14 @@ def test_restore_times_and_compares_both_kinds(run_main, small):
     lines, result = answer(run_main, restore, "--repeats", 2, "--long", "--device", "cpu")
     assert NO_MONAI in lines
     assert tuple(result["kinds"]) == KINDS
-    for row in result["kinds"].values():
-        assert list(row["ways"]) == ["logits_to_labels", "plain"]
-        assert row["ways"]["plain"]["plain_to_this"]["median"] == 1
-        assert row["ways"]["logits_to_labels"]["seconds"]["n"] == 2
-        assert row["against_plain"]["of"] == 20 * 24 * 10
-        assert row["against_plain"]["differ_beyond_ties"] == row["long"]["differ_beyond_ties"] == 0
+    assert list(result["ways"]) == [f"{kind}, {way}" for kind in KINDS for way in ("logits_to_labels", "plain")]
+    for kind, row in result["kinds"].items():
+        assert result["ways"][f"{kind}, plain"]["plain_to_this"]["median"] == 1
+        assert result["ways"][f"{kind}, logits_to_labels"]["seconds"]["n"] == 2
+        assert row["of"] == 20 * 24 * 10
+        assert row["differ_beyond_ties"] == row["long"]["differ_beyond_ties"] == 0
         assert row["long"]["of"] == 20 * 24 * 40
+        assert row["long"]["slice_ms"] == pytest.approx(1000 * row["long"]["seconds"]["median"] / 40)
     assert 0 < result["kinds"]["network-like"]["boundary_share"] < result["kinds"]["random"]["boundary_share"]
     lines, _ = answer(run_main, restore, "--repeats", 1, "--json", "--device", "cpu")
     assert len(lines) == 1

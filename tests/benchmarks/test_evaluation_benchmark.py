@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import evaluation
-from benchmarks.evaluation import MAX_SHIFT_VOXELS, PROJECT, differences, make_contenders, speckled, wrong_copy
+from benchmarks.evaluation import MAX_SHIFT_VOXELS, PROJECT, TASKS, differences, speckled, wrong_copy
 
 ALWAYS_THERE = {PROJECT, "boolean masks", "scikit-learn", "surface-distance"}  # the latter two: for the tests
 
@@ -58,8 +58,8 @@ def test_all_contenders_score_the_same_case(run_main):
     result = json.loads(line)
     assert result["shape"] == [48, 40, 32]
     assert result["organs"] == 13
-    for task, contenders in make_contenders().items():
-        rows = result["tasks"][task]
+    for task, contenders in TASKS.items():
+        rows = result[task]
         assert next(iter(rows)) == PROJECT
         assert {each.name for each in contenders} >= rows.keys() >= {each.name for each in contenders} & ALWAYS_THERE
         assert rows[PROJECT]["seconds"]["n"] == 2
@@ -67,7 +67,7 @@ def test_all_contenders_score_the_same_case(run_main):
         for name in rows.keys() & ALWAYS_THERE:
             assert all(apart <= 1e-9 for apart in rows[name]["differs_by"].values()), name
             assert any(text.startswith(name) for text in table)
-    assert result["tasks"]["speckle"]["surface-distance"]["seconds"]["n"] == 1
+    assert result["speckle"]["surface-distance"]["seconds"]["n"] == 1
 
 
 def test_peers_that_are_missing_are_named(run_main, monkeypatch):
@@ -78,7 +78,7 @@ def test_peers_that_are_missing_are_named(run_main, monkeypatch):
     assert result["notes"] == [
         "not installed: SimpleITK, scikit-learn, monai, surface-distance; pip install -r benchmarks/requirements.txt"
     ]
-    assert [list(rows) for rows in result["tasks"].values()] == [[PROJECT, "boolean masks"], [PROJECT], [PROJECT]]
+    assert [list(result[task]) for task in TASKS] == [[PROJECT, "boolean masks"], [PROJECT], [PROJECT]]
 
 
 @pytest.mark.parametrize(
