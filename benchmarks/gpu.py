@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import train
-from benchmarks import machine
+from benchmarks.measuring import machine
 from core.config import Config, load_config
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.training.augment import augment

@@ -21,6 +21,7 @@ from core.system.provenance import git_commit, versions
 from core.training.memory_plans import GIB
 
 CPU = torch.device("cpu")
+WIDTH = 120  # of a table, in letters
 CPU_INFO = Path("/proc/cpuinfo")  # Linux only; elsewhere platform tells less
 THREE = {"nargs": 3, "type": int, "metavar": ("X", "Y", "Z")}  # of a flag for voxels along the axes
 
@@ -228,11 +229,17 @@ def format_result(result: dict[str, Any]) -> list[str]:
 
 
 def table(title: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the lines of a table: one for each row, a column for each of its values."""
+    """Return the lines of a table: a line for each row, a column for each value; turned where that is too wide."""
     flat = {name: flatten(row) for name, row in rows.items()}
     columns = list(dict.fromkeys(column for row in flat.values() for column in row))
     grid = [[title, *columns]]
     grid += [[name, *(cell(row.get(column, "")) for column in columns)] for name, row in flat.items()]
+    lines = aligned(grid)
+    return lines if max(map(len, lines)) <= WIDTH else aligned(list(zip(*grid, strict=True)))
+
+
+def aligned(grid: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a grid of cells, its columns aligned."""
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in grid]
 

@@ -190,7 +190,7 @@ def test_inference_tells_the_stages_of_every_way(monkeypatch, capsys):
     assert sum(stage["min"] for stage in stages.values()) <= whole["max"]
     assert result["contenders"]["MONAI, bf16"]["to_monai"]["median"] == 1
     assert sorted(map(sorted, result["scans"])) == [[24, 36, 40]] * 2
-    assert any(line.startswith("project, bf16, in turn  ") for line in lines)
+    assert any("project, bf16, in turn" in line for line in lines)
 
 
 def test_inference_without_monai_has_no_ratios(monkeypatch, capsys):
