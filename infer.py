@@ -27,7 +27,7 @@ from tqdm import tqdm
 from core.checkpoint import load_networks
 from core.config import Config, check
 from core.inference.inputs import choose_reading, choose_scans, read_scan
-from core.inference.networks import choose_inference_precision, mean_logits
+from core.inference.networks import choose_inference_precision, mean_logits, predict_logits
 from core.inference.output_folder import OutputFolder
 from core.inference.stages import Segmentation, run_overlapped
 from core.scans.nifti import Reading
@@ -37,7 +37,7 @@ from core.scans.volumes import prepare_image, save_label_map
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_stderr, refusing, run_command
 from core.system.files import whole_file
 from core.system.processes import join_group, leave_group, own_device
-from core.training.setup import autocast, choose_device
+from core.training.setup import choose_device
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
 def predict(inference: Inference, scan: Segmentation) -> None:
     """Run the networks on a prepared scan."""
     image = torch.from_numpy(scan.image).to(inference.device).float() / 255  # (X, Y, Z) in 0..1
-    with autocast(inference.device, inference.precision):
-        logits_of_each = (network(image[None, None])[0].float() for network in inference.networks)
-        scan.logits = mean_logits(logits_of_each, len(inference.networks))  # (K, X, Y, Z)
+    logits_of_each = (
+        predict_logits(network, image[None, None], inference.precision)[0] for network in inference.networks
+    )
+    scan.logits = mean_logits(logits_of_each, len(inference.networks))  # (K, X, Y, Z)
     scan.image = None
 
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from core.inference.networks import choose_inference_precision, mean_logits
+from core.inference.networks import choose_inference_precision, logits_in_slabs, mean_logits, predict_logits
+from vnet import NORMS, VNet
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -40,6 +41,7 @@ def test_the_logits_of_one_network_are_left_as_they_are():
         ("bf16", "float32", "cpu", torch.bfloat16),
         ("auto", "float32", "cuda", torch.float32),
         ("auto", "fp16", "cuda", torch.float16),
+        ("auto", "bf16", "cuda", torch.bfloat16),
         ("bf16", "fp16", "cuda", torch.bfloat16),
         ("float32", "bf16", "cuda", torch.float32),
     ],
@@ -47,3 +49,21 @@ def test_the_logits_of_one_network_are_left_as_they_are():
 def test_precision_is_the_one_asked_for_or_that_of_the_training(monkeypatch, name, trained_in, device, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_inference_precision(name, trained_in, torch.device(device)) == expected
+
+
+def test_a_network_trained_in_bf16_runs_in_fp16_on_a_card_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert choose_inference_precision("auto", "bf16", torch.device("cuda")) == torch.float16
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_logits_in_slabs_are_those_of_the_network(monkeypatch, norm):
+    """A GPU takes this way; here it is tried on a CPU, cut into several slabs."""
+    torch.manual_seed(0)
+    network = VNet(classes=5, channels=4, down_convs=(1, 2, 2), up_convs=(2, 1), norm=norm).eval()
+    image = torch.rand(1, 1, 16, 12, 8)
+    monkeypatch.setattr("core.training.slabs.SLAB_BYTES", 4 * 5 * 12 * 8 * 5)  # 5 of the 16 planes at a time
+    with torch.inference_mode():
+        expected, found = (way(network, image, torch.float32) for way in (predict_logits, logits_in_slabs))
+    assert found.shape == (1, 5, 16, 12, 8)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
