@@ -9,16 +9,26 @@ STANDARD_NAMES = (
     "left adrenal gland", "gallbladder", "esophagus", "stomach", "duodenum", "left kidney",
 )  # fmt: skip
 OTHER_SIDE = {"right": "left", "left": "right"}
+SHORT_SIDES = {"r", "l", "rt", "lt"}  # not guessed: a flip is refused
 
 
 def words_of(name: str) -> list[str]:
-    """Return the words of a name, sorted, in lower case; the name itself when it has no letter and no digit."""
-    return sorted(re.findall(r"[^\W_]+", name.casefold())) or [name]
+    """Return the words of a name, sorted, in lower case; the name itself when it has no letter and no digit.
+
+    A capital letter after a small one begins a word, and so does a number: `kidneyRight2` is `2 kidney right`.
+    """
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return sorted(re.findall(r"[^\W\d_]+|\d+", name.casefold())) or [name]
+
+
+def letters_of(name: str) -> str:
+    """Return the letters and digits of a name in their order, in lower case."""
+    return "".join(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def same_name(first: str, second: str) -> bool:
-    """Return True when two names have the same words, in any order and case."""
-    return words_of(first) == words_of(second)
+    """Return True when two names have the same words, in any order and case, or the same letters in the same order."""
+    return words_of(first) == words_of(second) or (letters_of(first) == letters_of(second) != "")
 
 
 def standard_name(name: str) -> str:
@@ -30,12 +40,19 @@ def mirrored_ids(organs: Sequence[str]) -> list[int]:
     """Return for each id that of the organ on the other side, as right kidney for left kidney; itself without a side.
 
     Raises:
-        ValueError: when a name holds a side, but the organ of the other side is not in the list.
+        ValueError: when a name holds a side, but the organ of the other side is not in the list, or when it may hold a
+            side that cannot be told.
     """
-    ids = {tuple(words_of(name)): i for i, name in enumerate(organs)}
+    ids = {tuple(words_of(standard_name(name))): i for i, name in enumerate(organs)}
     mirrored = []
     for i, name in enumerate(organs):
-        words = words_of(name)
+        words = words_of(standard_name(name))
+        glued = any(word.startswith(tuple(OTHER_SIDE)) for word in words)  # rightlung
+        if not set(words) & set(OTHER_SIDE) and (glued or set(words) & SHORT_SIDES):
+            raise ValueError(
+                f"augment_flip: {name!r} of organs may hold a side; expected right or left as a word of its own, as in "
+                "right kidney, or augment_flip: false"
+            )
         other = tuple(sorted(OTHER_SIDE.get(word, word) for word in words))
         if other not in ids and other != tuple(words):
             raise ValueError(

@@ -5,7 +5,7 @@ import pytest
 
 from core.config import load_config
 from core.scans.anatomy import Organ, plausible_ml, swapped_sides
-from core.scans.organ_words import STANDARD_NAMES, mirrored_ids, standard_name
+from core.scans.organ_words import STANDARD_NAMES, mirrored_ids, same_name, standard_name
 from core.scoring.flare22 import TOLERANCES_MM, compared_box, tolerance_mm
 
 RIGHT = ("right kidney", "kidney_right", "Right-Kidney", "kidney (right)", "RIGHT KIDNEY", "right_kidney")
@@ -19,6 +19,26 @@ def test_sides_are_found_however_a_name_is_spelled(right):
     assert plausible_ml(left) == plausible_ml("left kidney") == (30, 700)
     found = {right: Organ(150, -40, (), (150,)), left: Organ(150, 40, (), (150,))}  # mirrored
     assert swapped_sides(found) == [(right, left)]
+
+
+@pytest.mark.parametrize("right", ["RightKidney", "kidneyRight", "rightkidney", "kidney_right2", "Kidney2Right"])
+def test_sides_are_found_in_words_that_are_glued(right):
+    left = right.replace("right", "left").replace("Right", "Left")
+    assert mirrored_ids(["background", right, "liver", left]) == [0, 3, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["Kidney (R)", "kidney_L", "rt kidney", "R. kidney", "rightlung"])
+def test_a_side_that_cannot_be_told_is_refused(name):
+    with pytest.raises(ValueError, match="of organs may hold a side; expected right or left as a word of its own"):
+        mirrored_ids(["background", "liver", name])
+
+
+def test_names_that_differ_only_in_blanks_are_the_same():
+    assert standard_name("GallBladder") == standard_name("gall_bladder") == "gallbladder"
+    assert standard_name("inferiorVenaCava") == "inferior vena cava"
+    assert not same_name("left kidney", "right kidney")
+    assert not same_name("肝", "脾")
+    assert not same_name("-", "+")
 
 
 def test_a_side_without_a_partner_is_refused():
