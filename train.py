@@ -56,7 +56,7 @@ def start_training(config: Config, device: torch.device, processes: int = 1) -> 
 
 
 def train(run: Run, train_set: CaseDataset, val_set: CaseDataset) -> None:
-    """Train for all epochs that are left; each ends with a row of log.csv, last.pt, and best.pt if it is the best.
+    """Train for all epochs that are left; each ends with a row of log.csv, best.pt if it is the best, last.pt if due.
 
     Raises:
         NotFiniteError, Stopped: as `train_one_epoch`.

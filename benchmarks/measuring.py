@@ -245,7 +245,7 @@ def aligned(grid: Sequence[Sequence[str]]) -> list[str]:
 
 
 def is_row(value: Any) -> bool:
-    """Whether a value is a dictionary, but not one of `summarise`."""
+    """Return True for a dictionary that is not one of `summarise`."""
     return isinstance(value, dict) and "median" not in value
 
 

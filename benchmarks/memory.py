@@ -33,7 +33,7 @@ from vnet import check_size
 
 
 class Count(NamedTuple):
-    """What one training step in a plain loop needs: its peak in GiB, and its floating-point operations."""
+    """Need of one training step in a plain loop: its peak in GiB, and its floating-point operations."""
 
     peak_gib: float
     forward_flops: int

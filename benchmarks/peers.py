@@ -18,7 +18,7 @@ NO_MONAI = "MONAI is not installed; pip install -r benchmarks/requirements.txt"
 
 
 def monai_installed() -> bool:
-    """Whether there is a MONAI to compare with."""
+    """Return True when MONAI is installed."""
     return installed_version("monai") is not None
 
 

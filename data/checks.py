@@ -66,7 +66,7 @@ class Finding:
 
 @dataclass
 class Examined:
-    """What one case's files are like.
+    """Facts and findings about one case's files.
 
     Attributes:
         case: its id.

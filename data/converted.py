@@ -34,7 +34,7 @@ IDS = 256  # that a label map can hold
 
 @dataclass
 class Converted:
-    """What happened to one case.
+    """Outcome of converting one case.
 
     Attributes:
         case: its id.

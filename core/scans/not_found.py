@@ -1,4 +1,4 @@
-"""What to say when a file is not found: the name that was looked for, similar names, and files of other formats."""
+"""Sentences for files that are not found: the name that was looked for, similar names, and files of other formats."""
 
 import difflib
 import re

@@ -48,7 +48,8 @@ def mirrored_ids(organs: Sequence[str]) -> list[int]:
     for i, name in enumerate(organs):
         words = words_of(standard_name(name))
         glued = any(word.startswith(tuple(OTHER_SIDE)) for word in words)  # rightlung
-        if not set(words) & set(OTHER_SIDE) and (glued or set(words) & SHORT_SIDES):
+        short = SHORT_SIDES & set(re.findall(r"[^\W_]+", name.casefold()))  # kidney_l, but not the vertebra L1
+        if not set(words) & set(OTHER_SIDE) and (glued or short):
             raise ValueError(
                 f"augment_flip: {name!r} of organs may hold a side; expected right or left as a word of its own, as in "
                 "right kidney, or augment_flip: false"

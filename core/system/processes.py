@@ -54,7 +54,7 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and prints."""
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list:
@@ -67,7 +67,7 @@ class Group:
         return values
 
     def any(self, value: bool) -> bool:
-        """Whether the value is true in any process."""
+        """Return True when the value is true in any process."""
         if self.size == 1:
             return value
         flag = torch.tensor(int(value))

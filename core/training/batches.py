@@ -117,7 +117,7 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 class Description(NamedTuple):
-    """What `describe_cases` finds: `ranges_of` the cases, and by case id a checksum that changes with its data."""
+    """Ranges over the cases, from `ranges_of`, and for each case id a checksum that changes with the case's data."""
 
     ranges: dict
     fingerprints: dict[str, str]

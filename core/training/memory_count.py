@@ -28,7 +28,7 @@ RESERVED_GIB = 1.6  # of a card, for what the count leaves out: context some 0.5
 
 @dataclass(frozen=True)
 class Need:
-    """What one training step needs under a plan: its peak in GiB, and its arithmetic in floating-point operations."""
+    """Need of one training step under a plan: its peak in GiB, and its arithmetic in floating-point operations."""
 
     plan: str
     peak_gib: float

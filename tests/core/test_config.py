@@ -141,8 +141,9 @@ def test_what_a_settings_file_leaves_out_has_its_default(tmp_path):
 
 @pytest.mark.parametrize("key", ["data_dir", "run_dir", "cache_dir", "init_from", "val_cases"])
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, key):
-    monkeypatch.setenv("HOME", "/home/me")
-    expected = ("/home/me/x",) if key == "val_cases" else "/home/me/x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = str(tmp_path / "x")
+    expected = (path,) if key == "val_cases" else path
     assert getattr(load_config(settings_file(tmp_path, f"{key}: ~/x\n")), key) == expected
     assert getattr(from_command_line(flag(key), "~/x"), key) == expected
 
