@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from core.config import Config
 from core.scans.anatomy import comparable_ml, organs_in, swapped_sides
 from core.scans.cache import CACHE_VERSION, read_cache, write_cache
+from core.scans.crop import crop_box, extent_of
 from core.scans.files import check_partners, find_files, listed, read_case_ids
 from core.scans.geometry import check_same_grid
 from core.scans.nifti import Reading
@@ -152,19 +153,20 @@ class CaseDataset(Dataset):
     """Labelled cases on the network's grid, kept on disk as bytes once they have been resized.
 
     A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
-    uint8; `extent_mm` (3,) float32, the scan's size; `hu_percentiles` (3,) float32, of its body; `volumes_ml` (K,)
-    float32, by id, 0 where unknown; `swapped`, the organs that lie on each other's side, in words. It is the same to
-    the bit with and without the cache.
+    uint8; `extent_mm` (3,) float32, the size of what the grid covers; `hu_percentiles` (3,) float32, of the scan's
+    body; `volumes_ml` (K,) float32, by id, 0 where unknown; `swapped`, the organs that lie on each other's side, in
+    words. It is the same to the bit with and without the cache.
 
     Args:
         cases: with label maps.
-        config: size, window_hu, organs, cache_dir and the options for reading files are used.
+        config: size, window_hu, crop, organs, cache_dir and the options for reading files are used.
     """
 
     def __init__(self, cases: Sequence[Case], config: Config):
         self.cases = list(cases)
         self.size = config.size
         self.window_hu = config.window_hu
+        self.crop = config.crop
         self.organs = config.organs
         self.reading = reading_of(config)
         self.cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
@@ -208,16 +210,17 @@ class CaseDataset(Dataset):
         voxels, geometry = load_scan(case.scan, self.reading)
         labels, labels_geometry = load_labels(case.labels, len(self.organs), self.reading)
         check_same_grid(geometry, labels_geometry, f"case {case.id}")
+        box = crop_box(self.crop, voxels, labels)
         found = organs_in(labels, geometry, self.organs)
         ml = comparable_ml(found)
         facts = {
-            "extent_mm": list(geometry.extent_mm),
+            "extent_mm": list(extent_of(box, geometry)),
             "hu_percentiles": hu_percentiles(voxels),
             "volumes_ml": [ml.get(organ, 0.0) for organ in self.organs],
             "swapped": ", ".join(f"{right} to the left of {left}" for right, left in swapped_sides(found)),
         }
-        volumes = np.stack([prepare_image(voxels, self.size, self.window_hu), resize_labels(labels, self.size)])
-        return volumes, facts
+        image, labels = prepare_image(voxels[box], self.size, self.window_hu), resize_labels(labels[box], self.size)
+        return np.stack([image, labels]), facts
 
     def key(self, case: Case) -> str:
         """Return a hash of everything that a cached sample depends on."""
@@ -225,7 +228,7 @@ class CaseDataset(Dataset):
         stats = [(p.resolve(), p.stat()) for p in (case.scan, case.labels)]
         files = [(str(p), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for p, stat in stats]
         accepted = [self.reading.assume_ras, self.reading.replace_nonfinite]
-        settings = [CACHE_VERSION, self.size, self.window_hu, self.organs, *accepted]
+        settings = [CACHE_VERSION, self.size, self.window_hu, self.crop, self.organs, *accepted]
         return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()[:16]
 
 

@@ -27,9 +27,11 @@ from tqdm import tqdm
 from core.checkpoint import load_networks
 from core.config import Config, check
 from core.inference.inputs import choose_reading, choose_scans, read_scan
+from core.inference.locating import Locator, find_box, load_locator
 from core.inference.networks import choose_inference_precision, mean_logits, predict_logits
 from core.inference.output_folder import OutputFolder
 from core.inference.stages import Segmentation, run_overlapped
+from core.scans.crop import extent_of, shape_of
 from core.scans.nifti import Reading
 from core.scans.resample import logits_to_labels
 from core.scans.typical import differences
@@ -54,6 +56,7 @@ class Inference:
         reading: which scans are accepted.
         series_uid: which of the series in a DICOM folder to read, UID or UID:N; None when there is only one.
         fingerprint: of the networks; written into each label map.
+        locator: finds the organs' box for networks that were trained on it; None for others.
     """
 
     networks: Sequence[nn.Module]
@@ -65,6 +68,7 @@ class Inference:
     reading: Reading = field(default_factory=Reading)
     series_uid: str | None = None
     fingerprint: str = ""
+    locator: Locator | None = None
 
 
 # ---- One scan: read and prepare, predict, finish ---------------------------------------------------------------------
@@ -78,10 +82,11 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
     """
     reading = replace(inference.reading, warn=scan.warn)
     voxels, scan.geometry = read_scan(scan.file, reading, inference.series_uid)  # (X, Y, Z) in HU
-    unlike = differences(voxels, scan.geometry, inference.training_data)
+    scan.box = find_box(voxels, inference.config.crop, inference.locator, scan.warn)
+    unlike = differences(voxels, extent_of(scan.box, scan.geometry), inference.training_data)
     if unlike:
         scan.warn(f"unlike the training cases, expect a poor prediction: {', '.join(unlike)}")
-    scan.image = prepare_image(voxels, inference.config.size, inference.config.window_hu)  # uint8, the network's size
+    scan.image = prepare_image(voxels[scan.box], inference.config.size, inference.config.window_hu)  # uint8
 
 
 @torch.inference_mode()
@@ -105,10 +110,11 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     scan.logits = None
     if not torch.isfinite(logits).all():
         raise ValueError("the network's output is not finite, so that no label map can be made of it")
-    labels = logits_to_labels(logits, geometry.shape)  # (X, Y, Z) uint8
+    labels = np.zeros(geometry.shape, dtype=np.uint8)  # (X, Y, Z)
+    labels[scan.box] = logits_to_labels(logits, shape_of(scan.box))
     # Slice by slice, because bincount converts each label to 8 bytes.
     voxels = sum(np.bincount(labels_yz.ravel(), minlength=len(organs)) for labels_yz in labels)  # (K,)
-    output.write_probabilities(scan.case, logits, geometry)
+    output.write_probabilities(scan.case, logits, geometry, scan.box)
     # The label map shows that the case is done, so it is moved to its place last. It is completely on the disk before
     # the volumes are written: almost nothing can fail between the two.
     with whole_file(output.label_map(scan.case)) as temporary:
@@ -163,6 +169,7 @@ def main() -> int:
         output.prepare(cases, refused)
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device)
+            locator = load_locator(arguments.locate, checkpoint, device)
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
     if group.first and arguments.cases is None and not arguments.skip_existing:
         output.set_aside_refused(refused, cases)
@@ -175,9 +182,8 @@ def main() -> int:
     own = dict(list(cases.items())[group.rank :: group.size])
 
     config, training_data, fingerprint = (checkpoint[key] for key in ("config", "training_data", "fingerprint"))
-    inference = Inference(
-        networks, config, training_data, device, precision, output, reading, arguments.series, fingerprint
-    )
+    accepted = output, reading, arguments.series
+    inference = Inference(networks, config, training_data, device, precision, *accepted, fingerprint, locator)
     failed, unreported = segment(inference, own, group.first), []
     done = {case: file for case, file in own.items() if case not in failed}
     with refusing(REFUSED):
@@ -211,6 +217,12 @@ def parse_arguments() -> argparse.Namespace:
         type=path,
         metavar="FILE",
         help="best.pt or last.pt of a run; of several, as of all folds, the probabilities are averaged",
+    )
+    parser.add_argument(
+        "--locate",
+        type=path,
+        metavar="FILE",
+        help="checkpoint of the network that finds the organs, for a network that was trained with crop: organs",
     )
     parser.add_argument(
         "--output", required=True, type=path, metavar="DIR", help="folder for label maps and volumes.csv"

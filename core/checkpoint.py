@@ -33,7 +33,7 @@ MAGICS = (
     (b"<", "it is a web page, perhaps the error page of a download"),
     (b"\x1f\x8b", "it is compressed with gzip; unpack it first"),
 )
-SHARED = ("size", "window_hu", "organs")  # settings that networks must share to be averaged
+SHARED = ("size", "window_hu", "crop", "organs")  # settings that networks must share to be averaged
 IS_FOLDER = 0x10  # a bit in a zip member's attributes; torch reads nothing of such a member and does not say so
 
 

@@ -98,6 +98,9 @@ class Config:
         "voxels X Y Z of the network's input; multiples of 16 with five stages")
     window_hu: tuple[float, float] = setting((-160.0, 240.0), WINDOW,
         "range in HU that is scaled to 0..1; values outside are clipped")
+    crop: str = setting("none", one_of("none", "body", "organs"),
+        "part of each scan that the grid covers; body: without the air around it; organs: the box of the organs, which "
+        "infer.py --locate finds with a second network")
     max_gib: float = setting(8.0, Rule(float, "a number of GiB above 0", lambda value: value > 0),
         "largest scan accepted, in GiB as float32")
     assume_ras: bool = setting(False, BOOLEAN, "read files that state no orientation as RAS+; false: refuse them")

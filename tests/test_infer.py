@@ -22,7 +22,7 @@ import pydicom
 import pytest
 import torch
 from dicom_files import REAL, make_series, write
-from helpers import AFFINE, SOON, SPACING_MM, VOXEL_ML, files_in, in_ras, make_voxels, save_scan, start, wait_for
+from helpers import SOON, SPACING_MM, VOXEL_ML, files_in, in_ras, make_voxels, save_scan, start, wait_for
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch.nn import functional as F
 
@@ -31,7 +31,6 @@ from core.checkpoint import load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
 from core.inference.output_folder import OutputFolder
 from core.network import build_network
-from core.scans.geometry import Geometry
 from core.scans.typical import differences
 from core.training.batches import describe_cases
 from dataset import CaseDataset, find_cases
@@ -1019,9 +1018,8 @@ def test_percentiles_are_compared_one_by_one():
         "extent_mm": {"min": [64, 48, 48], "max": [64, 48, 48]},
         "hu_percentiles": {"min": [-100, 0, 200], "max": [-90, 20, 300]},
     }
-    geometry = Geometry(SIZE, AFFINE, nib.Nifti1Header())
     flat = np.full(SIZE, 60, np.float32)
-    assert differences(flat, geometry, training_data) == [
+    assert differences(flat, (64, 48, 48), training_data) == [
         "5 % of its body lies below 60 HU (-100 to -90)",
         "95 % of its body lies below 60 HU (200 to 300)",
     ]

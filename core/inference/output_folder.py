@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from core.inference.inputs import named_case
+from core.scans.crop import Box
 from core.scans.files import listed
 from core.scans.geometry import Geometry
 from core.scans.organ_names import read_network
@@ -118,8 +119,8 @@ class OutputFolder:
         with_probabilities = not self.probabilities or probabilities_path(self.path, case).is_file()
         return self.label_map(case).is_file() and with_probabilities
 
-    def write_probabilities(self, case: str, logits: Tensor, geometry: Geometry) -> None:
-        """Write a case's probabilities from logits (K, X, Y, Z) where wanted; else rename earlier ones to *.old.
+    def write_probabilities(self, case: str, logits: Tensor, geometry: Geometry, box: Box) -> None:
+        """Write a case's probabilities where wanted, from logits (K, X, Y, Z) of a box; else rename earlier ones.
 
         Raises:
             OSError: when they cannot be written, or the disk has no room for them.
@@ -130,7 +131,7 @@ class OutputFolder:
             return
         needed = PROBABILITY_BYTES * len(logits) * math.prod(geometry.shape)
         check_room(self.path, needed, f"the probabilities of {case}")
-        save_probabilities(logits, geometry, path)
+        save_probabilities(logits, geometry, box, path)
 
     def write_volumes(self, case: str, volumes_ml: Sequence[float], organs: Sequence[str]) -> None:
         """Write a case's volumes, (K,) in mL by id, into volumes.csv, as `write_volumes` does."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.scans.crop import Box
 from core.scans.geometry import Geometry
 from core.system.exits import is_out_of_memory, print_stderr, print_warning
 
@@ -26,6 +27,7 @@ class Segmentation:
         case: the scan's id.
         file: the NIfTI file, or the folder of a DICOM series.
         geometry: the scan's geometry, once it is read.
+        box: the part of the scan that the network's grid covers.
         image: (X, Y, Z) uint8, the network's input.
         logits: (K, X, Y, Z) float32, the network's output.
         failure: the reason why the scan failed, or None.
@@ -35,6 +37,7 @@ class Segmentation:
     case: str
     file: Path
     geometry: Geometry | None = None
+    box: Box | None = None
     image: np.ndarray | None = None
     logits: Tensor | None = None
     failure: str | None = None

@@ -24,6 +24,7 @@ from isal import igzip
 from torch import Tensor
 
 from core.scans.alternating import period_of_slices
+from core.scans.crop import Box, shape_of
 from core.scans.geometry import Geometry, geometry_of
 from core.scans.nifti import MAX_BEHIND, READ_ERRORS, Reading, open_nifti
 from core.scans.organ_names import organ_names_extension
@@ -234,8 +235,10 @@ def save_label_map(
     save_volume(stored, header, path)
 
 
-def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> None:
-    """Write the classes' probabilities from logits, (K, X, Y, Z), as a file of (X, Y, Z, K) in the scan's own geometry.
+def save_probabilities(logits: Tensor, geometry: Geometry, box: Box, path: str | Path) -> None:
+    """Write the classes' probabilities, from logits (K, X, Y, Z) of a box, as (X, Y, Z, K) in the scan's own geometry.
+
+    Outside of the box the background's probability is 1.
 
     NIfTI has no float16: the file stores uint16 steps of 1/65535, which is as small and off by less than 1e-5.
     The K full-size volumes are in a temporary file in the folder of `path`, not in memory.
@@ -245,9 +248,11 @@ def save_probabilities(logits: Tensor, geometry: Geometry, path: str | Path) -> 
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, 2 * len(logits) * math.prod(geometry.shape))
         steps = np.memmap(file, np.uint16, mode="w+", shape=(*geometry.shape, len(logits)), order="F")
-        for slab in slabs(logits, geometry.shape):
-            probabilities = resize_slab(logits, geometry.shape, slab).softmax(dim=0)
-            steps[slab] = (probabilities * 65535).round().cpu().numpy().astype(np.uint16).transpose(1, 2, 3, 0)
+        if shape_of(box) != geometry.shape:
+            steps[..., 0] = 65535
+        for slab in slabs(logits, shape_of(box)):
+            probabilities = resize_slab(logits, shape_of(box), slab).softmax(dim=0)
+            steps[box][slab] = (probabilities * 65535).round().cpu().numpy().astype(np.uint16).transpose(1, 2, 3, 0)
         header = geometry.header.copy()
         header.set_data_dtype(np.uint16)
         header.set_intent("none")

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.scans import resample
 from core.scans import volumes as preprocess
+from core.scans.crop import whole_box
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.resample import axis_weights, logits_to_labels, resize_image, resize_labels
 from core.scans.volumes import (
@@ -426,7 +427,7 @@ def test_probabilities_lie_in_the_scans_geometry_and_agree_with_the_labels(tmp_p
     stored, affine = store_as(((1, 2, 0), (1, -1, -1)), HU, affine_of())
     geometry = read_geometry(write(tmp_path / "scan.nii.gz", stored, affine, slope=3, inter=-1000))
     logits = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    save_probabilities(logits, geometry, tmp_path / "a_probabilities.nii.gz")
+    save_probabilities(logits, geometry, whole_box(geometry.shape), tmp_path / "a_probabilities.nii.gz")
     save_label_map(logits_to_labels(logits, geometry.shape), geometry, tmp_path / "a.nii.gz")
     written, labels = nib.load(tmp_path / "a_probabilities.nii.gz"), nib.load(tmp_path / "a.nii.gz")
     assert written.shape == (*stored.shape, 3)

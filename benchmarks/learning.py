@@ -1,0 +1,174 @@
+"""How well a recipe learns: train on all parts of a data set but one, segment and score that one, for each part.
+
+    python -m benchmarks.learning DATA --recipe recipes/best.yaml --output runs/learning/best
+    python -m benchmarks.learning DATA --recipe FILE --output OUT --folds 0 1 --size 64 64 48       # screening
+    python -m benchmarks.learning DATA --recipe FILE --output OUT --against runs/learning/other     # paired
+
+Flags that are not listed by --help go to train.py. The parts are runs of neighbouring ids. Each run takes `--steps`
+steps, whatever the number of its training cases. A second call goes on where the first one stopped. Scores are those of
+evaluate.py, on the scans' own grids; a mean is over the organs that the label maps have.
+"""
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measuring import machine, positive
+from core.scoring.statistics import compare, mean_over
+from core.system.exits import run_command
+from core.system.files import user_path, write_text
+from dataset import find_cases, find_data
+
+RESULT = "learning.json"
+
+
+def main() -> int:
+    """Train, segment and score every part with every seed; print the table."""
+    arguments, settings = parse_arguments()
+    data_dir = find_data(arguments.data)
+    ids = [case.id for case in find_cases(data_dir)]
+    parts = [part.tolist() for part in np.array_split(ids, arguments.parts)]
+    runs = {}
+    for seed in arguments.seeds:
+        for fold in arguments.folds:
+            name = f"fold {fold}, seed {seed}"
+            folder = arguments.output / f"fold{fold}_seed{seed}"
+            epochs = math.ceil(arguments.steps / (len(ids) - len(parts[fold])))
+            flags = ["--seed", str(seed), "--epochs", str(epochs), "--val-interval", str(epochs), *settings]
+            runs[name] = learn(arguments, data_dir, parts[fold], folder, flags)
+            print_table(runs)
+    result = {"command": sys.argv, "machine": machine(), "runs": runs}
+    write_text(arguments.output / RESULT, json.dumps(result, indent=2) + "\n")
+    if arguments.against:
+        print_comparison(runs, json.loads((arguments.against / RESULT).read_text(encoding="utf-8"))["runs"])
+    return 0
+
+
+def learn(arguments: argparse.Namespace, data_dir: Path, held_out: Sequence[str], folder: Path, flags: list) -> dict:
+    """Train without the `held_out` cases and score them; return the seconds of training and Dice by case and organ."""
+    result = folder / "result.json"
+    if result.is_file():
+        return json.loads(result.read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    run_dir, cases = folder / "train", ["--cases", *held_out]
+    common = ["--val-cases", *held_out, "--cache-dir", arguments.output.parent / "cache", "--resume"]
+    started = time.monotonic()
+    for recipe, run in zip(arguments.recipe, runs_of(arguments.recipe, run_dir), strict=True):
+        run_script(
+            ["train.py", "--config", recipe, "--data-dir", data_dir, "--run-dir", run, *common, *flags],
+            folder / "log.txt",
+        )
+    seconds = time.monotonic() - started
+    locate = ["--locate", *(run / "last.pt" for run in runs_of(arguments.recipe, run_dir)[:-1])]
+    predictions, scores = folder / "predictions", folder / "scores"
+    run_script(
+        ["infer.py", data_dir, *cases, "--checkpoint", run_dir / "last.pt", "--output", predictions]
+        + (locate if len(locate) > 1 else []),
+        folder / "log.txt",
+    )
+    run_script(
+        ["evaluate.py", "--predictions", predictions, "--labels", data_dir, *cases, "--output", scores],
+        folder / "log.txt",
+    )
+    with open(scores / "metrics.csv", encoding="utf-8", newline="") as file:
+        dice = {case: {} for case in held_out}
+        for row in csv.DictReader(file):
+            if row["recall"]:  # empty where the reference does not hold the organ
+                dice[row["case"]][row["organ"]] = float(row["dice"])
+    found = {"seconds": seconds, "dice": dice}
+    write_text(result, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def runs_of(recipes: Sequence[str], run_dir: Path) -> list[Path]:
+    """Name each recipe's run folder; the last recipe's is `run_dir`, those before it are of networks that locate."""
+    return [run_dir.with_name(f"{run_dir.name}_locate{number}") for number in range(len(recipes) - 1)] + [run_dir]
+
+
+def run_script(command: Sequence[object], log: Path) -> None:
+    """Run one of the scripts; what it prints goes to the end of `log`.
+
+    Raises:
+        ValueError: when it fails.
+    """
+    with open(log, "a", encoding="utf-8") as file:
+        print("$", *command, file=file, flush=True)
+        code = subprocess.run([sys.executable, *map(str, command)], stdout=file, stderr=file, check=False).returncode
+    if code:
+        raise ValueError(f"{command[0]} ended with exit code {code}; {log} tells why")
+
+
+def print_table(runs: dict[str, dict]) -> None:
+    """Print mean Dice by organ and run, over the held-out cases; the last line is the mean over organs."""
+    organs = organs_of(runs)
+    tables = {name: dice_table(run, organs) for name, run in runs.items()}
+    tables["mean"] = np.concatenate(list(tables.values()))
+    print(f"\n{'Dice':20}", *(f"{name:>15}" for name in tables))
+    by_organ = np.stack([mean_over(dice, axis=0) for dice in tables.values()], axis=1)
+    for organ, row in zip(organs, by_organ, strict=True):
+        print(f"{organ:20}", *(f"{value:15.4f}" for value in row))
+    print(f"{'mean over organs':20}", *(f"{value:15.4f}" for value in mean_over(by_organ, axis=0)))
+    print(f"{'seconds of training':20}", *(f"{run['seconds']:15.0f}" for run in runs.values()), flush=True)
+
+
+def print_comparison(here: dict[str, dict], other: dict[str, dict]) -> None:
+    """Print the mean difference in Dice, organ by organ, over the cases and seeds that both have."""
+    shared = [name for name in here if name in other]
+    if not shared:
+        raise ValueError("--against: has no fold and seed in common with this one")
+    organs = organs_of(here)
+    pairs = [np.concatenate([dice_table(runs[name], organs) for name in shared]) for runs in (here, other)]
+    print(f"\nDifference in Dice over {len(pairs[0])} pairs of {', '.join(shared)}")
+    for i, organ in enumerate(organs):
+        found = compare(pairs[0][:, i], pairs[1][:, i])
+        print(f"{organ:20}{found['difference']:+10.4f}")
+    found = compare(*(mean_over(dice, axis=1) for dice in pairs))
+    interval = " to ".join(f"{end:+.4f}" for end in found["interval_95"] or [])
+    print(f"{'mean over organs':20}{found['difference']:+10.4f}   95 % {interval}, p {found['p']:.3f}")
+
+
+def organs_of(runs: dict[str, dict]) -> list[str]:
+    """List the organs that any case has, in their order."""
+    return list(dict.fromkeys(organ for run in runs.values() for dice in run["dice"].values() for organ in dice))
+
+
+def dice_table(run: dict, organs: Sequence[str]) -> np.ndarray:
+    """Return (cases, organs) Dice; NaN where the reference does not hold the organ."""
+    return np.array([[dice.get(organ, math.nan) for organ in organs] for dice in run["dice"].values()])
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Return the command line's arguments, and the flags for train.py."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=user_path, metavar="DATA", help="a data set as for train.py")
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="settings; of two files, the first is of the network that locates for the second, which is scored",
+    )
+    parser.add_argument("--output", required=True, type=user_path, metavar="DIR", help="folder for runs and results")
+    parser.add_argument("--against", type=user_path, metavar="DIR", help="the --output of another recipe")
+    parser.add_argument("--parts", type=positive, default=4, metavar="N", help="parts of the data (default: 4)")
+    parser.add_argument("--folds", type=int, nargs="+", metavar="N", help="parts to hold out, from 0 (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    parser.add_argument("--steps", type=positive, default=600, metavar="N", help="of a run (default: 600)")
+    arguments, settings = parser.parse_known_args()
+    if arguments.folds is None:
+        arguments.folds = list(range(arguments.parts))
+    if not all(0 <= fold < arguments.parts for fold in arguments.folds):
+        parser.error(f"--folds: expected numbers from 0 to {arguments.parts - 1}")
+    return arguments, settings
+
+
+if __name__ == "__main__":
+    run_command(main)

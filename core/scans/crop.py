@@ -1,0 +1,112 @@
+"""The box of a scan that the network sees: all of it, the body without the air around it, or the organs.
+
+A box is three slices along X, Y, Z of an array in RAS+ order, and is never empty. What the network finds in it goes
+back to the same voxels, so that no affine changes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from core.scans.geometry import Geometry
+
+Box = tuple[slice, slice, slice]
+
+BODY_ABOVE_HU = -120.0  # fat and more; the air of a scan that was clipped to a window of -125 HU is below it, too
+SAMPLES = 128  # the body is looked for on at least so many voxels along each axis, or on all of them
+OPENING = 2  # samples by which the body is opened in X and Y: the table and its sheets come off
+MARGIN = 0.1  # of the organs' box, added on each side: what the network that locates them may miss
+LEAST_PIECE = 0.02  # share of all found voxels; a smaller piece does not widen the box
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+    """Return the box of a whole array."""
+    return tuple(slice(0, n) for n in shape[:3])
+
+
+def crop_box(crop: str, voxels: np.ndarray, labels: np.ndarray) -> Box:
+    """Return the box that a labelled scan is cropped to.
+
+    Args:
+        crop: none, body or organs. Without any organ the box is the body's.
+        voxels: (X, Y, Z) in HU.
+        labels: (X, Y, Z), ids, 0 for background.
+    """
+    if crop == "none":
+        return whole_box(voxels.shape)
+    found = box_of(labels > 0) if crop == "organs" else None
+    return widened(found, MARGIN, labels.shape) if found else body_box(voxels)
+
+
+def body_box(voxels: np.ndarray) -> Box:
+    """Return the box of the body in a scan, (X, Y, Z) in HU: of its largest piece above BODY_ABOVE_HU.
+
+    The whole scan where nothing is above it.
+    """
+    steps = [max(1, n // SAMPLES) for n in voxels.shape]
+    mask = voxels[tuple(slice(None, None, step) for step in steps)] > BODY_ABOVE_HU
+    in_plane = ndimage.generate_binary_structure(2, 1)[:, :, None]
+    opened = ndimage.binary_opening(mask, in_plane, iterations=OPENING)
+    pieces, count = ndimage.label(opened if opened.any() else mask)
+    if not count:
+        return whole_box(voxels.shape)
+    largest = 1 + np.argmax(np.bincount(pieces.ravel())[1:])
+    box = zip(box_of(pieces == largest), steps, voxels.shape, strict=True)
+    # A step more on either side, as the body may end between two samples.
+    return tuple(slice(max(0, (cut.start - 1) * step + 1), min(n, cut.stop * step)) for cut, step, n in box)
+
+
+def box_of(mask: np.ndarray) -> Box | None:
+    """Return the smallest box around what is True in (X, Y, Z); None where nothing is."""
+    found = []
+    for axis in range(3):
+        places = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
+        if not len(places):
+            return None
+        found.append(slice(int(places[0]), int(places[-1]) + 1))
+    return tuple(found)
+
+
+def located_box(labels: np.ndarray, searched: Box, shape: Sequence[int]) -> Box | None:
+    """Return the organs' box in a scan from what a network found on its own, coarser grid.
+
+    Args:
+        labels: (X', Y', Z') ids on the network's grid, which covers `searched`. Pieces below LEAST_PIECE of all that
+            was found do not count.
+        searched: box of the scan.
+        shape: of the scan, (X, Y, Z).
+
+    Returns:
+        the box with MARGIN around it, or None where nothing was found.
+    """
+    pieces, _ = ndimage.label(labels > 0, ndimage.generate_binary_structure(3, 3))
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    found = box_of((sizes >= max(1, LEAST_PIECE * sizes.sum()))[pieces])
+    if found is None:
+        return None
+    scaled = []
+    for cut, n, within in zip(found, labels.shape, searched, strict=True):
+        step = (within.stop - within.start) / n  # voxels of the scan for one of the grid
+        scaled.append(slice(within.start + int(cut.start * step), within.start + int(np.ceil(cut.stop * step))))
+    return widened(tuple(scaled), MARGIN, shape)
+
+
+def widened(box: Box, share: float, shape: Sequence[int]) -> Box:
+    """Return a box with `share` of its lengths added on each side, as far as an array of `shape` goes."""
+    margins = [int(np.ceil(share * (cut.stop - cut.start))) for cut in box]
+    return tuple(
+        slice(max(0, cut.start - margin), min(n, cut.stop + margin))
+        for cut, margin, n in zip(box, margins, shape, strict=True)
+    )
+
+
+def shape_of(box: Box) -> tuple[int, int, int]:
+    """Return the lengths of a box in voxels."""
+    return tuple(cut.stop - cut.start for cut in box)
+
+
+def extent_of(box: Box, geometry: Geometry) -> tuple[float, float, float]:
+    """Return the lengths of a box in mm, from outer face to outer face."""
+    return tuple(n * mm for n, mm in zip(shape_of(box), geometry.spacing_mm, strict=True))
