@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -228,6 +228,91 @@ def test_a_tilde_is_the_home_folder(run_main, checkpoint, tmp_path, monkeypatch)
     flags = ["--checkpoint", "~/best.pt", "--output", "~/out", "--device", "cpu"]
     assert run_main(infer, "~/scans", *flags)[0] == 0
     assert set(files_in(tmp_path / "out")) == {"one.nii.gz", "volumes.csv"}
+
+
+# ---- A part of the scan
+
+BODY = (slice(5, 37), slice(3, 35), slice(0, 20))  # of a scan of 44x40x20
+
+
+def body_in_air() -> np.ndarray:
+    voxels = np.full((44, 40, 20), -1000, np.int16)
+    voxels[BODY] = np.maximum(make_voxels((32, 32, 20)), -100)
+    return voxels
+
+
+def cropped_checkpoint(path: Path, config: Config, checkpoint: Path, crop: str, bias: Sequence[float] = ()) -> Path:
+    """Return the checkpoint's network with another crop; `bias` decides what it finds everywhere."""
+    network, content = load_network(checkpoint)
+    if bias:
+        network.classify.weight.data.zero_()
+        network.classify.bias.data = torch.tensor(bias).float()
+    config = dataclasses.replace(config, crop=crop)
+    save_checkpoint(path, network, config, training_data=content["training_data"])
+    return path
+
+
+def expected_in(box: tuple[slice, ...], checkpoint: Path, voxels: np.ndarray) -> np.ndarray:
+    labels = np.zeros(voxels.shape, np.uint8)
+    labels[box] = predict_by_hand(checkpoint, voxels[box])
+    return labels
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SLA", "PIR"])
+def test_a_network_of_the_body_sees_and_labels_the_body_alone(config, checkpoint, tmp_path, run_main, axes):
+    body = cropped_checkpoint(tmp_path / "body.pt", config, checkpoint, "body")
+    scan = save_scan(tmp_path / "scan.nii.gz", body_in_air(), axes)
+    flags = ["--checkpoint", body, "--output", tmp_path / "out", "--device", "cpu", "--probabilities"]
+    code, _, err = run_main(infer, scan, *flags)
+    assert (code, err) == (0, "")
+    labels = in_ras(tmp_path / "out" / "scan.nii.gz")
+    assert np.array_equal(labels, expected_in(BODY, checkpoint, body_in_air()))
+    assert labels.any()
+    probabilities = in_ras(tmp_path / "out" / "scan_probabilities.nii.gz")
+    assert np.array_equal(probabilities.argmax(axis=3), labels)
+    assert probabilities[:5, :, :, 0].min() == pytest.approx(1)
+
+
+def test_the_organs_box_is_found_by_a_second_network(config, checkpoint, tmp_path, run_main, monkeypatch):
+    organs = cropped_checkpoint(tmp_path / "organs.pt", config, checkpoint, "organs")
+    scan = save_scan(tmp_path / "scan.nii.gz", body_in_air())
+    flags = [scan, "--checkpoint", organs, "--output", tmp_path / "out", "--device", "cpu"]
+    # Everything is liver: the box is all that was searched, the body and a tenth around it.
+    everywhere = cropped_checkpoint(tmp_path / "all.pt", config, checkpoint, "body", bias=(0, 1, 0, 0))
+    code, _, err = run_main(infer, *flags, "--locate", everywhere)
+    assert (code, err) == (0, "")
+    wider = (slice(1, 41), slice(0, 39), slice(0, 20))
+    assert np.array_equal(in_ras(tmp_path / "out" / "scan.nii.gz"), expected_in(wider, checkpoint, body_in_air()))
+    # Nothing is found: the body, with a warning.
+    nothing = cropped_checkpoint(tmp_path / "nothing.pt", config, checkpoint, "none", bias=(1, 0, 0, 0))
+    code, _, err = run_main(infer, *flags, "--locate", nothing)
+    assert code == 0
+    assert "case scan: the network of --locate found no organ, so that the whole body is segmented" in err
+    assert np.array_equal(in_ras(tmp_path / "out" / "scan.nii.gz"), expected_in(BODY, checkpoint, body_in_air()))
+    # Label maps say both networks.
+    code, _, err = run_main(infer, *flags, "--locate", everywhere, "--skip-existing")
+    assert code == 0
+    assert "another network" in err
+
+
+@pytest.mark.parametrize(
+    ("crop", "locate", "told"),
+    [
+        ("organs", None, "--locate: missing; the network was trained on the organs' box"),
+        ("organs", "organs", "was trained with crop organs, expected none or body"),
+        ("body", "body", "--locate: the network was trained with crop body, which needs none; leave it out"),
+    ],
+)
+def test_networks_that_do_not_go_together_are_wrong_usage(config, checkpoint, tmp_path, run, crop, locate, told):
+    scan = save_scan(tmp_path / "scan.nii.gz", body_in_air())
+    paths = {
+        name: cropped_checkpoint(tmp_path / f"{name}.pt", config, checkpoint, name) for name in {crop, locate} - {None}
+    }
+    flags = [] if locate is None else ["--locate", paths[locate]]
+    code, _, err = run(scan, "--checkpoint", paths[crop], *flags)
+    assert code == 2
+    assert told in err
+    assert not (tmp_path / "out" / "scan.nii.gz").exists()
 
 
 # ---- Which scans
