@@ -70,7 +70,8 @@ def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list
         ValueError: naming the cases without a partner, given twice, or whose scan and label map differ in grid.
     """
     folder = find_data(data_dir)
-    scans, labels = find_files(folder / "images"), find_files(folder / "labels")
+    scans = find_files(folder / "images")
+    labels = find_files(folder / "labels", scans)
     if not scans:
         raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii){found_instead(folder / 'images')}")
     check_partners(folder, scans, labels)
