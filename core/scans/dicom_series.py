@@ -195,20 +195,19 @@ def load_series(
     found = acquisitions_of(slices)
     if found:
         slices = choose_acquisition(folder, series, found, number, "")
-        number = None
     voxels, geometry, period = read_slices(folder, slices, warn)
-    if found and period > 1:
+    if period > 1 and number == 0 and not found:
+        return voxels, geometry
+    if not found and (period > 1 or number is not None):
+        found = acquisitions_of(slices, alternating=True) if period > 1 else []
+        found = found if len(found) == period or period == 1 else acquisitions_in_turn(slices, period)
+        slices = choose_acquisition(folder, series, found, number, ", as neighbouring slices alternate")
+        voxels, geometry, period = read_slices(folder, slices, warn)
+    if period > 1:
         raise ValueError(
             f"{folder}: neighbouring slices of this acquisition alternate, expected one volume; copy its files into a "
             "folder of their own to choose among them"
         )
-    if period > 1 and number == 0:
-        return voxels, geometry
-    if period > 1 or number is not None:
-        found = acquisitions_of(slices, alternating=True) if period > 1 else []
-        found = found if len(found) == period or period == 1 else acquisitions_in_turn(slices, period)
-        slices = choose_acquisition(folder, series, found, number, ", as neighbouring slices alternate")
-        voxels, geometry, _ = read_slices(folder, slices, warn)
     return voxels, geometry
 
 

@@ -165,6 +165,14 @@ def test_slices_that_alternate_without_a_header_that_says_so(tmp_path, period):
     assert load_series(folder, "1.2.3.4:0")[0].shape[2] == 24
 
 
+def test_four_phases_in_turn_are_not_taken_for_two(tmp_path):
+    slices = [make_slice(k, PixelData=np.full((ROWS, COLUMNS), hu, np.uint16).tobytes())
+              for k, hu in enumerate([1064, 1094, 1079, 1109] * 7)]  # fmt: skip
+    folder = write(tmp_path / "scan", slices)
+    assert "1.2.3.4:2 (every 2nd slice from number 2, 14 slices)" in refusal(folder)
+    assert "neighbouring slices of this acquisition alternate, expected one volume" in refusal(folder, "1.2.3.4:2")
+
+
 def test_one_volume_has_no_second_acquisition(tmp_path):
     folder = write(tmp_path / "scan", make_series(12))
     assert "series 1.2.3.4 has one acquisition, expected --series UID without :2" in refusal(folder, "1.2.3.4:2")
