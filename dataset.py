@@ -21,7 +21,7 @@ from core.scans.cache import CACHE_VERSION, read_cache, write_cache
 from core.scans.files import check_partners, find_files, listed, read_case_ids
 from core.scans.geometry import check_same_grid
 from core.scans.nifti import Reading
-from core.scans.not_found import found_instead
+from core.scans.not_found import found_below, found_instead
 from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_image, read_geometry
@@ -54,7 +54,7 @@ def find_data(data_dir: str | Path) -> Path:
     if not ((folder / "images").is_dir() and (folder / "labels").is_dir()):
         raise FileNotFoundError(
             f"{data_dir}: is no data set, expected a folder with images/CASE_0000.nii.gz and labels/CASE.nii.gz "
-            "(data/README.md says where to get one)"
+            f"(data/README.md says where to get one){found_below(folder)}"
         )
     return folder
 

@@ -272,6 +272,9 @@ def parse_voxels(header: dict, content: bytes, shape: tuple, endian: str, versio
     elif not math.isfinite(slope):
         found.either.append("scl_slope")
         slope, inter = 1.0, 0.0
+    elif math.isnan(inter):
+        found.either.append("scl_inter")
+        inter = 0.0
     elif not math.isfinite(inter):
         found.refuse.append("scl_inter")
         return

@@ -74,6 +74,15 @@ def test_units_become_millimetres_and_the_header_stays(tmp_path, code, factor):
     assert not warnings
 
 
+def test_an_intercept_of_nan_is_none_and_that_said(tmp_path):
+    path = write(tmp_path / "scan.nii", nifti(HU, AFFINE, scl_slope=2, scl_inter=np.nan))
+    voxels, _, warnings = read(path)
+    np.testing.assert_array_equal(voxels, 2.0 * HU)
+    assert warnings[0] == f"{path}: has scl_inter nan; read with an intercept of 0, so check its HU"
+    with pytest.raises(ValueError, match="scl_inter inf, expected finite numbers"):
+        read(write(path, nifti(HU, AFFINE, scl_slope=2, scl_inter=np.inf)))
+
+
 def test_of_two_places_the_sform_is_used_and_that_said(tmp_path):
     place = {"qform_code": 1, "quatern": (0, 0, 0), "pixdim": (1, 2, 1.5, 3, 0, 0, 0, 0)}
     path = write(tmp_path / "scan.nii", nifti(HU, AFFINE, **place, qoffset=(-30, 12, 507)))
