@@ -22,7 +22,7 @@ from core.scans.crop import crop_box, extent_of
 from core.scans.files import check_partners, find_files, listed, read_case_ids
 from core.scans.geometry import check_same_grid
 from core.scans.nifti import Reading
-from core.scans.not_found import found_instead
+from core.scans.not_found import found_below, found_instead
 from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_image, read_geometry
@@ -55,7 +55,7 @@ def find_data(data_dir: str | Path) -> Path:
     if not ((folder / "images").is_dir() and (folder / "labels").is_dir()):
         raise FileNotFoundError(
             f"{data_dir}: is no data set, expected a folder with images/CASE_0000.nii.gz and labels/CASE.nii.gz "
-            "(data/README.md says where to get one)"
+            f"(data/README.md says where to get one){found_below(folder)}"
         )
     return folder
 
@@ -71,7 +71,8 @@ def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list
         ValueError: naming the cases without a partner, given twice, or whose scan and label map differ in grid.
     """
     folder = find_data(data_dir)
-    scans, labels = find_files(folder / "images"), find_files(folder / "labels")
+    scans = find_files(folder / "images")
+    labels = find_files(folder / "labels", scans)
     if not scans:
         raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii){found_instead(folder / 'images')}")
     check_partners(folder, scans, labels)

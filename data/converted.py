@@ -249,7 +249,8 @@ class DataFolder:
         there = {"images": set(), "labels": set()}
         for name, found in there.items():
             if (self.path / name).is_dir():
-                found |= set(list_files(self.path / name))
+                ids = None if name == "images" else {case.id for case in cases} | there["images"]
+                found |= set(list_files(self.path / name, ids))
         todo, finished, taken = [], [], {}
         for case in cases:
             about = self.cases.get(case.id)

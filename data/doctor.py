@@ -39,7 +39,7 @@ def pair_files(data_dir: Path) -> tuple[list[tuple[str, Path | None, Path | None
     if data_dir.is_dir() and is_series_folder(data_dir):
         return [(data_dir.resolve().name, data_dir, None)], []
     folder = find_data(data_dir)
-    scans, labels = list_files(folder / "images"), list_files(folder / "labels")
+    scans = list_files(folder / "images")
     series = {
         path.name: [path]
         for path in sorted((folder / "images").iterdir())
@@ -48,6 +48,7 @@ def pair_files(data_dir: Path) -> tuple[list[tuple[str, Path | None, Path | None
     findings = [Finding(case, "dicom", "its scan is a DICOM series") for case in series]
     for case, paths in series.items():
         scans.setdefault(case, []).extend(paths)
+    labels = list_files(folder / "labels", scans)
     if not scans and not labels:
         raise ValueError(f"{folder}: neither images nor labels has a file (.nii.gz or .nii)")
     for found in (scans, labels):

@@ -9,12 +9,12 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.scans.files import case_id, find_files, listed
+from core.scans.files import case_id, find_files, label_ids, listed
 from core.scans.organ_names import read_organ_names
 from data.label_names import Key, known_collections, load_collections, read_dataset_json, same_organ
 from data.other_formats import OTHER_SUFFIXES, is_other_format, stem
@@ -172,7 +172,8 @@ def find_pairs(source: Source) -> None:
     pairs = [pair for pair in PAIRS[source.layout] if is_pair(source.folder, *pair)]
     flat = not pairs
     for images, labels in pairs or [(".", ".")]:
-        scans, maps = (images_by_id(source.folder / part) for part in (images, labels))
+        scans = images_by_id(source.folder / images)
+        maps = images_by_id(source.folder / labels, scans)
         if flat:
             scans = {case: path for case, path in scans.items() if re.fullmatch(r"img\d+", case)}
             maps = {case: path for case, path in maps.items() if BTCV_LABEL.match(case)}
@@ -194,15 +195,16 @@ def add_pair(source: Source, case: str, scan: Path | None, labels: Path | None) 
         source.cases.append(SourceCase(case, scan, labels))
 
 
-def images_by_id(folder: Path) -> dict[str, Path]:
-    """Return the images of a folder by case id."""
-    found = find_files(folder)
-    for path in scans_in(folder):
-        if is_other_format(path):
-            case = case_id(Path(f"{stem(path)}.nii"))
-            if case in found:
-                raise ValueError(f"case {case}: {found[case]} and {path} both mean it; remove one")
-            found[case] = path
+def images_by_id(folder: Path, cases: Collection[str] | None = None) -> dict[str, Path]:
+    """Return the images of a folder by case id; `cases` is as in `find_files`."""
+    found = find_files(folder, cases)
+    others = [path for path in scans_in(folder) if is_other_format(path)]
+    names = [stem(path) for path in others]
+    ids = [case_id(Path(f"{name}.nii")) for name in names] if cases is None else label_ids(names, cases)
+    for case, path in zip(ids, others, strict=True):
+        if case in found:
+            raise ValueError(f"case {case}: {found[case]} and {path} both mean it; remove one")
+        found[case] = path
     return found
 
 

@@ -175,8 +175,11 @@ def parse_affine(header: dict, found: Found) -> None:
     (sform_code,), (qform_code,) = header["sform_code"], header["qform_code"]
     if not (0 <= sform_code <= 5 and 0 <= qform_code <= 5):
         found.either.append("a code that the standard does not know")
-    qform = parse_qform(header, found if sform_code <= 0 < qform_code else Found())
-    if sform_code > 0:
+    broken = not np.isfinite(header["srow"]).all() and qform_code > 0
+    if broken:
+        found.either.append("an sform that is not finite, beside a qform")
+    qform = parse_qform(header, found if (sform_code <= 0 or broken) and qform_code > 0 else Found())
+    if sform_code > 0 and not broken:
         affine = np.vstack([np.reshape(header["srow"], (3, 4)), [0, 0, 0, 1]]).astype(np.float64)
         if qform_code > 0 and qform is None:
             found.either.append("a second form that is broken")
@@ -272,6 +275,9 @@ def parse_voxels(header: dict, content: bytes, shape: tuple, endian: str, versio
     elif not math.isfinite(slope):
         found.either.append("scl_slope")
         slope, inter = 1.0, 0.0
+    elif math.isnan(inter):
+        found.either.append("scl_inter")
+        inter = 0.0
     elif not math.isfinite(inter):
         found.refuse.append("scl_inter")
         return

@@ -219,7 +219,8 @@ SCANS: dict[str, tuple[bytes, str | None]] = {
     "offset_fraction.nii": (scan(vox_offset=352.5), EITHER),
     "slope_nan.nii": (scan(scl_slope=np.nan), EITHER),
     "slope_infinite.nii": (scan(scl_slope=np.inf), EITHER),
-    "intercept_nan.nii": (scan(scl_inter=np.nan), r"inter"),
+    "intercept_nan.nii": (scan(scl_slope=1, scl_inter=np.nan), None),
+    "intercept_inf.nii": (scan(scl_inter=np.inf), r"inter"),
     # Place
     "no_affine.nii": (no_affine(), r"assume-ras"),
     "singular.nii": (scan(affine=SINGULAR), r"."),

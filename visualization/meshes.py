@@ -73,7 +73,8 @@ def organ_mesh(
         step_range_mm: the finest and the coarsest mesh; what lies between goes by the organ's size.
 
     Returns:
-        the mesh, of the volume of the organ's voxels to a few per cent; None when the label map has not the organ.
+        the mesh, of the volume of the organ's voxels to a few per cent; None when the label map has not the organ, or
+        only specks that are lost at this step.
     """
     mask = labels == organ
     if not mask.any():
@@ -88,6 +89,8 @@ def organ_mesh(
     field = ndimage.gaussian_filter(field, BLUR)
     level = level_of_volume(field, step_mm, np.count_nonzero(mask) / np.prod(voxels_a_step))
     places, faces, *_ = marching_cubes(field, level, gradient_direction="ascent", allow_degenerate=False)
+    if not len(faces):
+        return None
     voxels = places * voxels_a_step + first
     mesh = Mesh(voxels @ affine[:3, :3].T + affine[:3, 3], faces.astype(np.int32))
     if mesh.volume_ml < 0:

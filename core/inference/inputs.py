@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from core.scans.dicom_folders import (
     is_one_series,
     is_series_folder,
     pairs,
+    parts_beside,
     places_of_input,
     series_folders_within,
 )
@@ -22,7 +23,7 @@ from core.scans.files import case_id, find_files, find_scans, listed, select_cas
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import load_scan, warn_of_values
-from core.system.exits import print_error
+from core.system.exits import print_error, print_warning
 
 
 def choose_reading(arguments: argparse.Namespace) -> Reading:
@@ -76,7 +77,7 @@ def find_inputs(inputs: Sequence[str], show: bool = True) -> tuple[dict[str, Pat
     Raises:
         ValueError: when two inputs are the same case.
     """
-    found: dict[str, Path] = {}
+    given: dict[tuple[str, str], Path] = {}  # by case and real path, so that a scan that is named twice counts once
     refused: list[Path] = []
     for path in map(Path, inputs):
         try:
@@ -87,22 +88,28 @@ def find_inputs(inputs: Sequence[str], show: bool = True) -> tuple[dict[str, Pat
             refused.append(path)
             continue
         for case, scan in scans.items():
-            if os.path.realpath(found.setdefault(case, scan)) != os.path.realpath(scan):
-                raise ValueError(f"case {case}: {found[case]} and {scan} both mean it; rename one or leave it out")
-    for case, why in divided_series(found).items():
+            given.setdefault((case, os.path.realpath(scan)), scan)
+    divided = divided_series(given.values())
+    for scan, why in divided.items():
         if show:
             print_error(ValueError(why))
-        refused.append(found.pop(case))
+        refused.append(scan)
+    found: dict[str, Path] = {}
+    for (case, _), scan in given.items():
+        if scan not in divided and found.setdefault(case, scan) != scan:
+            raise ValueError(f"case {case}: {found[case]} and {scan} both mean it; rename one or leave it out")
+    if show:
+        warn_of_parts_beside(found.values())
     return dict(sorted(found.items())), refused
 
 
-def divided_series(scans: dict[str, Path]) -> dict[str, str]:
-    """Return the cases whose folders hold only a part of a DICOM series, with the sentence that says where the rest is.
+def divided_series(scans: Collection[Path]) -> dict[Path, str]:
+    """Return the folders that hold only a part of a DICOM series, with the sentence that says where the rest is.
 
     Copies of a series are no parts.
     """
-    folders = {case: Path(os.path.abspath(scan)) for case, scan in scans.items() if scan.is_dir()}
-    parts = {case: places_of_input(folder) for case, folder in folders.items()} if len(folders) > 1 else {}
+    folders = {scan: Path(os.path.abspath(scan)) for scan in scans if scan.is_dir()}
+    parts = {scan: places_of_input(folder) for scan, folder in folders.items()} if len(folders) > 1 else {}
     divided = {}
     for one, other in pairs(list(parts)):
         here, there = folders[one], folders[other]
@@ -110,11 +117,24 @@ def divided_series(scans: dict[str, Path]) -> dict[str, str]:
         shared = parts[one].keys() & parts[other].keys()
         nested = whole in (here, there) and any(parts[one][i].keys() != parts[other][i].keys() for i in shared)
         if nested or are_parts(parts[one], parts[other]):
-            alone = nested or is_one_series(series_folders_within(whole))
-            what_to_do = f"give {whole} alone" if alone else "put its files into one folder and give that"
-            for case, rest in ((one, scans[other]), (other, scans[one])):
-                divided[case] = f"{scans[case]}: holds a part of a DICOM series, {rest} another part; {what_to_do}"
+            what_to_do = how_to_join(whole, nested)
+            for part, rest in ((one, other), (other, one)):
+                divided[part] = f"{part}: holds a part of a DICOM series, {rest} another part; {what_to_do}"
     return divided
+
+
+def warn_of_parts_beside(scans: Collection[Path]) -> None:
+    """Warn of DICOM series that go on in a folder beside the one that is given."""
+    folders = {Path(os.path.abspath(scan)): scan for scan in scans if is_series_folder(scan)}
+    for folder, other, more in parts_beside(folders):
+        what_to_do = how_to_join(folder.parent, other == folder.parent)
+        print_warning(f"{folders[folder]}: {other} holds {more} more slice(s) of the same series; {what_to_do}")
+
+
+def how_to_join(whole: Path, nested: bool) -> str:
+    """Return what to do about the parts of a series that are below a folder, or in it and in one below it."""
+    alone = nested or is_one_series(series_folders_within(whole))
+    return f"give {whole} alone" if alone else "put its files into one folder and give that"
 
 
 def find_input(path: Path) -> dict[str, Path]:

@@ -19,6 +19,8 @@ from core.scans.dicom_slice import Slice
 MAX_ACQUISITIONS = 20  # cardiac series have 10 to 20 phases
 FEWEST, FEWEST_IN_TIME = 2, 3  # slices of an acquisition, and where only times tell it, which may agree by chance
 NAMED = 3  # attributes in a name
+# What may alternate within one acquisition: dose is modulated, and files are written by several threads.
+MINOR_MARKS = ("SliceThickness", "XRayTubeCurrent", "Exposure", "InstanceCreationTime")
 Parts = list[list[int]]  # of each acquisition, the numbers of its slices in the order of their places
 
 
@@ -35,19 +37,23 @@ class Acquisition:
     slices: list[Slice]
 
 
-def acquisitions_of(slices: Sequence[Slice]) -> list[Acquisition]:
+def acquisitions_of(slices: Sequence[Slice], alternating: bool = False) -> list[Acquisition]:
     """Return the acquisitions of sorted slices, as their headers tell; empty when they are one volume or do not tell.
 
-    Instance numbers are looked at only where the slices are no even volume.
+    Instance numbers are looked at only where the slices are no even volume, MINOR_MARKS only there or when the image is
+    `alternating` along the slices.
     """
     places = places_of(slices)
-    varying = [mark for mark in MARKS[:-1] if len({one.marks.get(mark, "") for one in slices}) > 1]
+    even = is_even(places)
+    passed = MINOR_MARKS if even and not alternating else ()
+    marks = [mark for mark in MARKS[:-1] if mark not in passed]
+    varying = [mark for mark in marks if len({one.marks.get(mark, "") for one in slices}) > 1]
     for keywords in (*combinations(varying, 1), *combinations(varying, 2)):
         parts = parts_by_mark(slices, keywords)
         fewest = FEWEST_IN_TIME if set(keywords) & set(TIMES) else FEWEST
         if are_apart(parts, places, fewest):
             return named(slices, sorted(parts, key=lambda part: sort_key(slices[part[0]], keywords)), keywords)
-    for keyword in TIMES if is_even(places) else (*TIMES, "InstanceNumber"):
+    for keyword in [mark for mark in (*TIMES, *(() if even else ("InstanceNumber",))) if mark not in passed]:
         for parts in (parts_by_pause(slices, keyword), *parts_by_sweep(slices, places, keyword)):
             if are_apart(parts, places, FEWEST_IN_TIME):
                 return named(slices, parts, (keyword,))
@@ -57,7 +63,8 @@ def acquisitions_of(slices: Sequence[Slice]) -> list[Acquisition]:
 def acquisitions_in_turn(slices: Sequence[Slice], period: int) -> list[Acquisition]:
     """Return the acquisitions of sorted slices that take turns along them, whatever their headers say."""
     parts = [list(range(start, len(slices), period)) for start in range(period)]
-    names = [f"every {period}{'nd' if period == 2 else 'rd'} slice from number {start + 1}" for start in range(period)]
+    ordinal = {2: "2nd", 3: "3rd"}.get(period, f"{period}th")
+    names = [f"every {ordinal} slice from number {start + 1}" for start in range(period)]
     return [
         Acquisition(f"{name}, {len(part)} slices", [slices[k] for k in part])
         for name, part in zip(names, parts, strict=True)

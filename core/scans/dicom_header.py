@@ -63,8 +63,16 @@ MARKS = (
     "InstanceNumber",
 )
 HEADER_TAGS = [
-    *("SOPClassUID", "ImageType", "Modality", "SeriesDescription", "SeriesInstanceUID", "FrameOfReferenceUID"),
-    *("PatientID", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns"),
+    *("SOPClassUID", "SOPInstanceUID", "ImageType", "Modality", "SeriesDescription", "SeriesInstanceUID"),
+    *(
+        "FrameOfReferenceUID",
+        "PatientID",
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "NumberOfFrames",
+        "Rows",
+        "Columns",
+    ),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *(keyword for keyword in GROUP_OF if keyword not in MARKS),

@@ -146,7 +146,7 @@ def split_choice(found: Collection[str], asked: str | None) -> tuple[str | None,
 def choose_acquisition(
     folder: Path, series: Series, found: Sequence[Acquisition], number: int | None, why: str
 ) -> list[Slice]:
-    """Choose the N-th of a series' acquisitions, from 1.
+    """Choose the N-th of a series' acquisitions, from 1; `why` they are several where their headers do not tell.
 
     Raises:
         ValueError: when none or another one is asked for.
@@ -156,6 +156,7 @@ def choose_acquisition(
     names = "; ".join(f"{series.uid}:{i} ({one.name})" for i, one in enumerate(found, start=1))
     if not found:
         raise ValueError(f"{folder}: series {series.uid} has one acquisition, expected --series UID without :{number}")
+    names += f"; {series.uid}:0 (all slices as one volume)" if why else ""
     raise ValueError(
         f"{folder}: holds {len(found)} acquisitions under one series UID{why}; choose by --series UID:N: {names}"
     )
@@ -174,7 +175,8 @@ def load_series(
 
     Args:
         folder: where its files are.
-        series_uid: its SeriesInstanceUID, with :N for the N-th of its acquisitions; None: the only CT series.
+        series_uid: its SeriesInstanceUID, with :N for the N-th of its acquisitions, or :0 for all slices where only the
+            image alternates; None: the only CT series.
         warn: is given what the user should know, a sentence each.
         max_gib: of voxels as float32; larger series are refused before memory is taken.
 
@@ -193,14 +195,19 @@ def load_series(
     found = acquisitions_of(slices)
     if found:
         slices = choose_acquisition(folder, series, found, number, "")
-        number = None
     voxels, geometry, period = read_slices(folder, slices, warn)
-    if found and period > 1:
-        raise ValueError(f"{folder}: neighbouring slices of this acquisition alternate, expected one volume")
-    if period > 1 or number is not None:
-        found = acquisitions_in_turn(slices, period) if period > 1 else []
+    if period > 1 and number == 0 and not found:
+        return voxels, geometry
+    if not found and (period > 1 or number is not None):
+        found = acquisitions_of(slices, alternating=True) if period > 1 else []
+        found = found if len(found) == period or period == 1 else acquisitions_in_turn(slices, period)
         slices = choose_acquisition(folder, series, found, number, ", as neighbouring slices alternate")
-        voxels, geometry, _ = read_slices(folder, slices, warn)
+        voxels, geometry, period = read_slices(folder, slices, warn)
+    if period > 1:
+        raise ValueError(
+            f"{folder}: neighbouring slices of this acquisition alternate, expected one volume; copy its files into a "
+            "folder of their own to choose among them"
+        )
     return voxels, geometry
 
 

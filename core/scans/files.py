@@ -3,11 +3,13 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from core.scans.not_found import found_instead, likeness, looked_for
 from core.scans.volumes import NIFTI_SUFFIXES
+
+CHANNEL = "_0000"  # ends the names of FLARE22's scans; a case id may end so, too
 
 
 def find_scans(path: str | Path) -> dict[str, Path]:
@@ -30,15 +32,22 @@ def find_scans(path: str | Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def find_label_maps(folder: str | Path) -> dict[str, Path]:
+def find_label_maps(folder: str | Path, cases: Collection[str] | None = None) -> dict[str, Path]:
     """Find the label maps of a folder by case id, in order; in a data set, those in its `labels`.
+
+    Args:
+        folder: where they are.
+        cases: ids that they are expected to have; None: those of the scans, in a data set.
 
     Raises:
         FileNotFoundError: when there is no such folder, or no label map in it.
         ValueError: when two files mean the same case.
     """
     folder = label_folder(folder)
-    files = find_files(folder)
+    scans = Path(os.path.abspath(folder)).parent / "images"
+    if cases is None:
+        cases = list_files(scans) if folder.name == "labels" and scans.is_dir() else ()
+    files = find_files(folder, cases)
     files = {case: path for case, path in sorted(files.items()) if not case.endswith("_probabilities")}
     if not files:
         raise FileNotFoundError(
@@ -53,15 +62,19 @@ def label_folder(folder: str | Path) -> Path:
     return folder / "labels" if (folder / "labels").is_dir() else folder
 
 
-def find_files(folder: str | Path) -> dict[str, Path]:
+def find_files(folder: str | Path, cases: Collection[str] | None = None) -> dict[str, Path]:
     """Find the NIfTI files of a folder by case id; ignore hidden files.
+
+    Args:
+        folder: where they are.
+        cases: for label maps, the ids that they are expected to have; None: the files are scans.
 
     Raises:
         FileNotFoundError: when there is no such folder.
         ValueError: when two files mean the same case.
     """
     found = {}
-    for case, (path, *others) in list_files(folder).items():
+    for case, (path, *others) in list_files(folder, cases).items():
         if path.is_dir():
             raise ValueError(f"{path}: is a folder with {len(nifti_in(path))} NIfTI files, expected one")
         if others:
@@ -70,11 +83,11 @@ def find_files(folder: str | Path) -> dict[str, Path]:
     return found
 
 
-def list_files(folder: str | Path) -> dict[str, list[Path]]:
-    """Return all NIfTI files of a folder by case id, also several of one case; hidden files are skipped.
+def list_files(folder: str | Path, cases: Collection[str] | None = None) -> dict[str, list[Path]]:
+    """Return all NIfTI files of a folder by case id, also several of one case; `cases` is as in `find_files`.
 
-    A folder with a file's name is replaced by the one file in it (labels/X.nii/X.nii). With more files in it, the
-    folder itself is returned.
+    Hidden files are skipped. A folder with a file's name is replaced by the one file in it (labels/X.nii/X.nii). With
+    more files in it, the folder itself is returned.
 
     Raises:
         FileNotFoundError: when there is no such folder.
@@ -82,11 +95,14 @@ def list_files(folder: str | Path) -> dict[str, list[Path]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found: dict[str, list[Path]] = {}
+    paths = []
     for path in nifti_in(folder):
         inside = nifti_in(path) if path.is_dir() else []
-        path = inside[0] if len(inside) == 1 else path
-        found.setdefault(case_id(path), []).append(path)
+        paths.append(inside[0] if len(inside) == 1 else path)
+    ids = map(case_id, paths) if cases is None else label_ids([bare_stem(path) for path in paths], cases)
+    found: dict[str, list[Path]] = {}
+    for case, path in zip(ids, paths, strict=True):
+        found.setdefault(case, []).append(path)
     return found
 
 
@@ -117,9 +133,37 @@ def nifti_in(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(NIFTI_SUFFIXES) and p.name[0] != "."]
 
 
+def bare_stem(path: Path) -> str:
+    """Return a file's name without .nii or .nii.gz."""
+    return re.sub(r"(\.nii|\.nii\.gz)$", "", path.name, flags=re.IGNORECASE)
+
+
 def case_id(path: Path) -> str:
-    """Return the file's name without its suffix and without the channel number _0000 of FLARE22's scans."""
-    return re.sub(r"(_0000)?(\.nii|\.nii\.gz)$", "", path.name, flags=re.IGNORECASE)
+    """Return the name of a scan's file without its suffix and without the channel number _0000; of a folder, its name.
+
+    Label maps have no channel number: `label_ids` gives theirs.
+    """
+    stem = bare_stem(path)
+    return stem.removesuffix(CHANNEL) if stem != path.name else stem
+
+
+def label_ids(names: Sequence[str], cases: Collection[str]) -> list[str]:
+    """Return the case id of each label map of a folder, by its name without suffix.
+
+    It is the one among `cases` with the same name, else with the name without or with _0000: a case may be called
+    phantom_0000. For other names, _0000 is left out where all label maps have it, as they do when named like scans.
+
+    Args:
+        names: of all label maps of a folder.
+        cases: ids that are known, such as those of the scans.
+    """
+    like_scans = all(name.endswith((CHANNEL, "_probabilities")) for name in names)
+    ids = []
+    for name in names:
+        plain, longer = name.removesuffix(CHANNEL), name + CHANNEL
+        known = [case for case in (name, plain, longer) if case in cases and (case != longer or longer not in names)]
+        ids.append(known[0] if known else plain if like_scans else name)
+    return ids
 
 
 def listed(cases: Sequence[str], most: int = 5) -> str:

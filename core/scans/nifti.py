@@ -121,7 +121,7 @@ def open_nifti(path: str | Path, reading: Reading, warn: Callable[[str], None]) 
         header, packed = read_header(path)
         shape, dtype, offset = shape_of(header), type_of(header), offset_of(header)
         check_size(shape, dtype, offset, size, packed, reading)
-        slope, intercept = scaling_of(header)
+        slope, intercept = scaling_of(header, warn)
         affine = affine_of(header, shape, reading.assume_ras, warn)
     except (ValueError, HeaderDataError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -260,8 +260,10 @@ def check_size(
         raise ValueError(f"has {size} bytes, too few for the {needed} that its header declares; copy it again")
 
 
-def scaling_of(header: nib.Nifti1Header) -> tuple[float, float]:
+def scaling_of(header: nib.Nifti1Header, warn: Callable[[str], None]) -> tuple[float, float]:
     """Return slope and intercept; a slope of 0 (the standard) or NaN (nibabel, nifti_clib) means "not scaled".
+
+    An intercept of NaN is read as 0, with a warning.
 
     Raises:
         ValueError: when they are not finite.
@@ -269,6 +271,9 @@ def scaling_of(header: nib.Nifti1Header) -> tuple[float, float]:
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or math.isnan(slope):
         return 1.0, 0.0
+    if math.isnan(intercept):
+        warn("has scl_inter nan; read with an intercept of 0, so check its HU")
+        intercept = 0.0
     if not (math.isfinite(slope) and math.isfinite(intercept) and abs(slope) >= SMALLEST_SLOPE):
         raise ValueError(
             f"has scl_slope {slope:g} and scl_inter {intercept:g}, expected finite numbers that float32 holds in full"

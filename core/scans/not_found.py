@@ -6,14 +6,20 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from core.scans.dicom_header import is_dicom
+from core.scans.volumes import NIFTI_SUFFIXES
+
 CONVERTED_SUFFIXES = (".mha", ".mhd", ".nrrd")  # that data.convert reads
 CONVERT = "python -m data.convert turns a labelled collection into NIfTI; SimpleITK or 3D Slicer converts single scans"
 NO_PLACE = "such files do not say where their voxels lie in the patient; take the scans that they were made from"
-# What to do about the files of a folder without NIfTI, by suffix.
+# What to do about the files of a folder that is not as expected, by suffix.
 ADVICE = {
     **dict.fromkeys(CONVERTED_SUFFIXES, CONVERT),
     **dict.fromkeys((".hdr", ".img"), "write each pair as one .nii.gz file, with nibabel or 3D Slicer"),
-    **dict.fromkeys((".dcm", ".ima"), "infer.py reads the folder of one DICOM series; dcm2niix makes NIfTI of it"),
+    ".nii.gz": "python -m data.convert reads the layouts of other collections",
+    **dict.fromkeys(
+        (".dcm", ".ima", "DICOM"), "infer.py reads the folder of one DICOM series; dcm2niix makes NIfTI of it"
+    ),
     **dict.fromkeys((".npz", ".npy", ".h5", ".mat", ".png", ".jpg", ".tif", ".tiff"), NO_PLACE),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"), "unpack them"),
 }
@@ -41,9 +47,19 @@ def found_instead(folder: Path) -> str:
     return f"; holds {listed}{more}" + (f": {advice}" if advice else "")
 
 
+def found_below(folder: Path) -> str:
+    """Return as `found_instead` what a folder holds, or the first folder in it with files; "" when there is none."""
+    for place in (folder, *visible(folder)) if folder.is_dir() else ():
+        if place.is_dir() and any(path.is_file() for path in visible(place)):
+            return found_instead(place).replace("holds", f"{place.name} holds" if place != folder else "holds", 1)
+    return ""
+
+
 def kind_of(path: Path) -> str:
-    """Return a file's suffix in lower case, or "no suffix"."""
-    return path.suffix.lower() or "no suffix"
+    """Return a file's suffix in lower case; without one, "DICOM" or "no suffix"."""
+    if path.name.lower().endswith(NIFTI_SUFFIXES):
+        return ".nii.gz"
+    return path.suffix.lower() or ("DICOM" if is_dicom(path) else "no suffix")
 
 
 def count_kind(kind: str, count: int) -> str:

@@ -23,15 +23,19 @@ def affine_of(
 ) -> np.ndarray:
     """Return the affine from voxel indices to mm in the patient: the sform if its code is above 0, else the qform.
 
+    An sform of zeros or of numbers that are not finite is marked as absent in the header when there is a qform.
+
     Raises:
         ValueError: when both codes are 0 and `assume_ras` is False, or when a scan cannot have this affine.
     """
     ways = {}
     if header["sform_code"] > 0:
         ways["sform"] = header.get_sform()
-        if header["qform_code"] > 0 and not ways["sform"][:3, :3].any():
+        finite = np.isfinite(ways["sform"]).all()
+        if header["qform_code"] > 0 and not (finite and ways["sform"][:3, :3].any()):
             del ways["sform"]
-            warn("its sform is all zeros; the qform is used")
+            header["sform_code"] = 0  # label maps are written with this header, and others would read the sform
+            warn(f"its sform {'is all zeros' if finite else 'has numbers that are not finite'}; the qform is used")
     if header["qform_code"] > 0:
         try:
             ways["qform"] = qform_of(header)

@@ -89,6 +89,7 @@ def warn_of_values(voxels: np.ndarray, warn: Callable[[str], None]) -> None:
     if low == high and voxels.min() == voxels.max():
         warn(f"all its voxels are {low:g}, so that there is nothing to see")
     elif looks_too_high(voxels):
+        low = lowest_scanned(sample)
         warn(f"its values go from {low:g} to {high:g} and look {SHIFTED_HU:g} too high; subtract that, or is it MR?")
     elif low > LEAST_FAT_HU:
         warn(f"its values go from {low:g} to {high:g}, without the fat and air of every CT; is it MR, or not in HU?")
@@ -108,10 +109,16 @@ def scanned_sample(voxels: np.ndarray) -> np.ndarray:
     return scanned if scanned.size else sample
 
 
+def lowest_scanned(sample: np.ndarray) -> float:
+    """Return the lowest value; where it is that of fat or air, the next one, as a single such value may be padding."""
+    low = sample.min()
+    return float(low if low > LEAST_FAT_HU else np.min(sample, where=sample > low, initial=sample.max()))
+
+
 def looks_too_high(voxels: np.ndarray) -> bool:
     """Return True when values look SHIFTED_HU too high: no fat and no air, but soft tissue after subtracting that."""
     sample = scanned_sample(voxels)
-    return sample.min() > LEAST_FAT_HU and soft_tissue_share(sample - SHIFTED_HU) > SHIFTED_SOFT_TISSUE
+    return lowest_scanned(sample) > LEAST_FAT_HU and soft_tissue_share(sample - SHIFTED_HU) > SHIFTED_SOFT_TISSUE
 
 
 def soft_tissue_share(voxels: np.ndarray) -> float:

@@ -28,7 +28,7 @@ def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) 
     Raises:
         FileNotFoundError, ValueError: when the folder holds no prediction of any reference's case.
     """
-    predictions = find_label_maps(folder)
+    predictions = find_label_maps(folder, references)
     if not predictions.keys() & references.keys():
         raise ValueError(
             f"{folder}: none of its label maps ({listed(list(predictions), 3)}) belongs to a case of the references "

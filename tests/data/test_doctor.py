@@ -264,7 +264,7 @@ def test_real_scans_have_their_organs_on_the_right_side(tmp_path):
 def test_values_stored_too_high_are_said_and_the_label_map_is_not_blamed(data):
     def too_high(array: np.ndarray, padding: int) -> np.ndarray:
         array = array.astype(np.int16) + np.int16(1024)
-        array[:6, :6] = padding
+        array[:6, :6], array[:6, :3] = padding, padding + 9
         return array
 
     rewrite(scan_of(data, 1), lambda array: too_high(array, -2000))

@@ -112,8 +112,10 @@ def test_what_lies_where_is_kept_when_axes_are_mirrored():
         assert y[x < 14].max() == pytest.approx(51, abs=2)
 
 
-def test_no_organ_no_mesh():
+def test_no_organ_and_specks_have_no_mesh():
     assert organ_mesh(np.zeros((4, 4, 4), np.uint8), 1, np.eye(4)) is None
+    specks = (np.random.default_rng(0).random((40, 36, 30)) < 0.002).astype(np.uint8)
+    assert organ_mesh(specks, 1, np.eye(4), (1.5, 3.0)) is None  # the viewer's steps
 
 
 @pytest.mark.skipif(not LABELLED.is_dir(), reason="the real labelled scans are not at hand")

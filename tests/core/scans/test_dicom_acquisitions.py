@@ -75,7 +75,8 @@ def test_acquisitions_are_named_and_chosen(tmp_path, keyword, offset_mm):
     first, second = ({keyword: value} for value in DIFFERENT[keyword])
     folder = write_both(tmp_path / "scan", marked(0, **first), marked(1, offset_mm, **second))
     message = refusal(folder)
-    assert "holds 2 acquisitions under one series UID; choose by --series UID:N: 1.2.3.4:1 (" in message
+    assert "holds 2 acquisitions under one series UID" in message
+    assert "choose by --series UID:N: 1.2.3.4:1 (" in message
     assert message.count(f"{keyword} ") == message.count(f", {COUNT} slices") == 2
     assert "20221208" not in message
     for i, hu in enumerate(HU):
@@ -136,6 +137,17 @@ def test_blocks_that_overlap_are_two_acquisitions(tmp_path):
         assert load_series(folder, "1.2.3.4:2")[0].shape == (COLUMNS, ROWS, 7)
 
 
+@pytest.mark.parametrize("keyword", ["XRayTubeCurrent", "SliceThickness", "Exposure", "InstanceCreationTime"])
+def test_minor_marks_tell_acquisitions_only_where_the_image_alternates_too(tmp_path, keyword):
+    marks = {keyword: lambda k: ("140300", "140301")[k % 2] if keyword.endswith("Time") else 200 + k % 2}
+    one_volume = write(tmp_path / "one", marked(0, count=20, **marks))
+    assert load_series(one_volume)[0].shape == (COLUMNS, ROWS, 20)
+    first, second = (marked(i, 2.5 * i, **{keyword: "140300" if i else "140330"}) for i in (0, 1))
+    message = refusal(write_both(tmp_path / "two", first, second))
+    assert "holds 2 acquisitions under one series UID, as neighbouring slices alternate; choose by" in message
+    assert f"1.2.3.4:1 ({keyword} 140300, 10 slices)" in message
+
+
 @pytest.mark.parametrize("period", [2, 3])
 def test_slices_that_alternate_without_a_header_that_says_so(tmp_path, period):
     slices = make_series(24)
@@ -149,6 +161,16 @@ def test_slices_that_alternate_without_a_header_that_says_so(tmp_path, period):
     assert voxels.shape[2] == 24 // period
     assert voxels.mean() == pytest.approx(76, abs=2)
     assert geometry.spacing_mm[2] == 2.5 * period
+    assert message.endswith("; 1.2.3.4:0 (all slices as one volume)")
+    assert load_series(folder, "1.2.3.4:0")[0].shape[2] == 24
+
+
+def test_four_phases_in_turn_are_not_taken_for_two(tmp_path):
+    slices = [make_slice(k, PixelData=np.full((ROWS, COLUMNS), hu, np.uint16).tobytes())
+              for k, hu in enumerate([1064, 1094, 1079, 1109] * 7)]  # fmt: skip
+    folder = write(tmp_path / "scan", slices)
+    assert "1.2.3.4:2 (every 2nd slice from number 2, 14 slices)" in refusal(folder)
+    assert "neighbouring slices of this acquisition alternate, expected one volume" in refusal(folder, "1.2.3.4:2")
 
 
 def test_one_volume_has_no_second_acquisition(tmp_path):

@@ -97,6 +97,69 @@ def test_parts_beside_other_series_are_refused(tmp_path, capsys):
     assert "another part; put its files into one folder and give that" in capsys.readouterr().err
 
 
+def test_parts_in_folders_of_the_same_name_are_refused_as_parts(tmp_path, capsys):
+    first, second = tmp_path / "x" / "SE", tmp_path / "y" / "SE"
+    divided(first, second)
+    assert find_inputs([str(first), str(second)]) == ({}, [first, second])
+    assert f"error: {first}: holds a part of a DICOM series, {second} another part; give" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("first", "second"), [("DIR000", "DIR001"), ("main/sub", "main")])
+def test_a_part_alone_is_warned_of(tmp_path, capsys, first, second):
+    first, second = (tmp_path / "export" / part for part in (first, second))
+    divided(first, second)
+    assert find_inputs([str(first)]) == ({first.name: first}, [])
+    warning = f"warning: {first}: {second} holds 6 more slice(s) of the same series; give {first.parent} alone\n"
+    assert capsys.readouterr().err == warning
+    other = write(tmp_path / "export" / "other", make_series(5, SeriesInstanceUID="1.2.3.7"))
+    assert find_inputs([str(other)])[0] == {"other": other}
+    assert capsys.readouterr().err == ""
+
+
+def test_overlapping_parts_are_joined_without_their_copies(tmp_path):
+    slices = make_series(COUNT)
+    whole = load_series(write(tmp_path / "whole", slices))[0]
+    export = write(tmp_path / "export" / "a", slices[:8]).parent
+    write(export / "b", slices[5:])
+    assert find_inputs([str(export)])[0] == {"export": export}
+    np.testing.assert_array_equal(warned(export)[1], whole)
+    main = write(tmp_path / "main", slices[:8])
+    write(main / "sub", slices[5:])
+    warnings, voxels = warned(main)
+    assert warnings == [f"{main}: read with 4 more slice(s) of the same series in {main / 'sub'}"]
+    np.testing.assert_array_equal(voxels, whole)
+
+
+def test_copies_without_their_uids_are_told_by_content(tmp_path):
+    main = write(tmp_path / "main", make_series(COUNT, SOPInstanceUID=""))
+    whole = load_series(main)[0]
+    (main / "sub").mkdir()
+    for k in range(5, COUNT):
+        name = f"IM{3 * k + 2:03d}.dcm"
+        (shutil.copy if k < 8 else shutil.move)(main / name, main / "sub" / name)
+    np.testing.assert_array_equal(warned(main)[1], whole)
+
+
+def test_other_slices_at_the_places_of_a_part_are_not_left_out(tmp_path):
+    slices = make_series(COUNT)
+    main = write(tmp_path / "main", slices[:8])
+    for k, one in enumerate(slices):
+        one.SOPInstanceUID = one.file_meta.MediaStorageSOPInstanceUID = f"1.2.4.{k}"
+    write(main / "sub", slices[5:])
+    with pytest.raises(ValueError, match="3 slice\\(s\\) at a place that another one has"):
+        load_series(main, warn=print)
+
+
+def test_whole_phases_whose_slices_take_turns_are_two_cases(tmp_path, capsys):
+    both = make_series(2 * COUNT)
+    first, second = write(tmp_path / "x" / "a", both[::2]), write(tmp_path / "x" / "b", both[1::2])
+    assert find_inputs([str(first), str(second)]) == ({"a": first, "b": second}, [])
+    assert find_inputs([str(first)])[0] == {"a": first}
+    assert capsys.readouterr().err == ""
+    assert find_inputs([str(tmp_path / "x")])[0] == {}
+    assert "its DICOM series are in folders within it; give those, say" in capsys.readouterr().err
+
+
 def test_a_folder_and_the_one_within_are_one_series(tmp_path, capsys):
     divided(tmp_path / "main", tmp_path / "main" / "sub")
     assert find_inputs([str(tmp_path / "main"), str(tmp_path / "main" / "sub")])[0] == {}

@@ -10,7 +10,7 @@ import pytest
 from nifti_bytes import gzip_member, nifti
 
 from core.scans.nifti import Reading
-from core.scans.volumes import load_labels, load_scan, read_geometry
+from core.scans.volumes import load_labels, load_scan, read_geometry, save_label_map
 
 SHAPE = (6, 5, 4)
 HU = (np.arange(120).reshape(SHAPE) * 10 - 1000).astype(np.int16)
@@ -72,6 +72,28 @@ def test_units_become_millimetres_and_the_header_stays(tmp_path, code, factor):
     assert geometry.voxel_ml == pytest.approx(0.009)
     np.testing.assert_allclose(geometry.header.get_sform(), affine, rtol=1e-6)
     assert not warnings
+
+
+def test_an_intercept_of_nan_is_none_and_that_said(tmp_path):
+    path = write(tmp_path / "scan.nii", nifti(HU, AFFINE, scl_slope=2, scl_inter=np.nan))
+    voxels, _, warnings = read(path)
+    np.testing.assert_array_equal(voxels, 2.0 * HU)
+    assert warnings[0] == f"{path}: has scl_inter nan; read with an intercept of 0, so check its HU"
+    with pytest.raises(ValueError, match="scl_inter inf, expected finite numbers"):
+        read(write(path, nifti(HU, AFFINE, scl_slope=2, scl_inter=np.inf)))
+
+
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "has numbers that are not finite"), (0.0, "is all zeros")])
+def test_an_sform_without_a_place_leaves_it_to_the_qform(tmp_path, value, what):
+    rows = np.eye(3, 4).ravel() if np.isnan(value) else np.zeros(12)
+    rows[5] = value
+    placed = {"qform_code": 1, "quatern": (0, 0, 0), "qoffset": (-30, 12, 500), "srow": tuple(rows)}
+    path = write(tmp_path / "scan.nii", nifti(HU, AFFINE, **placed))
+    _, geometry, warnings = read(path)
+    np.testing.assert_array_equal(geometry.affine, AFFINE)
+    assert warnings == [f"{path}: its sform {what}; the qform is used"]
+    save_label_map(np.zeros(SHAPE, np.uint8), geometry, tmp_path / "labels.nii")
+    np.testing.assert_array_equal(nib.load(tmp_path / "labels.nii").affine, AFFINE)
 
 
 def test_of_two_places_the_sform_is_used_and_that_said(tmp_path):

@@ -15,7 +15,7 @@ import infer
 import train
 from core.scans.files import select_cases
 from core.scans.not_found import found_instead, looked_for
-from dataset import find_cases
+from dataset import find_cases, find_data
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,30 @@ def fill(folder: Path, *names: str) -> Path:
 def test_other_files_of_a_folder_are_named(tmp_path, names, found):
     told = found_instead(fill(tmp_path / "images", *names))
     assert told.startswith(f"; {found}") if found else told == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["a.mha", "b.mha"], "; holds 2 .mha files: python -m data.convert turns"),
+        (
+            ["patient1/", "patient1/IM0001"],
+            "; patient1 holds 1 DICOM file: infer.py reads the folder of one DICOM series",
+        ),
+        (
+            ["imagesTr/", "imagesTr/a.nii.gz", "labelsTr/"],
+            "; imagesTr holds 1 .nii.gz file: python -m data.convert reads",
+        ),
+        (["empty/"], ""),
+    ],
+)
+def test_what_is_no_data_set_is_named(tmp_path, names, found):
+    fill(tmp_path / "data", *names)
+    for path in tmp_path.rglob("IM*"):
+        path.write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(FileNotFoundError, match="is no data set, expected a folder with images/") as error:
+        find_data(tmp_path / "data")
+    assert str(error.value).partition("where to get one)")[2][: len(found) or None] == found
 
 
 def test_the_three_scripts_name_other_formats(tmp_path, run_main):

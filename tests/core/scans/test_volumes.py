@@ -773,7 +773,7 @@ def test_odd_real_files(tmp_path):
         np.testing.assert_array_equal(nib.as_closest_canonical(written).dataobj, labels, err_msg=path.name)
 
 
-@pytest.mark.parametrize("padding", [None, -2000, -3024])
+@pytest.mark.parametrize("padding", [None, -1024, -2000, -3024])
 def test_values_that_are_1024_too_high_are_said_with_and_without_padding(padding):
     hu = np.full((16, 16, 16), -1000.0, np.float32)  # air
     hu[4:12, 4:12, 4:12] = 40  # soft tissue
