@@ -5,30 +5,34 @@
     python -m benchmarks.memory --size 128 128 64
 
 Counted, not measured: parameters, gradients, Adam's state, activations and temporaries of a step in bf16 mixed
-precision at batch 1, tensor by tensor, on tensors that have shapes but no memory. Needs no GPU. MONAI is left out where
+precision at batch 1, tensor by tensor, on tensors that have shapes but no memory. For the plans also the operations
+that torch launches, and their traffic: the bytes that they must read and write. Needs no GPU. MONAI is left out where
 it is not installed.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
 from benchmarks.measuring import THREE, make_parser, measure_and_print
-from core.config import load_config
+from core.config import Config, load_config
 from core.system.exits import run_command
 from core.training.losses import LOSSES
-from core.training.memory_count import count_step
+from core.training.memory_count import blank_training, count_step
 from core.training.memory_plans import GIB
 from core.training.setup import PLANS, Training
-from core.training.step import compute_gradients
+from core.training.step import compute_gradients, training_step
 from vnet import check_size
 
 
@@ -38,6 +42,46 @@ class Count(NamedTuple):
     peak_gib: float
     forward_flops: int
     flops: int
+
+
+class Traffic(TorchDispatchMode):
+    """Count the operations on tensors, and the bytes that they must read and write.
+
+    An operation reads each of its tensors once and writes each result once. Views and new, empty tensors cost nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.operations = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run an operation and count it."""
+        kwargs = dict(kwargs or {})
+        result, name = operation(*args, **kwargs), operation.name()
+        if name.startswith("aten::") and not (operation.is_view or "empty" in name or "detach" in name):
+            kwargs.pop("out", None)
+            if name.startswith(("aten::copy_", "aten::zero_", "aten::fill_")):
+                args = args[1:]  # the first is written only
+            read = {} if "_like" in name else {id(each): each for each in tree_leaves([args, kwargs])}
+            self.bytes += sum(map(stored_bytes, [*read.values(), *tree_leaves(result)]))
+            self.operations += 1
+        return result
+
+
+def stored_bytes(value: object) -> int:
+    """Return the bytes of a tensor, those that broadcasting repeats once; 0 for anything else."""
+    if not isinstance(value, Tensor):
+        return 0
+    return value.element_size() * math.prod(n for n, step in zip(value.shape, value.stride(), strict=True) if step)
+
+
+def count_traffic(config: Config, plan: str, precision: torch.dtype) -> Traffic:
+    """Count the operations and the traffic of one training step, not compiled."""
+    with FakeTensorMode():
+        training, image, labels = blank_training(config, plan, precision)
+        with Traffic() as traffic:
+            training_step(training, image, labels)
+    return traffic
 
 
 def count_plain_step(
@@ -81,6 +125,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = replace(config, batch_size=1, loss="cross_entropy")
     classes, precision = len(config.organs), torch.bfloat16
     counts = {f"project_{plan}": count_step(config, plan, precision) for plan in PLANS}
+    traffic = {f"project_{plan}": count_traffic(config, plan, precision) for plan in PLANS}
     has_monai = peers.monai_installed()
     counts["monai"] = count_plain_step(lambda: peers.monai_vnet(classes), config.size, precision) if has_monai else None
     counts["predecessor"] = count_plain_step(peers.Predecessor, config.size, precision, peers.Predecessor.GROWTH)
@@ -91,6 +136,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "norm": config.norm,
         **{f"{name}_gib": count and count.peak_gib for name, count in counts.items()},
         "step_tflop": {name: count and count.flops / 1e12 for name, count in counts.items()},
+        "step_traffic_gb": {name: each.bytes / 1e9 for name, each in traffic.items()},
+        "step_operations": {name: each.operations for name, each in traffic.items()},
         "notes": [
             "counted for one training step; bf16 mixed precision, batch 1",
             "predecessor: a reconstruction",

@@ -6,7 +6,7 @@ in its own order.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ TORCHRUN_SETS = (
     "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
 )  # fmt: skip
 WAIT = timedelta(minutes=30)  # for the slowest process; preparing scans for the first time takes minutes
+BUCKET_BYTES = 64 * 2**20  # of gradients that are exchanged at a time; few large messages take less time than many
 # Words in the errors of NCCL and Gloo, and what they mean.
 ENDED = "another process of this run has ended"
 CAUSES = {
@@ -91,20 +92,37 @@ class Group:
         """
         if self.size == 1:
             return loss
-        loss = loss * weight if weight else torch.zeros_like(loss)
-        tensors = []
+        tensors = [loss.clone()]
         for parameter in network.parameters():
             if parameter.requires_grad:
                 # A parameter that this share did not use has none; all processes must reduce the same list.
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 tensors.append(parameter.grad)
-        for gradient in tensors:
-            # What is of no weight may hold anything, and NaN times 0 is NaN.
-            gradient.mul_(weight) if weight else gradient.zero_()
         with naming_lost_processes():
-            for work in [distributed.all_reduce(tensor, async_op=True) for tensor in [*tensors, loss]]:
+            under_way = []
+            for bucket in in_buckets(tensors):
+                flat = torch.cat([tensor.flatten() for tensor in bucket])
+                # What is of no weight may hold anything, and NaN times 0 is NaN.
+                flat = flat.mul_(weight) if weight else flat.zero_()
+                under_way.append((bucket, flat, distributed.all_reduce(flat, async_op=True)))
+            for bucket, flat, work in under_way:
                 work.wait()
-        return loss
+                for tensor, values in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
+        return tensors[0]
+
+
+def in_buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return tensors in buckets of one type, each of at most BUCKET_BYTES or a single tensor."""
+    buckets: list[list[Tensor]] = []
+    last: dict[torch.dtype, list[Tensor]] = {}  # the bucket that a type is put into
+    for tensor in tensors:
+        bucket = last.get(tensor.dtype)
+        if bucket is None or sum(each.nbytes for each in [*bucket, tensor]) > BUCKET_BYTES:
+            bucket = last[tensor.dtype] = []
+            buckets.append(bucket)
+        bucket.append(tensor)
+    return buckets
 
 
 ALONE = Group()

@@ -8,16 +8,14 @@ to fragments, and the workspaces of cuDNN's convolutions.
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import Config
 from core.network import build_network
-from core.system.exits import (
-    DONE,
-    STOPPED,
-)
+from core.system.exits import DONE, STOPPED
 from core.training.losses import loss_named
 from core.training.memory_plans import GIB, blank_batch, plans_for
 from core.training.setup import DTYPES, EMA, Training, make_optimizer, to_channels_last
@@ -39,29 +37,32 @@ def count_step(config: Config, plan: str, precision: torch.dtype) -> Need:
     """Count one training step, not compiled; takes seconds, allocates next to nothing, needs no GPU."""
     counter, tracker = FlopCounterMode(display=False), MemTracker()
     with FakeTensorMode():
-        network = build_network(config)
-        if config.channels_last:
-            to_channels_last(network)
-        optimizer = make_optimizer(network, config.learning_rate)
-        image, labels = blank_batch(config, torch.device("cpu"))
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        ema = EMA(network, config.ema_decay) if config.ema_decay else None
-        training = Training(
-            network,
-            loss_named(config.loss),
-            optimizer,
-            scaler,
-            precision,
-            accumulation_steps=config.accumulation_steps,
-            plan=plan,
-            ema=ema,
-        )
-        tracker.track_external(network, optimizer, image, labels, *(ema.weights.values() if ema else ()))
+        training, image, labels = blank_training(config, plan, precision)
+        weights = training.ema.weights.values() if training.ema else ()
+        tracker.track_external(training.network, training.optimizer, image, labels, *weights)
         with tracker, counter:
             # The tracker also tracks modules, and allows one call of each between resets.
             training_step(training, image, labels, after=tracker.reset_mod_stats)
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
     return Need(plan, peak / GIB, counter.get_total_flops())
+
+
+def blank_training(config: Config, plan: str, precision: torch.dtype) -> tuple[Training, Tensor, Tensor]:
+    """Return what a step of these settings works with, and a batch of zeros: image and labels."""
+    network = build_network(config)
+    if config.channels_last:
+        to_channels_last(network)
+    training = Training(
+        network,
+        loss_named(config.loss),
+        make_optimizer(network, config.learning_rate),
+        torch.amp.GradScaler("cpu", enabled=False),
+        precision,
+        accumulation_steps=config.accumulation_steps,
+        plan=plan,
+        ema=EMA(network, config.ema_decay) if config.ema_decay else None,
+    )
+    return training, *blank_batch(config, torch.device("cpu"))
 
 
 def supported_plans(config: Config) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from core.system.processes import join_group, leave_group, own_device
 from core.training.batches import make_loader, naming_dead_workers
 from core.training.memory_plans import choose_plan, peak_gib
 from core.training.run_folder import RunFolder, SilentRunFolder
-from core.training.setup import EMA, PLANS, Training, choose_device, initialise_output_bias
+from core.training.setup import EMA, Training, choose_device, initialise_output_bias
 from core.training.step import NotFiniteError, PendingLoss
 from core.training.tensorboard import check_tensorboard
 
@@ -134,8 +134,7 @@ class Run:
         self.facts |= {"training_data": training_data, "fingerprints": fingerprints}
         self.folder.compare_data((self.resumed or {}).get("fingerprints"), fingerprints)
         training, config = self.training, self.config
-        plans = self.group.gather(choose_plan(training, config, self.device))
-        training.plan = max(plans, key=PLANS.index)  # the one that fits every GPU
+        training.plan = choose_plan(training, config, self.device, self.group, self.folder)
         if config.compile and training.plan != "off":
             self.say(f"compile has no effect under the memory plan {training.plan}")
         if config.init_output_bias and not self.keeps_last_layer:

@@ -60,10 +60,24 @@ def test_memory_answers_in_json_with_the_numbers_of_the_plans(monkeypatch, capsy
     assert keys <= set(result)
     for plan in PLANS:
         assert result[f"project_{plan}_gib"] == count_step(SMALL, plan, torch.bfloat16).peak_gib
+        assert result["step_operations"][f"project_{plan}"] > 100
+    # In float32 copies of the volumes it was five times that of `off`.
+    traffic = result["step_traffic_gb"]
+    assert traffic["project_low"] < 2.5 * traffic["project_off"]
     assert result["monai_gib"] is None
     assert NO_MONAI in result["notes"]
     assert result["predecessor_gib"] > 0
     assert result["machine"]["torch"] == torch.__version__
+
+
+def test_traffic_by_hand():
+    x, y = torch.zeros(2, 3), torch.zeros(3, dtype=torch.bfloat16)
+    with memory.Traffic() as traffic:
+        x.add_(y)  # reads 24 and 6 bytes, writes 24
+        x[:1].expand(2, 3).clone()  # a view of 12 bytes, and 24 written
+        y.copy_(x[0])  # reads 12, writes 6
+        torch.empty(5)
+    assert (traffic.bytes, traffic.operations) == (54 + 36 + 18, 3)
 
 
 def test_memory_prints_a_table_above_the_json(monkeypatch, capsys, with_a_peer):

@@ -1,6 +1,7 @@
 """Several processes, as torchrun starts them, over Gloo on a CPU: the run of one process at the whole batch."""
 
 import csv
+import math
 import os
 import re
 import signal
@@ -17,8 +18,9 @@ from torch import nn
 import infer
 import train
 from core.checkpoint import load_checkpoint
-from core.system.processes import ALONE, Group, naming_lost_processes, own_device, started_by_torchrun
+from core.system.processes import ALONE, Group, in_buckets, naming_lost_processes, own_device, started_by_torchrun
 from data.make_phantom import write_phantom
+from vnet import VNet
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are ended by signals of POSIX")
 ROOT = Path(__file__).resolve().parents[3]
@@ -182,7 +184,10 @@ def test_frozen_and_unused_parameters_take_part(monkeypatch):
         def wait(self) -> None:
             pass
 
+    reduced = []
+
     def doubled(tensor: torch.Tensor, async_op: bool) -> Done:
+        reduced.append(tensor.numel())
         tensor.mul_(2)
         return Done()
 
@@ -195,6 +200,23 @@ def test_frozen_and_unused_parameters_take_part(monkeypatch):
     assert network["used"].weight.grad == 1
     assert network["unused"].weight.grad == 0
     assert network["frozen"].weight.grad is None
+    assert reduced == [5]  # one exchange: the loss, two weights and two biases
+    monkeypatch.setattr("core.system.processes.BUCKET_BYTES", 12)
+    network["used"].weight.grad.fill_(math.nan)
+    loss = Group(rank=0, size=2).average_gradients(network, torch.tensor(math.nan), 0.0)
+    assert reduced[1:] == [3, 2]
+    assert (loss, network["used"].weight.grad) == (0, 0)
+
+
+def test_the_default_networks_gradients_are_exchanged_in_few_buckets():
+    with torch.device("meta"):
+        gradients = [*map(torch.empty_like, VNet(14).parameters())]
+    buckets = in_buckets(gradients)
+    assert [id(each) for bucket in buckets for each in bucket] == [*map(id, gradients)]
+    assert len(gradients) > 100
+    assert len(buckets) == 4
+    mixed = in_buckets([torch.zeros(2), torch.zeros(1, dtype=torch.double), torch.zeros(3)])
+    assert [[tensor.numel() for tensor in bucket] for bucket in mixed] == [[2, 3], [1]]
 
 
 TORCHRUN = {

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from core.training import slabs
+from core.training.activation import moments
 from core.training.losses import LOSSES, Loss, loss_named
 from core.training.low_memory import features
 from core.training.setup import (
@@ -251,7 +252,7 @@ def test_plans_give_the_gradients_of_the_plain_step(plan, norm, loss, monkeypatc
     expected = step_on(plain, image, labels, rate=1e-3, loss=loss)
     # Small enough that a slab is thinner than the volume, and a piece has fewer channels.
     monkeypatch.setattr(slabs, "SLAB_BYTES", 20_000)
-    monkeypatch.setattr("core.training.low_memory.PIECE_BYTES", 20_000)
+    monkeypatch.setattr("core.training.activation.PIECE_BYTES", 20_000)
     monkeypatch.setattr("core.training.low_memory.PART_BYTES", 50_000)
     found = step_on(frugal, image, labels, rate=1e-3, loss=loss, plan=plan)
     assert found == pytest.approx(expected, rel=1e-9)
@@ -259,6 +260,16 @@ def test_plans_give_the_gradients_of_the_plain_step(plan, norm, loss, monkeypatc
         assert (a.grad - b.grad).norm() <= 1e-9 * a.grad.norm(), name
     for a, b in zip(plain.buffers(), frugal.buffers(), strict=True):  # running statistics, updated once
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_statistics_are_not_rounded_to_the_type_of_the_volume(dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(2, 3, 16, 16, 8) * 0.5 + torch.tensor([0.0, 3.0, -20.0]).view(3, 1, 1, 1)).to(dtype)
+    mean, variance = moments(x)
+    expected = x.double()
+    torch.testing.assert_close(mean.double(), expected.mean(dim=(2, 3, 4)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance.double(), expected.var(dim=(2, 3, 4), correction=0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("plan", PLANS[1:])
