@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from core.config import Config
 from core.scans.anatomy import comparable_ml, organs_in, swapped_sides
+from core.scans.annotated import annotated_classes, check_both_sides, read_annotated
 from core.scans.cache import CACHE_VERSION, read_cache, write_cache
 from core.scans.crop import crop_box, extent_of
 from core.scans.files import check_partners, find_files, listed, read_case_ids
@@ -38,6 +39,7 @@ class Case:
     id: str
     scan: Path
     labels: Path
+    annotated: tuple[str, ...] | None = None  # the organs that the label map annotates, by annotated.csv; None: all
 
 
 # ---- Finding ---------------------------------------------------------------------------------------------------------
@@ -76,7 +78,8 @@ def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list
     if not scans:
         raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii){found_instead(folder / 'images')}")
     check_partners(folder, scans, labels)
-    cases = [Case(case, scans[case], labels[case]) for case in sorted(scans)]
+    annotated = read_annotated(folder)
+    cases = [Case(case, scans[case], labels[case], annotated.get(case)) for case in sorted(scans)]
     for case in cases:
         scan, labels = (read_geometry(path, reading) for path in (case.scan, case.labels))
         check_same_grid(scan, labels, f"case {case.id}")
@@ -156,7 +159,7 @@ class CaseDataset(Dataset):
     A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
     uint8; `extent_mm` (3,) float32, the size of what the grid covers; `hu_percentiles` (3,) float32, of the scan's
     body; `volumes_ml` (K,) float32, by id, 0 where unknown; `swapped`, the organs that lie on each other's side, in
-    words. It is the same to the bit with and without the cache.
+    words; `annotated` (K,) bool. It is the same to the bit with and without the cache.
 
     Args:
         cases: with label maps.
@@ -170,6 +173,9 @@ class CaseDataset(Dataset):
         self.crop = config.crop
         self.organs = config.organs
         self.reading = reading_of(config)
+        self.annotated = [annotated_classes(case.annotated, self.organs) for case in self.cases]
+        if config.augment and config.augment_flip:
+            check_both_sides(self.ids, self.annotated, self.organs)
         self.cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
 
     def __len__(self) -> int:
@@ -188,8 +194,12 @@ class CaseDataset(Dataset):
         case = self.cases[index]
         volumes, facts = self.load(case)
         image, labels = torch.from_numpy(volumes)
+        annotated = torch.from_numpy(self.annotated[index])
+        if not annotated.all():
+            labels = labels * annotated[labels.long()]
         numbers = {name: torch.tensor(facts[name], dtype=torch.float32) for name in NUMBERS}
-        return {"case": case.id, "image": image[None], "labels": labels, "swapped": facts["swapped"], **numbers}
+        words = {"case": case.id, "swapped": facts["swapped"]}
+        return {"image": image[None], "labels": labels, "annotated": annotated, **words, **numbers}
 
     def load(self, case: Case) -> tuple[np.ndarray, dict]:
         """Load a case's image and labels, (2, X, Y, Z) uint8, and facts of its scan; from the cache where possible."""

@@ -62,7 +62,7 @@ def train(run: Run, train_set: CaseDataset, val_set: CaseDataset) -> None:
         NotFiniteError, Stopped: as `train_one_epoch`.
     """
     # Before the first epoch, so that a broken file shows now.
-    to_train = describe_cases(train_set, run.config.workers, run.group)
+    to_train = describe_cases(train_set, run.config.workers, run.group, teaches=True)
     held_out = describe_cases(val_set, run.config.workers, run.group)
     run.prepare(train_set, to_train.ranges, to_train.fingerprints | held_out.fingerprints)
     batches, val_batches = run.loader(train_set, train=True), run.loader(val_set, train=False)
@@ -88,7 +88,7 @@ def train_one_epoch(run: Run, batches: DataLoader) -> None:
             image, labels = augment(image, labels, batch["extent_mm"], config, run.epoch, batch["positions"])
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, config.epochs * len(batches))
-        loss = step_that_fits(training, image, labels)
+        loss = step_that_fits(training, image, labels, batch["annotated"])
         run.note(loss, batch)
 
 
@@ -103,9 +103,10 @@ def validate(run: Run, batches: DataLoader) -> dict[str, float]:
     with run.evaluating():
         for place, batch in run.until_stopped(batches):
             image, labels = to_device(batch, run.device)
-            loss, predicted = validation_step(run.training, image, labels)
+            loss, predicted = validation_step(run.training, image, labels, batch["annotated"])
             matrix = confusion_matrix(labels.cpu().numpy(), predicted.cpu().numpy(), len(organs))
-            rows.append((place, loss, organ_scores(matrix)["dice"][1:]))
+            of_case = np.where(batch["annotated"][0], organ_scores(matrix)["dice"], np.nan)
+            rows.append((place, loss, of_case[1:]))
         _, losses, dice = zip(*run.gather(rows), strict=True)
     scores = {organ: mean_defined(column)[0] for organ, column in zip(organs[1:], np.transpose(dice), strict=True)}
     columns = {f"dice_{organ.replace(' ', '_')}": score for organ, score in scores.items()}

@@ -11,6 +11,9 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from core.scans.organ_words import mirrored_ids, same_name
 from core.system.files import open_text, whole_file
 
 ANNOTATED = "annotated.csv"
@@ -49,3 +52,19 @@ def write_annotated(data_dir: str | Path, organs: Mapping[str, Sequence[str]]) -
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
         rows.writerows([case, SEPARATOR.join(names)] for case, names in organs.items())
+
+
+def annotated_classes(names: Sequence[str] | None, organs: Sequence[str]) -> np.ndarray:
+    """Return (K,) bool: the classes among the `names` of annotated organs, and the background; None: all."""
+    return np.array([True, *(names is None or any(same_name(organ, name) for name in names) for organ in organs[1:])])
+
+
+def check_both_sides(ids: Sequence[str], annotated: Sequence[np.ndarray], organs: Sequence[str]) -> None:
+    """Raise a ValueError for a case in which a flip would give an organ the id of one that is not annotated."""
+    other_side = mirrored_ids(organs)
+    for case, classes in zip(ids, annotated, strict=True):
+        for organ in np.flatnonzero(classes != classes[other_side]):
+            raise ValueError(
+                f"augment_flip: {ANNOTATED} lists only one of {organs[organ]} and {organs[other_side[organ]]} for case "
+                f"{case}; expected both or none of them, or augment_flip: false"
+            )

@@ -3,7 +3,7 @@
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import chain
@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from core.config import Config
 from core.scans.anatomy import odd_organs
+from core.scans.annotated import ANNOTATED
+from core.scans.files import listed
 from core.scans.typical import ranges_of
 from core.system.exits import leave_signals_to_the_command, print_warning
 from core.system.processes import ALONE, Group
 
-SEEN = ("image", "labels", "extent_mm")  # what training sees of a sample
+SEEN = ("image", "labels", "extent_mm", "annotated")  # what training sees of a sample
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
 
 
@@ -123,7 +125,7 @@ class Description(NamedTuple):
     fingerprints: dict[str, str]
 
 
-def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE) -> Description:
+def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches: bool = False) -> Description:
     """Read every case once, which fills the cache and shows broken files; warn where the organs look mixed up.
 
     Each process reads its share of the cases. Warnings about a case's files are given here, and not again.
@@ -132,14 +134,16 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE) -> Desc
         dataset: a CaseDataset.
         workers: processes that load cases.
         group: the processes of the run.
+        teaches: whether to say how many cases teach each organ.
     """
     found = {"extent_mm": [], "hu_percentiles": [], "volumes_ml": []}  # of each case a row of numbers
-    fingerprints = []
+    fingerprints, counts = [], []
     share = range(group.rank, len(dataset), group.size)
     loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
     for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
         for name, values in found.items():
             values += sample[name].tolist()
+        counts += map(annotated_and_present, sample["annotated"], sample["labels"])
         fingerprints += zip(sample["case"], map(fingerprint, *(sample[name] for name in SEEN)), strict=True)
         for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
             if swapped:
@@ -150,7 +154,30 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE) -> Desc
     odd = odd_organs([{organ: ml for organ, ml in case.items() if ml} for case in volumes])
     if odd and group.first:
         print_warning(odd)
+    counts = list(chain(*group.gather(counts)))
+    if teaches and group.first:
+        say_what_teaches(counts, dataset.organs)
     return Description(ranges_of(found), dict(chain(*group.gather(fingerprints))))
+
+
+def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Return (2, K) bool: the classes that a case annotates, and those that its labels hold."""
+    present = np.bincount(labels.numpy().ravel(), minlength=len(annotated)) > 0
+    return np.stack([annotated.numpy(), present])
+
+
+def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str]) -> None:
+    """Say in how many cases each organ is annotated; warn of organs that are annotated but found in no case."""
+    annotated, present = np.sum(counts, axis=0)[:, 1:]
+    if (annotated < len(counts)).any():
+        by_organ = (f"{organ} {n}" for organ, n in zip(organs[1:], annotated, strict=True))
+        print(f"{ANNOTATED}: of {len(counts)} cases to train on, so many annotate {', '.join(by_organ)}", flush=True)
+    absent = [organ for organ, n, found in zip(organs[1:], annotated, present, strict=True) if n and not found]
+    if absent:
+        print_warning(
+            f"in none of the {len(counts)} cases to train on: {listed(absent)}; if an organ is there but not annotated, "
+            f"say so in {ANNOTATED} (docs/data.md)"
+        )
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:

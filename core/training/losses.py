@@ -93,6 +93,31 @@ def dice_loss(shared: Tensor, squares: Tensor, in_labels: Tensor) -> Tensor:
     return of_samples.mean()
 
 
+def marginal(loss: Loss, annotated: Tensor | None) -> Loss:
+    """Return a loss that takes background for "background, or an organ that this sample does not annotate".
+
+    The probabilities of such organs are added to the background's before the loss (Fang and Yan 2020; Shi et al. 2021).
+
+    Args:
+        loss: any loss.
+        annotated: (B, K) bool on the CPU; None, or all True: `loss` itself.
+    """
+    if annotated is None or annotated.all():
+        return loss
+    if isinstance(loss, SlabLoss):
+        return SlabLoss(lambda logits, labels: loss.sums(to_background(logits, annotated), labels), loss.of_sums)
+    return lambda logits, labels: loss(to_background(logits, annotated), labels)
+
+
+def to_background(logits: Tensor, annotated: Tensor) -> Tensor:
+    """Return logits (B, K, X, Y, Z) whose softmax counts organs that are not `annotated` (B, K) to the background."""
+    absent = annotated.logical_not().to(logits.device, non_blocking=True)[:, 1:, None, None, None]
+    organs = logits[:, 1:]
+    others = organs.masked_fill(absent.logical_not(), -torch.inf)
+    background = torch.cat([logits[:, :1], others], dim=1).logsumexp(dim=1, keepdim=True)
+    return torch.cat([background, organs.masked_fill(absent, -torch.inf)], dim=1)
+
+
 LOSSES: dict[str, Loss] = {
     "cross_entropy": SlabLoss(cross_entropy_sums, cross_entropy_of_sums),
     "dice_cross_entropy": SlabLoss(dice_cross_entropy_sums, dice_cross_entropy_of_sums),

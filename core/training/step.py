@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from core.training.losses import in_full_precision
+from core.training.losses import Loss, in_full_precision, marginal
 from core.training.low_memory import features, is_supported
 from core.training.setup import Training, autocast
 from core.training.slabs import backward_in_slabs, predict_in_slabs
@@ -32,6 +32,7 @@ def training_step(
     labels: Tensor,
     check: Callable[[Tensor], None] = lambda loss: None,
     after: Callable[[], None] = lambda: None,
+    annotated: Tensor | None = None,
 ) -> Tensor:
     """Change the network's weights once, for one batch; on a GPU this launches the step and does not wait for it.
 
@@ -41,11 +42,12 @@ def training_step(
         labels: (B, X, Y, Z), integer ids.
         check: is shown the loss of each micro-batch before its backward pass.
         after: is called after each micro-batch.
+        annotated: (B, K) bool on the CPU, the classes that each case's labels annotate; None: all.
 
     Returns:
         the loss before the change, a scalar on the device; where it is NaN or infinite, no weight has changed.
     """
-    return apply_gradients(training, compute_gradients(training, image, labels, check, after))
+    return apply_gradients(training, compute_gradients(training, image, labels, check, after, annotated))
 
 
 def apply_gradients(training: Training, loss: Tensor) -> Tensor:
@@ -70,15 +72,17 @@ def compute_gradients(
     labels: Tensor,
     check: Callable[[Tensor], None] = lambda loss: None,
     after: Callable[[], None] = lambda: None,
+    annotated: Tensor | None = None,
 ) -> Tensor:
     """Give the parameters the gradients of the loss, times the scaler's factor, and return the loss.
 
-    `check` and `after` are those of `training_step`.
+    `check`, `after` and `annotated` are those of `training_step`.
     """
     training.optimizer.zero_grad(set_to_none=True)
     losses = []
     for part, share in micro_batches(len(image), training.accumulation_steps):
-        losses.append(share * backward(training, image[part], labels[part], check, share))
+        loss = marginal(training.loss, None if annotated is None else annotated[part])
+        losses.append(share * backward(training, loss, image[part], labels[part], check, share))
         after()
     return sum(losses[1:], start=losses[0])
 
@@ -91,7 +95,7 @@ def micro_batches(cases: int, steps: int) -> list[tuple[slice, float]]:
 
 
 def backward(
-    training: Training, image: Tensor, labels: Tensor, check: Callable[[Tensor], None], share: float
+    training: Training, criterion: Loss, image: Tensor, labels: Tensor, check: Callable[[Tensor], None], share: float
 ) -> Tensor:
     """Run forward and backward pass of a micro-batch, `share` of its batch, as the plan says; return its loss."""
 
@@ -102,33 +106,35 @@ def backward(
     if training.plan == "off":
         with autocast(image.device, training.precision):
             logits = network(image)  # (B, K, X, Y, Z)
-        loss = training.loss(in_full_precision(logits), labels)
+        loss = criterion(in_full_precision(logits), labels)
         del logits
         check(loss)
         scale(loss).backward()
         return loss.detach()
     result = features(network, image, training.precision, keep=training.plan == "low")  # (B, 2C, X, Y, Z)
     gradient = result.detach()  # the same memory: from here on nobody needs the result itself
-    loss = backward_in_slabs(network.classify, training.loss, gradient, labels, check, scale)
+    loss = backward_in_slabs(network.classify, criterion, gradient, labels, check, scale)
     result.backward(gradient)
     return loss
 
 
 @torch.no_grad()
-def validation_step(training: Training, image: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Return the loss of a batch and the class of every voxel, (B, X, Y, Z) uint8.
+def validation_step(
+    training: Training, image: Tensor, labels: Tensor, annotated: Tensor | None = None
+) -> tuple[float, Tensor]:
+    """Return the loss of a batch and the class of every voxel, (B, X, Y, Z) uint8; arguments as of `training_step`.
 
     For V-Net this takes less memory than any training step.
     """
-    network = training.network
+    network, criterion = training.network, marginal(training.loss, annotated)
     if is_supported(network):
         h = features(network, image, training.precision, keep=False)
-        loss, predicted = predict_in_slabs(network.classify, training.loss, h, labels)
+        loss, predicted = predict_in_slabs(network.classify, criterion, h, labels)
         return loss.item(), predicted
     with autocast(image.device, training.precision):
         logits = network(image)
     logits = in_full_precision(logits)
-    return training.loss(logits, labels).item(), logits.argmax(dim=1).to(torch.uint8)
+    return criterion(logits, labels).item(), logits.argmax(dim=1).to(torch.uint8)
 
 
 class PendingLoss:

@@ -1,0 +1,116 @@
+"""Organs that are not annotated: the loss by hand, its gradient under every plan, and a run that says what it does."""
+
+import math
+
+import pytest
+import torch
+from helpers import TINY
+from torch import nn
+
+import train
+from core.scans.annotated import write_annotated
+from core.training.losses import LOSSES, SlabLoss, marginal, to_background
+from core.training.setup import PLANS, Training, make_optimizer
+from core.training.step import training_step, validation_step
+from vnet import VNet
+
+ALL, TWO_LEFT_OUT = torch.tensor([[True] * 4]), torch.tensor([[True, True, False, False]])
+
+
+def test_background_stands_for_organs_that_are_not_annotated():
+    # One voxel each of p = .1 .2 .3 .4, labelled background and organ 1.
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().reshape(1, 4, 1, 1, 1).expand(1, 4, 2, 1, 1)
+    labels = torch.tensor([0, 1]).reshape(1, 2, 1, 1)
+    loss = marginal(LOSSES["cross_entropy"], TWO_LEFT_OUT)(logits, labels).item()
+    assert loss == pytest.approx((-math.log(0.1 + 0.3 + 0.4) - math.log(0.2)) / 2, rel=1e-6)
+    merged = to_background(logits, TWO_LEFT_OUT).softmax(dim=1)
+    assert merged[0, :, 0, 0, 0].tolist() == pytest.approx([0.8, 0.2, 0, 0])
+
+
+def test_where_all_is_annotated_it_is_the_plain_loss():
+    loss = LOSSES["dice_cross_entropy"]
+    assert marginal(loss, ALL) is loss
+    assert marginal(loss, None) is loss
+
+
+def test_samples_are_annotated_each_in_its_own_way():
+    logits, labels = torch.randn(2, 4, 3, 2, 2), torch.zeros(2, 3, 2, 2, dtype=torch.long)
+    merged = to_background(logits, torch.cat([ALL, TWO_LEFT_OUT]))
+    assert torch.allclose(merged[0].softmax(dim=0), logits[0].softmax(dim=0))
+    both = marginal(LOSSES["cross_entropy"], torch.cat([ALL, TWO_LEFT_OUT]))(logits, labels).item()
+    alone = [
+        marginal(LOSSES["cross_entropy"], annotated)(logits[i : i + 1], labels[i : i + 1]).item()
+        for i, annotated in enumerate((ALL, TWO_LEFT_OUT))
+    ]
+    assert both == pytest.approx(sum(alone) / 2, rel=1e-5)
+
+
+def plain_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return cross-entropy and Dice of each sample's own classes, written out."""
+    total = 0
+    for scores, ids, classes in zip(logits, labels.long(), (slice(0, 4), slice(0, 2)), strict=True):
+        p = scores.softmax(dim=0)
+        p = torch.cat([1 - p[1 : classes.stop].sum(dim=0, keepdim=True), p[1 : classes.stop]])
+        g = nn.functional.one_hot(ids, len(p)).movedim(-1, 0)
+        dice = 2 * (p * g).flatten(1).sum(1) / ((p * p).flatten(1).sum(1) + g.flatten(1).sum(1)).clamp(min=1)
+        present = g.flatten(1).sum(1)[1:] > 0
+        total = total - (p * g).sum(dim=0).log().mean() + ((1 - dice[1:]) * present).sum() / present.sum()
+    return total / 2
+
+
+@pytest.mark.parametrize("slabs", [True, False])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_has_the_gradient_written_out(plan, slabs):
+    torch.manual_seed(0)
+    network = VNet(4, 2, (1, 1), (1,)).double()
+    image = torch.rand(2, 1, 8, 8, 4).double()
+    labels = torch.stack([torch.randint(4, (8, 8, 4)), torch.randint(2, (8, 8, 4))])
+    loss = LOSSES["dice_cross_entropy"]
+    loss = loss if slabs else SlabLoss.__call__.__get__(loss)
+    annotated = torch.cat([ALL, TWO_LEFT_OUT])
+    training = Training(network, loss, make_optimizer(network, 1e-9), torch.amp.GradScaler("cpu", enabled=False),
+        torch.float64, plan=plan, accumulation_steps=2)  # fmt: skip
+    expected = plain_gradient(network(image), labels)
+    gradients = torch.autograd.grad(expected, list(network.parameters()))
+    found = training_step(training, image, labels, annotated=annotated)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-8 * gradient.norm() + 1e-12
+    assert validation_step(training, image, labels, annotated)[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_run_says_which_organs_are_taught_and_leaves_the_others_out(phantom_data, tmp_path, run_main):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("images", "labels"):
+        (data / name).symlink_to(phantom_data / name)
+    kept = ["liver", "spleen", "right kidney", "left kidney"]
+    write_annotated(data, {f"phantom_000{number}": kept for number in (1, 2, 3, 4)})
+    flags = ["--data-dir", data, "--run-dir", tmp_path / "run", "--cache-dir", "null", *TINY, "--epochs", 1]
+    code, out, err = run_main(train, *flags, "--val-cases", "phantom_0001")
+    assert code == 0, err
+    assert "of 4 cases to train on, so many annotate liver 4, right kidney 4, spleen 4, pancreas 1, aorta 1" in out
+    assert "in none of" not in err
+    header, row = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
+    dice = dict(zip(header, row, strict=True))
+    assert [dice[f"dice_{organ}"] != "" for organ in ("liver", "left_kidney", "pancreas", "aorta")] == [1, 1, 0, 0]
+
+
+def test_a_run_asks_whether_absent_organs_are_annotated(phantom_data, tmp_path, run_main):
+    organs = ["background", *(f"organ {i}" for i in range(1, 15))]  # the phantoms have 13
+    flags = ["--data-dir", phantom_data, "--run-dir", tmp_path / "run", "--cache-dir", "null", *TINY, "--epochs", 1]
+    code, _, err = run_main(train, *flags, "--organs", *organs, "--val-cases", "phantom_0001")
+    assert code == 0
+    assert "in none of the 4 cases to train on: organ 14; if an organ is there but not annotated, say so in" in err
+
+
+def test_a_flip_needs_both_sides_annotated(phantom_data, tmp_path, run_main):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("images", "labels"):
+        (data / name).symlink_to(phantom_data / name)
+    write_annotated(data, {"phantom_0002": ["liver", "right kidney"]})
+    flags = ["--data-dir", data, "--run-dir", tmp_path / "run", "--cache-dir", "null", *TINY, "--epochs", 1]
+    code, _, err = run_main(train, *flags, "--augment", "--augment-flip", "--val-cases", "phantom_0001")
+    assert code == 2
+    assert "annotated.csv lists only one of right kidney and left kidney for case phantom_0002" in err
