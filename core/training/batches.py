@@ -175,7 +175,7 @@ def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str]) -> None:
     absent = [organ for organ, n, found in zip(organs[1:], annotated, present, strict=True) if n and not found]
     if absent:
         print_warning(
-            f"in none of the {len(counts)} cases to train on: {listed(absent)}; if an organ is there but not annotated, "
+            f"in none of the {len(counts)} cases to train on: {listed(absent)}; if one is there but not annotated, "
             f"say so in {ANNOTATED} (docs/data.md)"
         )
 

@@ -101,7 +101,7 @@ def test_a_run_asks_whether_absent_organs_are_annotated(phantom_data, tmp_path, 
     flags = ["--data-dir", phantom_data, "--run-dir", tmp_path / "run", "--cache-dir", "null", *TINY, "--epochs", 1]
     code, _, err = run_main(train, *flags, "--organs", *organs, "--val-cases", "phantom_0001")
     assert code == 0
-    assert "in none of the 4 cases to train on: organ 14; if an organ is there but not annotated, say so in" in err
+    assert "in none of the 4 cases to train on: organ 14; if one is there but not annotated, say so in" in err
 
 
 def test_a_flip_needs_both_sides_annotated(phantom_data, tmp_path, run_main):
