@@ -27,16 +27,14 @@ from tqdm import tqdm
 from core.checkpoint import load_networks
 from core.config import Config, check
 from core.inference.inputs import choose_reading, choose_scans, read_scan
-from core.inference.locating import Locator, find_box, load_locator
+from core.inference.locating import Locator, restore_labels
 from core.inference.networks import choose_inference_precision, mean_logits, predict_logits
 from core.inference.output_folder import OutputFolder
 from core.inference.stages import Segmentation, run_overlapped
-from core.scans.crop import extent_of, shape_of
 from core.scans.nifti import Reading
-from core.scans.resample import logits_to_labels
 from core.scans.typical import differences
 from core.scans.volumes import prepare_image, save_label_map
-from core.system.exits import DONE, REFUSED, USAGE, print_error, print_stderr, refusing, run_command
+from core.system.exits import DONE, REFUSED, USAGE, print_stderr, refusing, run_command
 from core.system.files import whole_file
 from core.system.processes import join_group, leave_group, own_device
 from core.training.setup import choose_device
@@ -56,7 +54,7 @@ class Inference:
         reading: which scans are accepted.
         series_uid: which of the series in a DICOM folder to read, UID or UID:N; None when there is only one.
         fingerprint: of the networks; written into each label map.
-        locator: finds the organs' box for networks that were trained on it; None for others.
+        locator: finds the part of a scan that the networks were trained on.
     """
 
     networks: Sequence[nn.Module]
@@ -68,7 +66,7 @@ class Inference:
     reading: Reading = field(default_factory=Reading)
     series_uid: str | None = None
     fingerprint: str = ""
-    locator: Locator | None = None
+    locator: Locator = field(default_factory=Locator)
 
 
 # ---- One scan: read and prepare, predict, finish ---------------------------------------------------------------------
@@ -82,8 +80,8 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
     """
     reading = replace(inference.reading, warn=scan.warn)
     voxels, scan.geometry = read_scan(scan.file, reading, inference.series_uid)  # (X, Y, Z) in HU
-    scan.box = find_box(voxels, inference.config.crop, inference.locator, scan.warn)
-    unlike = differences(voxels, extent_of(scan.box, scan.geometry), inference.training_data)
+    scan.box = inference.locator.find_box(voxels, scan.warn)
+    unlike = differences(voxels, scan.geometry, scan.box, inference.training_data)
     if unlike:
         scan.warn(f"unlike the training cases, expect a poor prediction: {', '.join(unlike)}")
     scan.image = prepare_image(voxels[scan.box], inference.config.size, inference.config.window_hu)  # uint8
@@ -110,8 +108,7 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     scan.logits = None
     if not torch.isfinite(logits).all():
         raise ValueError("the network's output is not finite, so that no label map can be made of it")
-    labels = np.zeros(geometry.shape, dtype=np.uint8)  # (X, Y, Z)
-    labels[scan.box] = logits_to_labels(logits, shape_of(scan.box))
+    labels = restore_labels(logits, scan.box, geometry.shape)  # (X, Y, Z) uint8
     # Slice by slice, because bincount converts each label to 8 bytes.
     voxels = sum(np.bincount(labels_yz.ravel(), minlength=len(organs)) for labels_yz in labels)  # (K,)
     output.write_probabilities(scan.case, logits, geometry, scan.box)
@@ -132,7 +129,7 @@ def segment(inference: Inference, cases: dict[str, Path], show: bool) -> list[st
     with closing(run_overlapped(stages, cases, inference.device)) as segmented:
         for scan in tqdm(segmented, total=len(cases), desc="scans", disable=None if show else True):
             if scan.failure:
-                print_error(ValueError(scan.failure))
+                print_stderr(f"error: {scan.failure}")
                 inference.output.set_aside(scan.case)
                 failed.append(scan.case)
     return failed
@@ -169,7 +166,7 @@ def main() -> int:
         output.prepare(cases, refused)
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device)
-            locator = load_locator(arguments.locate, checkpoint, device)
+            locator = Locator.load(arguments.locate, checkpoint, device)
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
     if group.first and arguments.cases is None and not arguments.skip_existing:
         output.set_aside_refused(refused, cases)
@@ -218,12 +215,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="best.pt or last.pt of a run; of several, as of all folds, the probabilities are averaged",
     )
-    parser.add_argument(
-        "--locate",
-        type=path,
-        metavar="FILE",
-        help="checkpoint of the network that finds the organs, for a network that was trained with crop: organs",
-    )
+    parser.add_argument("--locate", type=path, metavar="FILE", help="the network that finds the box for crop: organs")
     parser.add_argument(
         "--output", required=True, type=path, metavar="DIR", help="folder for label maps and volumes.csv"
     )

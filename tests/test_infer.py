@@ -22,7 +22,7 @@ import pydicom
 import pytest
 import torch
 from dicom_files import REAL, make_series, write
-from helpers import SOON, SPACING_MM, VOXEL_ML, files_in, in_ras, make_voxels, save_scan, start, wait_for
+from helpers import AFFINE, SOON, SPACING_MM, VOXEL_ML, files_in, in_ras, make_voxels, save_scan, start, wait_for
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch.nn import functional as F
 
@@ -31,6 +31,8 @@ from core.checkpoint import load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
 from core.inference.output_folder import OutputFolder
 from core.network import build_network
+from core.scans.crop import whole_box
+from core.scans.geometry import Geometry
 from core.scans.typical import differences
 from core.training.batches import describe_cases
 from dataset import CaseDataset, find_cases
@@ -287,7 +289,7 @@ def test_the_organs_box_is_found_by_a_second_network(config, checkpoint, tmp_pat
     nothing = cropped_checkpoint(tmp_path / "nothing.pt", config, checkpoint, "none", bias=(1, 0, 0, 0))
     code, _, err = run_main(infer, *flags, "--locate", nothing)
     assert code == 0
-    assert "case scan: the network of --locate found no organ, so that the whole body is segmented" in err
+    assert "case scan: the network of --locate found no organ, so the whole body is segmented" in err
     assert np.array_equal(in_ras(tmp_path / "out" / "scan.nii.gz"), expected_in(BODY, checkpoint, body_in_air()))
     # Label maps say both networks.
     code, _, err = run_main(infer, *flags, "--locate", everywhere, "--skip-existing")
@@ -910,19 +912,19 @@ def test_a_mistake_of_ours_is_no_failure_of_a_scan(run, many, tmp_path, monkeypa
     def mistake(*_: object):
         raise RuntimeError("the shapes do not match")
 
-    monkeypatch.setattr(infer, "logits_to_labels", mistake)
+    monkeypatch.setattr(infer, "restore_labels", mistake)
     with pytest.raises(RuntimeError, match="the shapes do not match"):
         run(many)
     assert files_in(tmp_path / "out") == {}
 
 
 def test_failures_are_named_in_order_whatever_the_stage(run, many, monkeypatch):
-    finish, predict = infer.logits_to_labels, infer.predict
+    finish, predict = infer.restore_labels, infer.predict
 
-    def fail_to_finish(logits, shape):
+    def fail_to_finish(logits, box, shape):
         if shape[0] == 20:
             raise OSError("no space left")
-        return finish(logits, shape)
+        return finish(logits, box, shape)
 
     def fail_to_predict(inference, scan):
         if scan.case == "3":
@@ -931,7 +933,7 @@ def test_failures_are_named_in_order_whatever_the_stage(run, many, monkeypatch):
 
     save_scan(many / "1.nii.gz", make_voxels((20, 20, 20)))
     (many / "2.nii.gz").write_text("no NIfTI at all")
-    monkeypatch.setattr(infer, "logits_to_labels", fail_to_finish)
+    monkeypatch.setattr(infer, "restore_labels", fail_to_finish)
     monkeypatch.setattr(infer, "predict", fail_to_predict)
     code, out, err = run(many)
     assert code == 1
@@ -1104,7 +1106,8 @@ def test_percentiles_are_compared_one_by_one():
         "hu_percentiles": {"min": [-100, 0, 200], "max": [-90, 20, 300]},
     }
     flat = np.full(SIZE, 60, np.float32)
-    assert differences(flat, (64, 48, 48), training_data) == [
+    geometry = Geometry(SIZE, AFFINE, nib.Nifti1Header())
+    assert differences(flat, geometry, whole_box(SIZE), training_data) == [
         "5 % of its body lies below 60 HU (-100 to -90)",
         "95 % of its body lies below 60 HU (200 to 300)",
     ]

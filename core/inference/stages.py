@@ -91,7 +91,7 @@ def attempt(stage: Stage, scan: Segmentation) -> Segmentation:
     try:
         stage(scan)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = str(error) or type(error).__name__
+        message = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
         scan.out_of_memory = is_out_of_memory(error.__cause__ or error, smaller=True)
         if isinstance(error, RuntimeError):
             if not scan.out_of_memory:

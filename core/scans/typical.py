@@ -1,8 +1,9 @@
 """Compare a scan with the training cases: its extent in mm and the HU percentiles of its body."""
 
-from collections.abc import Sequence
-
 import numpy as np
+
+from core.scans.crop import Box, extent_of
+from core.scans.geometry import Geometry
 
 BODY_ABOVE_HU = -500  # voxels above it belong to the body; its HU percentiles tell CT from other things
 HU_PERCENTILES = (5, 50, 95)
@@ -31,17 +32,18 @@ def ranges_of(found: dict[str, list]) -> dict:
     return {"percentiles": list(HU_PERCENTILES), **ranges}
 
 
-def differences(voxels: np.ndarray, extent_mm: Sequence[float], training_data: dict) -> list[str]:
+def differences(voxels: np.ndarray, geometry: Geometry, box: Box, training_data: dict) -> list[str]:
     """Describe in words how a scan differs from all training cases, with their range in brackets.
 
     Args:
         voxels: (X, Y, Z) in HU.
-        extent_mm: of the part of it that the network sees, along X, Y, Z.
+        geometry: of the scan.
+        box: the part of it that the network sees.
         training_data: from `ranges_of`.
     """
     found = []
     extent = training_data["extent_mm"]
-    for axis, mm, low, high in zip("XYZ", extent_mm, extent["min"], extent["max"], strict=True):
+    for axis, mm, low, high in zip("XYZ", extent_of(box, geometry), extent["min"], extent["max"], strict=True):
         if not low * (1 - EXTENT_TOLERANCE) <= mm <= high * (1 + EXTENT_TOLERANCE):
             found.append(f"it covers {mm:.0f} mm along {axis} ({low:.0f} to {high:.0f})")
     ranges = training_data["hu_percentiles"]

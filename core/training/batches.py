@@ -143,7 +143,7 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
     for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
         for name, values in found.items():
             values += sample[name].tolist()
-        counts += map(annotated_and_present, sample["annotated"], sample["labels"])
+        counts += map(annotated_and_present, sample["annotated"], sample["labels"], sample["volumes_ml"])
         fingerprints += zip(sample["case"], map(fingerprint, *(sample[name] for name in SEEN)), strict=True)
         for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
             if swapped:
@@ -160,10 +160,11 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
     return Description(ranges_of(found), dict(chain(*group.gather(fingerprints))))
 
 
-def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """Return (2, K) bool: the classes that a case annotates, and those that its labels hold."""
-    present = np.bincount(labels.numpy().ravel(), minlength=len(annotated)) > 0
-    return np.stack([annotated.numpy(), present])
+def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor, ml: torch.Tensor) -> np.ndarray:
+    """Return (2, K) bool: the classes that a case annotates, and those that it holds."""
+    # The network's grid may have lost a small organ, and volumes are unknown of organs that the scan cuts.
+    on_grid = np.bincount(labels.numpy().ravel(), minlength=len(annotated)) > 0
+    return np.stack([annotated.numpy(), on_grid | (ml.numpy() > 0)])
 
 
 def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str]) -> None:
