@@ -120,6 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ceiling", action="store_true", help="score the labels on the network's grid and back")
     parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: the settings')")
+    parser.add_argument("--crop", metavar="WHAT", help="none or organs: what it covers (default: the settings')")
     parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")
     parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest label map, as float32")
     parser.add_argument("--assume-ras", action="store_true", help="take files without a place in the patient as RAS+")
@@ -127,8 +128,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.ceiling and (arguments.predictions or arguments.against or arguments.distances):
         parser.error("--ceiling takes --labels and --size; leave out --predictions, --against and --distances")
-    if not arguments.ceiling and (arguments.size or not arguments.predictions):
-        parser.error("expected --predictions DIR, or --ceiling (which takes --size)")
+    if not arguments.ceiling and (arguments.size or arguments.crop or not arguments.predictions):
+        parser.error("expected --predictions DIR, or --ceiling (which takes --size and --crop)")
     if arguments.workers is not None and arguments.workers < 1:
         parser.error(f"--workers: got {arguments.workers}, expected 1 or more")
     if arguments.protocol == "flare22" and arguments.distances:

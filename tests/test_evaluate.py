@@ -370,7 +370,7 @@ def test_cases_by_id_and_by_file(folders, run, tmp_path):
         (["--protocol=flare23"], "invalid choice: 'flare23'"),
         (["--protocol=flare22", "--distances"], "--distances: the flare22 protocol has none"),
         (["--ceiling", "--size", "8"], "expected 3 arguments"),
-        (["--size", "8", "8", "8"], "expected --predictions DIR, or --ceiling (which takes --size)"),
+        (["--size", "8", "8", "8"], "expected --predictions DIR, or --ceiling (which takes --size and --crop)"),
         (["--ceiling"], "--ceiling takes --labels and --size; leave out --predictions"),
     ],
 )
@@ -478,7 +478,7 @@ def test_tables_fit_100_columns_with_a_thousand_cases_and_long_names(run):
     assert max(map(len, comparison_table("Dice", compared).splitlines())) <= 100
     ceiling = {"mean": dict.fromkeys(CEILING_SCORES, 0.5)}
     ceiling["organs"] = dict.fromkeys(summary["organs"], dict.fromkeys(CEILING_SCORES, spread))
-    assert max(map(len, ceiling_table(ceiling, (256, 256, 128)).splitlines())) <= 100
+    assert max(map(len, ceiling_table(ceiling, (256, 256, 128), "none").splitlines())) <= 100
 
 
 # ---- The two protocols
@@ -807,6 +807,22 @@ def test_the_ceiling_takes_the_size_of_the_settings_and_leaves_scores_alone(fold
     assert {"metrics.csv", "summary.json", "ceiling.csv", "ceiling.json"} <= {
         path.name for path in (tmp_path / "scores").iterdir()
     }
+
+
+def test_the_ceiling_of_the_organs_box_is_1_where_the_grid_is_the_boxs_own(run, tmp_path):
+    labels = np.zeros((24, 20, 18))
+    labels[5:15, 4:14, 3:13] = blobs()[:10, :10, :10]
+    labels[[5, 14], [4, 13], [3, 12]] = LIVER  # the corners: 10 voxels along each axis, and one more on each side
+    ceiling = run_ceiling(run, tmp_path, labels, (12, 12, 12), "--crop", "organs")
+    assert set(ceiling["mean"].values()) == {1}
+    assert ceiling["crop"] == "organs"
+    assert run_ceiling(run, tmp_path, labels, (12, 12, 12))["mean"]["dice"] < 1
+
+
+def test_the_ceiling_of_the_body_is_refused(folders, run):
+    code, _, err = run(*folders[::2], "--ceiling", "--crop", "body")
+    assert code == 2
+    assert "--crop: got body, which takes the scans, but --ceiling reads label maps; expected none or organs" in err
 
 
 def test_the_ceiling_names_what_it_cannot_read(folders, run, tmp_path):

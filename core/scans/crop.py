@@ -35,8 +35,13 @@ def crop_box(crop: str, voxels: np.ndarray, labels: np.ndarray) -> Box:
     """
     if crop == "none":
         return whole_box(voxels.shape)
-    found = box_of(labels > 0) if crop == "organs" else None
-    return widened(found, MARGIN, labels.shape) if found else body_box(voxels)
+    return (organs_box(labels) if crop == "organs" else None) or body_box(voxels)
+
+
+def organs_box(labels: np.ndarray) -> Box | None:
+    """Return the box of the organs in labels, (X, Y, Z), with MARGIN around it; None where there is none."""
+    found = box_of(labels > 0)
+    return found and widened(found, MARGIN, labels.shape)
 
 
 def body_box(voxels: np.ndarray) -> Box:

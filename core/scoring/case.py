@@ -36,6 +36,7 @@ class Rules:
         protocol: default or flare22.
         distances: whether DISTANCES are wanted too.
         size: the grid whose ceiling is wanted, or None.
+        crop: what that grid covers: none for the whole label map, or organs.
         threads: for one case's nearest neighbours.
         reading: what is accepted of label maps.
         organs_note: where the names come from, when the user should know.
@@ -50,6 +51,7 @@ class Rules:
     threads: int = 1
     reading: Reading = DEFAULT_READING
     organs_note: str | None = None
+    crop: str = "none"
 
     @property
     def names(self) -> tuple[str, ...]:

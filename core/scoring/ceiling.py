@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core.scans.crop import organs_box, whole_box
 from core.scans.resample import apply_weights, axis_weights, logits_to_labels, resize_labels
 from core.scoring.case import (
     COMPARED,
@@ -37,10 +38,10 @@ def score_ceiling(tasks: list[Task], rules: Rules, workers: int, output: Path, m
     """
     prepare_output(output, CEILING_RESULTS)
     results = score_cases(tasks, rules, workers, output / "ceiling.csv", measure_ceiling)
-    summary = summary_of(results, rules) | {"size": rules.size}
+    summary = summary_of(results, rules) | {"size": rules.size, "crop": rules.crop}
     summary["definitions"] |= DEFINITIONS["ceiling"]
     write_json(output / "ceiling.json", summary)
-    print(ceiling_table(summary, rules.size, markdown))
+    print(ceiling_table(summary, rules.size, rules.crop, markdown))
     print_notes(summary, rules)
     print(f"{len(summary['cases'])} of {len(tasks)} cases pushed through, into {output}: {', '.join(CEILING_RESULTS)}")
     return REFUSED if summary["refused"] else DONE
@@ -62,13 +63,21 @@ def measure_ceiling(task: Task, rules: Rules, tick: Callable[[], object]) -> Sco
     kept = keep_organs(reference, task, rules)
     for ending, there_and_back in (("", from_shares), ("_as_labels", from_labels)):
         # Organs that are not scored are on the grid too: they share its voxels with the others.
-        restored = keep_organs(there_and_back(reference, rules), task, rules)
+        restored = keep_organs(in_box(there_and_back, reference, rules), task, rules)
         matrix = confusion_matrix(kept, restored, len(rules.organs))
         # An organ is done after the second way.
         found = score_organs(kept, restored, matrix, geometry, rules, tick if ending else ignore)
         for of_organ, here in zip(scores, found, strict=True):
             of_organ |= {f"{name}{ending}": here[name] for name in COMPARED}
     return outcome(task, scores, matrix, rules)
+
+
+def in_box(there_and_back: Callable, labels: np.ndarray, rules: Rules) -> np.ndarray:
+    """Restore the part of labels, (X, Y, Z), that the grid covers; background around it."""
+    box = (organs_box(labels) if rules.crop == "organs" else None) or whole_box(labels.shape)
+    restored = np.zeros_like(labels)
+    restored[box] = there_and_back(labels[box], rules)
+    return restored
 
 
 def from_shares(labels: np.ndarray, rules: Rules) -> np.ndarray:

@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from core.config import check, load_config
+from core.config import Config, check, load_config
 from core.scans.nifti import Reading
 from core.scoring.case import Rules, Task
 from core.scoring.flare22 import tolerance_mm, unknown_names
@@ -28,9 +28,7 @@ def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argpars
             print_warning(f"--protocol flare22: {doubt}")
     if not 0 <= arguments.tolerance_mm < math.inf:
         raise ValueError(f"--tolerance-mm: got {arguments.tolerance_mm}, expected millimetres of 0 or more")
-    size = None
-    if arguments.ceiling:
-        size = check("size", arguments.size, "--size") if arguments.size else (given or load_config()).size
+    size, crop = grid_of(arguments, given or load_config()) if arguments.ceiling else (None, "none")
     workers = min(arguments.workers or min(cores(), MOST_WORKERS), len(tasks))
     rules = Rules(
         organs=organs,
@@ -40,7 +38,19 @@ def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argpars
         protocol=arguments.protocol,
         distances=arguments.distances,
         size=size,
+        crop=crop,
         threads=max(1, cores() // workers),
         reading=Reading(check("max_gib", arguments.max_gib, "--max-gib"), arguments.assume_ras),
     )
     return rules, workers
+
+
+def grid_of(arguments: argparse.Namespace, settings: Config) -> tuple[tuple[int, int, int], str]:
+    """Return the size of the grid whose ceiling is wanted and what it covers: as flags say, else as settings do."""
+    size = check("size", arguments.size, "--size") if arguments.size else settings.size
+    crop = check("crop", arguments.crop or settings.crop, "--crop")
+    if crop == "body":
+        raise ValueError(
+            "--crop: got body, which takes the scans, but --ceiling reads label maps; expected none or organs"
+        )
+    return size, crop

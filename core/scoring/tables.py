@@ -96,18 +96,19 @@ def annotated_note(summary: dict) -> str | None:
     return f"Not annotated by annotated.csv, and so not scored: {listed}."
 
 
-def ceiling_table(summary: dict, size: Sequence[int], markdown: bool = False) -> str:
+def ceiling_table(summary: dict, size: Sequence[int], crop: str, markdown: bool = False) -> str:
     """Return the table of ceiling.json: Dice and NSD by organ that the grid allows, with notes."""
     names = ("dice", "nsd", "dice_as_labels", "nsd_as_labels")
     lines = [["organ", "n", "Dice", "NSD", "Dice as labels", "NSD as labels"]]
     for organ, scores in summary["organs"].items():
         lines.append([organ, str(scores["dice"]["n"]), *(decimals(scores[name]["mean"]) for name in names)])
     lines.append(["mean over organs", "", *(decimals(summary["mean"][name]) for name in names)])
+    what = "The organs' boxes of references" if crop == "organs" else "References"
     return "\n".join(
         [
             lay_out(lines, markdown),
             "",
-            f"References on {'x'.join(map(str, size))} voxels and back on the scans' grids; the rest is resolution.",
+            f"{what} on {'x'.join(map(str, size))} voxels and back on the scans' grids; the rest is resolution.",
             "Dice, NSD: restored from the organs' exact shares of every voxel there, all that a voxel can tell.",
             "as labels: restored from the labels that the network is trained on there.",
         ]
