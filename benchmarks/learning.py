@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks.measuring import machine, positive
 from core.scoring.statistics import compare, mean_over
-from core.system.exits import run_command
-from core.system.files import user_path, write_text
+from core.system.exits import DONE, USAGE, refusing, run_command
+from core.system.files import open_text, read_text, user_path, write_text
 from dataset import find_cases, find_data
 
 RESULT = "learning.json"
@@ -33,64 +33,59 @@ RESULT = "learning.json"
 def main() -> int:
     """Train, segment and score every part with every seed; print the table."""
     arguments, settings = parse_arguments()
-    data_dir = find_data(arguments.data)
-    ids = [case.id for case in find_cases(data_dir)]
-    parts = [part.tolist() for part in np.array_split(ids, arguments.parts)]
     runs = {}
-    for seed in arguments.seeds:
-        for fold in arguments.folds:
-            name = f"fold {fold}, seed {seed}"
-            folder = arguments.output / f"fold{fold}_seed{seed}"
-            epochs = math.ceil(arguments.steps / (len(ids) - len(parts[fold])))
-            flags = ["--seed", str(seed), "--epochs", str(epochs), "--val-interval", str(epochs), *settings]
-            runs[name] = learn(arguments, data_dir, parts[fold], folder, flags)
-            print_table(runs)
-    result = {"command": sys.argv, "machine": machine(), "runs": runs}
-    write_text(arguments.output / RESULT, json.dumps(result, indent=2) + "\n")
-    if arguments.against:
-        print_comparison(runs, json.loads((arguments.against / RESULT).read_text(encoding="utf-8"))["runs"])
-    return 0
+    with refusing(USAGE):
+        data_dir = find_data(arguments.data)
+        ids = [case.id for case in find_cases(data_dir)]
+        parts = [part.tolist() for part in np.array_split(ids, arguments.parts)]
+        for seed in arguments.seeds:
+            for fold in arguments.folds:
+                epochs = math.ceil(arguments.steps / (len(ids) - len(parts[fold])))
+                flags = ["--seed", str(seed), "--epochs", str(epochs), "--val-interval", str(epochs), *settings]
+                folder = arguments.output / f"fold{fold}_seed{seed}"
+                runs[f"fold {fold}, seed {seed}"] = learn(arguments, data_dir, parts[fold], folder, flags)
+                print_table(runs)
+        result = {"command": sys.argv, "machine": machine(), "runs": runs}
+        write_text(arguments.output / RESULT, json.dumps(result, indent=2) + "\n")
+        if arguments.against:
+            print_comparison(runs, json.loads(read_text(arguments.against / RESULT))["runs"])
+    return DONE
 
 
 def learn(arguments: argparse.Namespace, data_dir: Path, held_out: Sequence[str], folder: Path, flags: list) -> dict:
-    """Train without the `held_out` cases and score them; return the seconds of training and Dice by case and organ."""
+    """Train without the `held_out` cases and score them; return the seconds of training and Dice by case and organ.
+
+    Raises:
+        OSError, ValueError: when a script fails, or the folder holds the result of another recipe.
+    """
+    made_by = {"recipes": [read_text(recipe) for recipe in arguments.recipe], "flags": flags, "held_out": held_out}
     result = folder / "result.json"
     if result.is_file():
-        return json.loads(result.read_text(encoding="utf-8"))
+        found = json.loads(read_text(result))
+        if found["made_by"] != made_by:
+            raise ValueError(f"{folder}: holds the result of another recipe or data set; give another --output")
+        return found
     folder.mkdir(parents=True, exist_ok=True)
-    run_dir, cases = folder / "train", ["--cases", *held_out]
-    common = ["--val-cases", *held_out, "--cache-dir", arguments.output.parent / "cache", "--resume"]
-    started = time.monotonic()
-    for recipe, run in zip(arguments.recipe, runs_of(arguments.recipe, run_dir), strict=True):
-        run_script(
-            ["train.py", "--config", recipe, "--data-dir", data_dir, "--run-dir", run, *common, *flags],
-            folder / "log.txt",
-        )
-    seconds = time.monotonic() - started
-    locate = ["--locate", *(run / "last.pt" for run in runs_of(arguments.recipe, run_dir)[:-1])]
+    cases, log, seconds = ["--cases", *held_out], folder / "log.txt", 0.0
+    *locators, network = [folder / f"train_{Path(recipe).stem}" for recipe in arguments.recipe]
+    for recipe, run_dir in zip(arguments.recipe, [*locators, network], strict=True):
+        common = ["--val-cases", *held_out, "--cache-dir", arguments.output.parent / "cache", "--resume", *flags]
+        started = time.monotonic()
+        run_script(["train.py", "--config", recipe, "--data-dir", data_dir, "--run-dir", run_dir, *common], log)
+        seconds += time.monotonic() - started
     predictions, scores = folder / "predictions", folder / "scores"
-    run_script(
-        ["infer.py", data_dir, *cases, "--checkpoint", run_dir / "last.pt", "--output", predictions]
-        + (locate if len(locate) > 1 else []),
-        folder / "log.txt",
-    )
-    run_script(
-        ["evaluate.py", "--predictions", predictions, "--labels", data_dir, *cases, "--output", scores],
-        folder / "log.txt",
-    )
-    with open(scores / "metrics.csv", encoding="utf-8", newline="") as file:
-        dice = {case: {} for case in held_out}
+    locate = [flag for run_dir in locators for flag in ("--locate", run_dir / "best.pt")]
+    network = ["--checkpoint", network / "best.pt", *locate]  # validated only at the end: best.pt is the last
+    run_script(["infer.py", data_dir, *cases, *network, "--output", predictions], log)
+    run_script(["evaluate.py", "--predictions", predictions, "--labels", data_dir, *cases, "--output", scores], log)
+    dice = {case: {} for case in held_out}
+    with open_text(scores / "metrics.csv") as file:
         for row in csv.DictReader(file):
             if row["recall"]:  # empty where the reference does not hold the organ
                 dice[row["case"]][row["organ"]] = float(row["dice"])
-    found = {"seconds": seconds, "dice": dice}
+    found = {"made_by": made_by, "seconds": seconds, "dice": dice}
     write_text(result, json.dumps(found, indent=2) + "\n")
     return found
-
-
-def runs_of(recipes: Sequence[str], run_dir: Path) -> list[Path]:
-    """Name each recipe's run folder; the last recipe's is `run_dir`, those before it are of networks that locate."""
-    return [run_dir.with_name(f"{run_dir.name}_locate{number}") for number in range(len(recipes) - 1)] + [run_dir]
 
 
 def run_script(command: Sequence[object], log: Path) -> None:
@@ -163,6 +158,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     parser.add_argument("--steps", type=positive, default=600, metavar="N", help="of a run (default: 600)")
     arguments, settings = parser.parse_known_args()
+    if len(arguments.recipe) > 2:
+        parser.error(f"--recipe: got {len(arguments.recipe)} files, expected one, or two of which the first locates")
     if arguments.folds is None:
         arguments.folds = list(range(arguments.parts))
     if not all(0 <= fold < arguments.parts for fold in arguments.folds):
