@@ -212,7 +212,7 @@ def test_a_whole_data_set_is_taken_by_its_labels_and_probabilities_are_passed_ov
 
 def test_other_organs_come_from_another_settings_file(run, tmp_path):
     text = (ROOT / "config.yaml").read_text(encoding="utf-8")
-    start, end = text.index("organs:"), text.index("# ---- Network")
+    start, end = text.index("\norgans:") + 1, text.index("# ---- Network")
     (tmp_path / "config.yaml").write_text(text[:start] + "organs: [nothing, stone]\n" + text[end:], encoding="utf-8")
     labels = np.zeros(SHAPE)
     labels[0] = 1
@@ -428,7 +428,7 @@ def test_hd95_leaves_out_the_farthest_twentieth_of_the_surface(run, tmp_path):
 
 def test_tolerances_go_by_name_and_others_by_the_flag(folders, run, tmp_path):
     text = (ROOT / "config.yaml").read_text(encoding="utf-8")
-    start, end = text.index("organs:"), text.index("# ---- Network")
+    start, end = text.index("\norgans:") + 1, text.index("# ---- Network")
     (tmp_path / "config.yaml").write_text(
         text[:start] + "organs: [nothing, cyst, b, spleen, liver, e, f, g, h, i, j, k, l, m]\n" + text[end:],
         encoding="utf-8",

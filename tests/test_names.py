@@ -38,7 +38,9 @@ def data(phantom_data, tmp_path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+@pytest.mark.parametrize(
+    "locale", [pytest.param({}, marks=pytest.mark.slow), {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
 def test_every_script_works(data, tmp_path, locale):
     def run(*command: object) -> subprocess.CompletedProcess:
         command = [sys.executable, *map(str, command)]

@@ -205,6 +205,7 @@ def test_the_output_starts_from_the_shares_of_the_training_voxels(data, tmp_path
     assert shares[0] > 0.8
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_whatever_the_workers(data, tmp_path):
     """Processes of their own: nothing that one run leaves behind may help the others."""
     folders = []
@@ -406,7 +407,7 @@ def test_a_compiled_run_learns_the_same_and_goes_on_without(run, tmp_path):
 
 
 def test_validation_that_is_not_finite_saves_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "validation_step", lambda training, image, labels: (math.nan, labels))
+    monkeypatch.setattr(train, "validation_step", lambda training, image, labels, annotated: (math.nan, labels))
     code, _, err = run("--epochs", "1", "--checkpoint-minutes", "15")
     assert code == 3
     assert "epoch 1: the validation loss is nan" in err
@@ -462,7 +463,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_case(run, tmp_path, monk
     one_step = train.step_that_fits
     calls = []
 
-    def third_epoch_explodes(training, image, labels):
+    def third_epoch_explodes(training, image, labels, annotated):
         calls.append(1)
         bad = len(calls) == 2 * 4 + bad_step  # 4 training cases an epoch
         return one_step(training, image * math.nan if bad else image, labels)

@@ -10,6 +10,7 @@ import pytest
 from helpers import files_in
 
 from core.inference.output_folder import OutputFolder
+from core.scans.crop import whole_box
 
 ORGANS = ("background", "liver", "spleen")
 HEADER = "case,id,organ,ml\n"
@@ -215,4 +216,6 @@ def test_probabilities_need_room(output, monkeypatch):
     monkeypatch.setattr("core.system.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
     # 200 * 200 * 60 voxels of 4 classes, 2 bytes each: 0.018 GiB.
     with pytest.raises(OSError, match=r"out: has 0.00 GiB free, but the probabilities of one needs 0.02 GiB"):
-        OutputFolder(output.path, probabilities=True).write_probabilities("one", np.zeros((4, 1, 1, 1)), Grid())
+        OutputFolder(output.path, probabilities=True).write_probabilities(
+            "one", np.zeros((4, 1, 1, 1)), Grid(), whole_box(Grid.shape)
+        )

@@ -165,7 +165,13 @@ def test_a_power_cut_after_any_step_changes_nothing(run, whole, tmp_path, monkey
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+SIGNALS = [
+    (signal.SIGTERM, 143),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((signal.SIGINT, 130), (signal.SIGUSR1, 138))),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_to_all_processes_stops_after_a_step_and_resumes(data, whole, tmp_path, number, code):
     process = start(data, tmp_path, "--workers", "2")
     wait_for_checkpoint(process, tmp_path / "run" / "last.pt", 3)
