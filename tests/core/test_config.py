@@ -23,6 +23,7 @@ from core.config import (
 )
 from core.system.exits import print_error
 from core.system.yaml_files import read_yaml
+from vnet import check_size
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = DEFAULT_CONFIG.read_text(encoding="utf-8")
@@ -367,3 +368,10 @@ def test_the_script_ends_with_2_and_a_sentence(tmp_path, flags, complaint):
     assert result.stderr.endswith(complaint)
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_recipe_is_a_settings_file_for_a_network(path):
+    config = load_config(path)
+    check_size(config.size, len(config.up_convs))
+    assert config != load_config()
