@@ -27,9 +27,10 @@ from tqdm import tqdm
 from core.checkpoint import load_networks
 from core.config import Config, check
 from core.inference.inputs import choose_reading, choose_scans, read_scan
-from core.inference.locating import Locator, restore_labels
+from core.inference.locating import Locator
 from core.inference.networks import choose_inference_precision, mean_logits, predict_logits
 from core.inference.output_folder import OutputFolder
+from core.inference.restoring import restore_labels
 from core.inference.stages import Segmentation, run_overlapped
 from core.scans.nifti import Reading
 from core.scans.typical import differences
@@ -55,6 +56,7 @@ class Inference:
         series_uid: which of the series in a DICOM folder to read, UID or UID:N; None when there is only one.
         fingerprint: of the networks; written into each label map.
         locator: finds the part of a scan that the networks were trained on.
+        largest_piece: whether only the largest connected piece of each organ is kept.
     """
 
     networks: Sequence[nn.Module]
@@ -67,6 +69,7 @@ class Inference:
     series_uid: str | None = None
     fingerprint: str = ""
     locator: Locator = field(default_factory=Locator)
+    largest_piece: bool = False
 
 
 # ---- One scan: read and prepare, predict, finish ---------------------------------------------------------------------
@@ -108,7 +111,7 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     scan.logits = None
     if not torch.isfinite(logits).all():
         raise ValueError("the network's output is not finite, so that no label map can be made of it")
-    labels = restore_labels(logits, scan.box, geometry.shape)  # (X, Y, Z) uint8
+    labels = restore_labels(logits, scan.box, geometry.shape, inference.largest_piece)  # (X, Y, Z) uint8
     # Slice by slice, because bincount converts each label to 8 bytes.
     voxels = sum(np.bincount(labels_yz.ravel(), minlength=len(organs)) for labels_yz in labels)  # (K,)
     output.write_probabilities(scan.case, logits, geometry, scan.box)
@@ -179,8 +182,8 @@ def main() -> int:
     own = dict(list(cases.items())[group.rank :: group.size])
 
     config, training_data, fingerprint = (checkpoint[key] for key in ("config", "training_data", "fingerprint"))
-    accepted = output, reading, arguments.series
-    inference = Inference(networks, config, training_data, device, precision, *accepted, fingerprint, locator)
+    options = output, reading, arguments.series, fingerprint, locator, arguments.largest_piece
+    inference = Inference(networks, config, training_data, device, precision, *options)
     failed, unreported = segment(inference, own, group.first), []
     done = {case: file for case, file in own.items() if case not in failed}
     with refusing(REFUSED):
@@ -227,6 +230,7 @@ def parse_arguments() -> argparse.Namespace:
         help="auto, float32, bf16 or fp16 (default: auto: the training's on a GPU, float32 on a CPU)",
     )
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
+    parser.add_argument("--largest-piece", action="store_true", help="keep only each organ's largest connected piece")
     parser.add_argument("--probabilities", action="store_true", help="write CASE_probabilities.nii.gz too")
     parser.add_argument("--report", action="store_true", help="write a page with pictures for each case, in reports/")
     parser.add_argument("--series", metavar="UID", help="the DICOM series to segment; UID:2: its second acquisition")

@@ -24,6 +24,7 @@ import torch
 from dicom_files import REAL, make_series, write
 from helpers import AFFINE, SOON, SPACING_MM, VOXEL_ML, files_in, in_ras, make_voxels, save_scan, start, wait_for
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from scipy import ndimage
 from torch.nn import functional as F
 
 import infer
@@ -295,6 +296,20 @@ def test_the_organs_box_is_found_by_a_second_network(config, checkpoint, tmp_pat
     code, _, err = run_main(infer, *flags, "--locate", everywhere, "--skip-existing")
     assert code == 0
     assert "another network" in err
+
+
+def test_only_the_largest_piece_of_each_organ_is_kept(checkpoint, tmp_path, run):
+    scan = save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE))
+    assert run(scan, "--largest-piece")[0] == 0
+    found, all_pieces = in_ras(tmp_path / "out" / "scan.nii.gz"), predict_by_hand(checkpoint, make_voxels(SIZE))
+    removed = 0
+    for organ in range(1, 4):
+        pieces, count = ndimage.label(all_pieces == organ, np.ones((3, 3, 3)))
+        largest = 1 + np.argmax(np.bincount(pieces.ravel())[1:])
+        assert np.array_equal(found == organ, pieces == largest)
+        removed += count - 1
+    assert removed > 0
+    assert read_volumes(tmp_path / "out")["scan", "liver"] == pytest.approx((found == 1).sum() * VOXEL_ML, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -921,10 +936,10 @@ def test_a_mistake_of_ours_is_no_failure_of_a_scan(run, many, tmp_path, monkeypa
 def test_failures_are_named_in_order_whatever_the_stage(run, many, monkeypatch):
     finish, predict = infer.restore_labels, infer.predict
 
-    def fail_to_finish(logits, box, shape):
+    def fail_to_finish(logits, box, shape, largest_piece):
         if shape[0] == 20:
             raise OSError("no space left")
-        return finish(logits, box, shape)
+        return finish(logits, box, shape, largest_piece)
 
     def fail_to_predict(inference, scan):
         if scan.case == "3":

@@ -1,17 +1,17 @@
 """Find the part of a scan that a network was trained on: with a second network where that is the organs' box."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.checkpoint import load_networks
 from core.config import Config
 from core.inference.networks import choose_inference_precision, predict_logits
-from core.scans.crop import Box, body_box, located_box, shape_of, whole_box
-from core.scans.resample import largest_class, logits_to_labels
+from core.scans.crop import Box, body_box, located_box, whole_box
+from core.scans.resample import largest_class
 from core.scans.volumes import prepare_image
 
 
@@ -80,10 +80,3 @@ class Locator:
         image = prepare_image(voxels, self.config.size, self.config.window_hu)
         image = torch.from_numpy(image).to(self.device).float() / 255
         return largest_class(predict_logits(self.network, image[None, None], self.precision)[0])
-
-
-def restore_labels(logits: Tensor, box: Box, shape: Sequence[int]) -> np.ndarray:
-    """Return labels of a scan of `shape`, uint8, from logits (K, X, Y, Z) of a box of it; background around the box."""
-    labels = np.zeros(shape, dtype=np.uint8)
-    labels[box] = logits_to_labels(logits, shape_of(box))
-    return labels
