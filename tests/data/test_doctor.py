@@ -1,10 +1,13 @@
 """The doctor as users run it: a healthy data set is left alone, and every illness is found with its code."""
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +17,7 @@ from core.config import load_organs
 from core.scans.anatomy import organs_in, swapped_sides
 from core.scans.geometry import Geometry
 from core.scans.volumes import load_labels
+from data.doctor import main
 from data.make_phantom import write_phantom
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +40,25 @@ def data(healthy, tmp_path) -> Path:
     return Path(shutil.copytree(healthy, tmp_path / "data"))
 
 
-def doctor(data_dir: Path, *flags: object) -> tuple[int, list[tuple[str, str, str]], subprocess.CompletedProcess]:
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_doctor(*arguments: object) -> Ended:
+    """Run the doctor's main in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = main([*map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def doctor(data_dir: Path, *flags: object) -> tuple[int, list[tuple[str, str, str]], Ended]:
     """Exit code, the findings as (case, severity, code), and how the command ended."""
-    command = [sys.executable, "-m", "data.doctor", data_dir, *flags]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = run_doctor(data_dir, *flags)
     assert "Traceback" not in done.stderr, done.stderr
     report = data_dir / "doctor" / "doctor.json"
     found = json.loads(report.read_text())["findings"] if report.is_file() else []

@@ -343,7 +343,8 @@ def run_train(monkeypatch, *flags: object) -> int:
 
 
 def test_plan_prints_the_table_and_what_a_card_would_get(monkeypatch, capsys, tmp_path):
-    flags = ["--size", 32, 32, 32, "--channels", 4, "--run-dir", tmp_path / "run", "--plan"]
+    small = ["--size", 32, 32, 32, "--channels", 4, "--down-convs", 1, 1, 1, "--up-convs", 1, 1]
+    flags = [*small, "--run-dir", tmp_path / "run", "--plan"]
     assert run_train(monkeypatch, *flags, "--card-gib", 4) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["plan", "off", "low", "lowest"]

@@ -211,7 +211,7 @@ def test_a_signal_during_validation_is_acted_on_and_the_validation_done_later(ru
 
 
 def test_a_second_signal_quits_at_once(data, tmp_path):
-    slow = ["--size", "96", "96", "64", "--channels", "8", "--batch-size", "4", "--accumulation-steps", "4"]
+    slow = ["--size", "64", "64", "48", "--channels", "8", "--batch-size", "4", "--accumulation-steps", "4"]
     process = start(data, tmp_path, *slow)
     wait_for_checkpoint(process, tmp_path / "run" / "last.pt", 2)
     process.send_signal(signal.SIGTERM)
