@@ -83,7 +83,7 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
     """
     reading = replace(inference.reading, warn=scan.warn)
     voxels, scan.geometry = read_scan(scan.file, reading, inference.series_uid)  # (X, Y, Z) in HU
-    scan.box = inference.locator.find_box(voxels, scan.warn)
+    scan.box = inference.locator.find_box(voxels, scan.geometry, scan.warn)
     unlike = differences(voxels, scan.geometry, scan.box, inference.training_data)
     if unlike:
         scan.warn(f"unlike the training cases, expect a poor prediction: {', '.join(unlike)}")

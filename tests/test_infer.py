@@ -298,6 +298,19 @@ def test_the_organs_box_is_found_by_a_second_network(config, checkpoint, tmp_pat
     assert "another network" in err
 
 
+def test_a_scan_longer_than_those_of_the_training_is_searched_in_windows(config, checkpoint, tmp_path, run_main):
+    organs = cropped_checkpoint(tmp_path / "organs.pt", config, checkpoint, "organs")
+    everywhere = cropped_checkpoint(tmp_path / "all.pt", config, checkpoint, "none", bias=(0, 1, 0, 0))
+    voxels = make_voxels((32, 32, 60))
+    scan = save_scan(tmp_path / "scan.nii.gz", voxels)
+    flags = ["--checkpoint", organs, "--locate", everywhere, "--output", tmp_path / "out", "--device", "cpu"]
+    code, _, err = run_main(infer, scan, *flags)
+    assert code == 0, err
+    # Trained on 48 and 60 mm along Z: 53.7 mm are 18 slices. All windows hold as much; the first is taken, and a tenth.
+    lowest = (slice(0, 32), slice(0, 32), slice(0, 20))
+    assert np.array_equal(in_ras(tmp_path / "out" / "scan.nii.gz"), expected_in(lowest, checkpoint, voxels))
+
+
 def test_only_the_largest_piece_of_each_organ_is_kept(checkpoint, tmp_path, run):
     scan = save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE))
     assert run(scan, "--largest-piece")[0] == 0

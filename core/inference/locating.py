@@ -1,5 +1,6 @@
 """Find the part of a scan that a network was trained on: with a second network where that is the organs' box."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from torch import nn
 from core.checkpoint import load_networks
 from core.config import Config
 from core.inference.networks import choose_inference_precision, predict_logits
-from core.scans.crop import Box, body_box, located_box, whole_box
+from core.scans.crop import Box, body_box, located_box, whole_box, windows_along_z
+from core.scans.geometry import Geometry
 from core.scans.resample import largest_class
 from core.scans.volumes import prepare_image
 
@@ -25,6 +27,8 @@ class Locator:
         config: the settings that it was trained with; its organs need not be those of the other network.
         device: where it runs.
         precision: the type that convolutions are computed in.
+        usual_mm: extent along Z that it was trained on (of the least and the largest the geometric mean). A longer scan
+            is searched in windows of that length.
     """
 
     crop: str = "none"
@@ -32,6 +36,7 @@ class Locator:
     config: Config | None = None
     device: torch.device | None = None
     precision: torch.dtype = torch.float32
+    usual_mm: float = math.inf
 
     @classmethod
     def load(cls, path: str | None, checkpoint: dict, device: torch.device) -> "Locator":
@@ -59,16 +64,22 @@ class Locator:
                 f"{path}: was trained with crop organs, expected none or body to find the organs in a scan"
             )
         checkpoint["fingerprint"] += f"+{content['fingerprint']}"
-        return cls(crop, network, config, device, choose_inference_precision("auto", config.precision, device))
+        precision = choose_inference_precision("auto", config.precision, device)
+        lengths = [content["training_data"]["extent_mm"][end][2] for end in ("min", "max")]
+        return cls(crop, network, config, device, precision, math.sqrt(math.prod(lengths)))
 
-    def find_box(self, voxels: np.ndarray, warn: Callable[[str], None]) -> Box:
+    def find_box(self, voxels: np.ndarray, geometry: Geometry, warn: Callable[[str], None]) -> Box:
         """Return the box for a scan, (X, Y, Z) in HU; with crop organs and nothing found the body's, with a warning."""
         if self.crop == "none":
             return whole_box(voxels.shape)
         if self.crop == "body":
             return body_box(voxels)
-        searched = Locator(self.config.crop).find_box(voxels, warn)
-        found = located_box(self.labels_on_grid(voxels[searched]), searched, voxels.shape)
+        searched = Locator(self.config.crop).find_box(voxels, geometry, warn)
+        most, found = 0, None
+        for window in windows_along_z(searched, self.usual_mm / geometry.spacing_mm[2]):
+            labels = self.labels_on_grid(voxels[window])
+            if np.count_nonzero(labels) > most:
+                most, found = np.count_nonzero(labels), located_box(labels, window, voxels.shape)
         if found is None:
             warn("the network of --locate found no organ, so the whole body is segmented; expect a poor prediction")
             return body_box(voxels)

@@ -4,6 +4,7 @@ A box is three slices along X, Y, Z of an array in RAS+ order, and is never empt
 back to the same voxels, so that no affine changes.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ BODY_ABOVE_HU = -120.0  # fat and more; the air of a scan that was clipped to a 
 SAMPLES = 128  # the body is looked for on at least so many voxels along each axis, or on all of them
 OPENING = 2  # samples by which the body is opened in X and Y: the table and its sheets come off
 MARGIN = 0.1  # of the organs' box, added on each side: what the network that locates them may miss
+LONGER = 1.25  # times what a network was trained on; a longer scan is searched in windows
 LEAST_PIECE = 0.02  # share of all found voxels; a smaller piece does not widen the box
 
 
@@ -96,6 +98,20 @@ def located_box(labels: np.ndarray, searched: Box, shape: Sequence[int]) -> Box 
         step = (within.stop - within.start) / n  # voxels of the scan for one of the grid
         scaled.append(slice(within.start + int(cut.start * step), within.start + int(np.ceil(cut.stop * step))))
     return widened(tuple(scaled), MARGIN, shape)
+
+
+def windows_along_z(box: Box, slices: float) -> list[Box]:
+    """Cut a box into windows of so many slices, each a quarter of its length above the one before.
+
+    A box that is little longer stays whole, as LONGER says.
+    """
+    x, y, z = box
+    if z.stop - z.start <= LONGER * slices:
+        return [box]
+    length = max(1, round(slices))
+    count = 1 + math.ceil((z.stop - z.start - length) / (length / 4))
+    starts = np.linspace(z.start, z.stop - length, count).round().astype(int).tolist()
+    return [(x, y, slice(start, start + length)) for start in starts]
 
 
 def widened(box: Box, share: float, shape: Sequence[int]) -> Box:

@@ -1,10 +1,22 @@
 """The box of a scan that the network sees: body and organs."""
 
+import math
+
 import nibabel as nib
 import numpy as np
 import pytest
 
-from core.scans.crop import body_box, box_of, crop_box, extent_of, located_box, shape_of, whole_box, widened
+from core.scans.crop import (
+    body_box,
+    box_of,
+    crop_box,
+    extent_of,
+    located_box,
+    shape_of,
+    whole_box,
+    widened,
+    windows_along_z,
+)
 from core.scans.geometry import Geometry
 
 AIR = -1000.0
@@ -78,3 +90,12 @@ def test_what_is_found_on_the_coarse_grid_is_scaled_into_the_searched_box():
 def test_a_boxs_extent_is_in_mm():
     geometry = Geometry((10, 20, 30), np.diag([2.0, 3.0, 5.0, 1.0]), nib.Nifti1Header())
     assert extent_of((slice(2, 7), slice(0, 20), slice(29, 30)), geometry) == (10.0, 60.0, 5.0)
+
+
+def test_a_long_box_is_cut_into_windows_that_overlap():
+    box = (slice(2, 9), slice(0, 5), slice(10, 110))
+    assert windows_along_z(box, 80) == [box]  # 100 slices are 1.25 times 80
+    assert windows_along_z(box, math.inf) == [box]
+    # 40 slices, 10 apart: from 10 to 70.
+    assert [cut[2] for cut in windows_along_z(box, 40)] == [slice(start, start + 40) for start in range(10, 71, 10)]
+    assert all(cut[:2] == box[:2] for cut in windows_along_z(box, 40))
