@@ -78,7 +78,7 @@ def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list
     if not scans:
         raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii){found_instead(folder / 'images')}")
     check_partners(folder, scans, labels)
-    annotated = read_annotated(folder)
+    annotated = read_annotated(folder, scans)
     cases = [Case(case, scans[case], labels[case], annotated.get(case)) for case in sorted(scans)]
     for case in cases:
         scan, labels = (read_geometry(path, reading) for path in (case.scan, case.labels))

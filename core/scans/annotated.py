@@ -8,12 +8,14 @@ about it.
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from core.scans.files import listed
 from core.scans.organ_words import mirrored_ids, same_name
+from core.system.exits import print_warning
 from core.system.files import open_text, whole_file
 
 ANNOTATED = "annotated.csv"
@@ -21,10 +23,11 @@ COLUMNS = ["case", "organs"]
 SEPARATOR = ";"
 
 
-def read_annotated(data_dir: str | Path) -> dict[str, tuple[str, ...]]:
+def read_annotated(data_dir: str | Path, ids: Collection[str] | None = None) -> dict[str, tuple[str, ...]]:
     """Return the names of the annotated organs by case id; empty where a data set has no annotated.csv.
 
-    Cases that the file does not list are annotated with every organ of the list.
+    Cases that the file does not list are annotated with every organ of the list. Cases that it lists and that are not
+    among `ids` are warned of: their names may be misspelled.
 
     Raises:
         ValueError: when the file has other columns, or names a case twice.
@@ -42,6 +45,9 @@ def read_annotated(data_dir: str | Path) -> dict[str, tuple[str, ...]]:
     found = {case: tuple(name for name in organs.split(SEPARATOR) if name) for case, organs in rows}
     if len(found) < len(rows):
         raise ValueError(f"{path}: names a case twice")
+    unknown = [] if ids is None else [case for case in found if case not in ids]
+    if unknown:
+        print_warning(f"{path}: lists {listed(unknown)}, expected ids of the {len(ids)} cases; such lines do nothing")
     return found
 
 

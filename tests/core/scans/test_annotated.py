@@ -33,3 +33,11 @@ def test_case_ids_that_are_not_utf8_come_back(tmp_path):
     write_annotated(tmp_path, {case: ("liver",)})
     assert (tmp_path / "annotated.csv").read_bytes() == b"case,organs\nM\xfcller,liver\n"
     assert read_annotated(tmp_path) == {case: ("liver",)}
+
+
+def test_a_case_that_is_not_there_is_warned_of(tmp_path, capsys):
+    write_annotated(tmp_path, {"a": ("liver",), "aa": ("liver",)})
+    assert list(read_annotated(tmp_path, ["a", "b"])) == ["a", "aa"]
+    assert "lists aa, expected ids of the 2 cases; such lines do nothing" in capsys.readouterr().err
+    read_annotated(tmp_path)
+    assert capsys.readouterr().err == ""
