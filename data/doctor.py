@@ -86,7 +86,7 @@ def format_table(cases: Sequence[Examined], findings: Sequence[Finding], organs:
 
 
 def format_ranges(cases: Sequence[Examined], organs: Sequence[str]) -> list[str]:
-    """How spacing, size and HU are distributed over the cases, and in how many each organ is."""
+    """Describe how spacing, size and HU are distributed over the cases, and in how many each organ is."""
     read = [seen for seen in cases if seen.shape]
     lines = []
     if read:

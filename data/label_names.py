@@ -24,7 +24,7 @@ Key = int | str  # what a source tells organs by: the id in a label map, or the 
 
 @dataclass(frozen=True)
 class OrganMap:
-    """How the ids of a source become the ids of an organ list.
+    """Map the ids of a source to the ids of an organ list.
 
     Attributes:
         names: organ name by key, as the source has it; without the background.

@@ -27,7 +27,7 @@ CEILING_SCORES = ("dice", "nsd", "dice_as_labels", "nsd_as_labels")
 
 @dataclass(frozen=True)
 class Rules:
-    """How cases are scored; all that a worker process needs to know.
+    """Hold the rules of scoring; all that a worker process needs to know.
 
     Attributes:
         organs: names by id, background first.

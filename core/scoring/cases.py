@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from core.scans.annotated import read_annotated
+from core.scans.annotated import annotated_classes, read_annotated
 from core.scans.files import find_label_maps, label_folder, listed
 from core.scans.not_found import looked_for
-from core.scans.organ_words import same_name
 from core.scoring.case import Rules, Scored, Task, ignore, score_case
 from core.scoring.results import csv_text
 from core.system.exits import print_error, print_warning
@@ -46,10 +46,7 @@ def mark_annotated(tasks: Sequence[Task], labels: Path, organs: Sequence[str]) -
     """
     folder = Path(os.path.abspath(label_folder(labels)))
     annotated = read_annotated(folder.parent) if folder.name == "labels" else {}
-    ids = {
-        case: tuple(i for i, organ in enumerate(organs) if any(same_name(organ, name) for name in names))
-        for case, names in annotated.items()
-    }
+    ids = {case: tuple(np.flatnonzero(annotated_classes(names, organs)).tolist()) for case, names in annotated.items()}
     return [replace(task, annotated=ids.get(task.case)) for task in tasks]
 
 

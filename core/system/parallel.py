@@ -20,7 +20,7 @@ IMPORTED_ONCE = ["torch", "nibabel", "scipy.ndimage", "scipy.spatial"]
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

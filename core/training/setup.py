@@ -1,4 +1,4 @@
-"""What training works with: device, precision, deterministic mode, the network's options, EMA, and `Training`."""
+"""Set up training: device, precision, deterministic mode, the network's options, EMA, and `Training`."""
 
 import os
 import re

@@ -43,9 +43,8 @@ def test_the_bodys_box_leaves_out_air_and_table(air):
 
 def test_a_table_that_touches_the_body_comes_off():
     voxels = body_in_air()
-    voxels[140:160, 33:52] = 200  # holds it up; 20 voxels wide, so that it stays with the body, but its sheet goes
-    voxels[20:280, 33] = AIR
-    assert (body_box(voxels)[0].start, body_box(voxels)[0].stop) == (body_box(body_in_air())[0].start, 240)
+    voxels[140:160, 33:52] = 200  # holds it up, 20 voxels wide: this stays with the body, but the table's sheet goes
+    assert body_box(voxels)[0] == body_box(body_in_air())[0]
 
 
 @pytest.mark.parametrize("shape", [(7, 9, 5), (1, 1, 1), (130, 129, 1), (513, 31, 300)])
