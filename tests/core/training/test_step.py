@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.grad import conv3d_weight
 
-from core.training import slabs
+from core.training import setup, slabs
 from core.training.activation import moments
 from core.training.losses import LOSSES, Loss, loss_named
 from core.training.low_memory import features
@@ -22,6 +23,7 @@ from core.training.setup import (
     choose_device,
     choose_precision,
     compile_network,
+    has_right_gradients,
     make_optimizer,
     to_channels_last,
 )
@@ -497,11 +499,39 @@ def test_features_keep_what_they_say(keep):
 def test_precision_and_device():
     assert choose_precision("auto", CPU) == torch.float32
     assert choose_device("cpu") == CPU
-    for precision in ("bf16", "fp16"):
-        with pytest.raises(ValueError, match=f"precision: got {precision} on a CPU, expected auto or float32"):
-            choose_precision(precision, CPU)
+    with pytest.raises(ValueError, match="precision: got fp16 on a CPU, expected auto, float32 or bf16"):
+        choose_precision("fp16", CPU)
     with pytest.raises(ValueError, match=r"device: got cuda:99, but torch sees \d+ GPUs"):
         choose_device("cuda:99")
+
+
+def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(monkeypatch):
+    def infinite(x, *given, **named):
+        gradient = conv3d_weight(x, *given, **named)
+        return gradient if x.dtype == torch.float32 else gradient.index_fill(0, torch.tensor(3), math.inf)
+
+    monkeypatch.setattr(setup, "conv3d_weight", infinite)
+    with pytest.raises(ValueError, match="precision: got bf16 on a CPU whose gradients are wrong in it; expected auto"):
+        choose_precision("bf16", CPU)
+    monkeypatch.setattr(
+        setup, "conv3d_weight", lambda x, shape, g, padding: conv3d_weight(x.float(), shape, g.float(), padding=2)
+    )
+    assert choose_precision("bf16", CPU) == torch.bfloat16
+
+
+def test_the_gradients_of_this_cpu_in_bf16_are_judged_rightly():
+    torch.manual_seed(1)
+    wrong = 0.0
+    for size in ((2, 2, 2), (3, 3, 2), (4, 4, 3), (1, 2, 2)):
+        conv = torch.nn.Conv3d(48, 48, 5, padding=2, bias=False)
+        x = torch.randn(1, 48, *size)
+        with torch.autocast("cpu", torch.bfloat16):
+            conv(x).sum().backward()
+        # The sum's gradient is 1 everywhere: the middle of each kernel gets the sum of its input channel.
+        sums = x.bfloat16().float().sum((0, 2, 3, 4)).expand(48, 48)
+        wrong = max(wrong, ((conv.weight.grad[:, :, 2, 2, 2] - sums).norm() / sums.norm()).nan_to_num(math.inf).item())
+    assert has_right_gradients(torch.bfloat16) == (wrong < 0.02)
+    assert has_right_gradients(torch.float32)
 
 
 @pytest.fixture
