@@ -166,6 +166,8 @@ class Config:
     augment_rotation_degrees: float = setting(10.0, number(0, 180), "rotation about each axis, in degrees")
     augment_scale: float = setting(0.1, number(0, 0.9), "scaling of the volume; 0.1: by a factor of 0.9 to 1.1")
     augment_shift: float = setting(0.05, number(0, 1), "shift along each axis, as a share of the volume's length")
+    augment_elastic: float = setting(0.0, number(0, 0.2),
+        "smooth deformation, its standard deviation as a share of the volume's length; 0: none")
     augment_contrast: float = setting(0.2, number(0, 0.9), "contrast about the mean; 0.2: by a factor of 0.8 to 1.2")
     augment_brightness: float = setting(0.1, number(0, 1),
         "brightness added to all voxels, as a share of the HU window")

@@ -1,4 +1,4 @@
-"""Random augmentation on the device: affine, left-right flip, contrast, brightness, gamma, noise."""
+"""Random augmentation on the device: affine, elastic, left-right flip, contrast, brightness, gamma, noise."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 from core.config import Config
 from core.scans.organ_words import mirrored_ids
+
+ELASTIC_POINTS = 7  # along each axis: an elastic deformation is drawn at so many points, and smooth in between
+SMOOTHING = (151 / 315) ** 1.5  # what `smooth` leaves of the points' standard deviation, from the integral of B(x)^2
 
 
 def augment(
@@ -33,7 +36,10 @@ def augment(
     if config.augment_flip:
         image, labels = flip_left_right(image, labels, [rng.random() < 0.5 for rng in draws], config.organs)
     matrices = torch.stack([draw_affine(rng, mm, config) for rng, mm in zip(draws, extent_mm.tolist(), strict=True)])
-    image, labels = warp(image, labels, matrices.to(image.device, non_blocking=True))
+    bends = None
+    if config.augment_elastic:
+        bends = torch.stack([draw_bend(rng, config) for rng in draws]).to(image.device, non_blocking=True)
+    image, labels = warp(image, labels, matrices.to(image.device, non_blocking=True), bends)
     return torch.stack([change_values(x, rng, config) for x, rng in zip(image, draws, strict=True)]), labels
 
 
@@ -54,13 +60,39 @@ def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Co
     return torch.from_numpy(np.column_stack([matrix, shift])).float()
 
 
-def warp(image: Tensor, labels: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Warp (B, 1, X, Y, Z) images and (B, X, Y, Z) labels by (B, 3, 4) `matrices`; outside is 0 in both."""
+def draw_bend(rng: np.random.Generator, config: Config) -> Tensor:
+    """Draw how far an elastic deformation moves each of (3, P, P, P) points along X, Y and Z, from -1 to 1."""
+    normal = rng.standard_normal((3, *[ELASTIC_POINTS] * 3), dtype=np.float32)
+    return torch.from_numpy(2 * config.augment_elastic / SMOOTHING * normal)
+
+
+def warp(image: Tensor, labels: Tensor, matrices: Tensor, bends: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Warp images and labels: look up each place of the new volume at a place in the old; outside is 0 in both.
+
+    Args:
+        image: (B, 1, X, Y, Z).
+        labels: (B, X, Y, Z).
+        matrices: (B, 3, 4), from places in the new volume to places in the old.
+        bends: (B, 3, P, P, P), added to those places, and in between the points by interpolation; None: nothing.
+    """
     # torch orders coordinates from the last axis to the first: Z, Y, X.
     linear = matrices[:, :, :3].flip(1, 2)
     grid = F.affine_grid(torch.cat([linear, matrices[:, :, 3:].flip(1)], dim=2), image.shape, align_corners=False)
+    if bends is not None:
+        grid = grid + smooth(bends, image.shape[2:]).flip(1).movedim(1, -1)
     moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
     return F.grid_sample(image, grid, mode="bilinear", align_corners=False), moved[:, 0].to(labels.dtype)
+
+
+def smooth(points: Tensor, size: Sequence[int]) -> Tensor:
+    """Interpolate (B, 3, P, P, P) by cubic splines to (B, 3, *size); the outermost points lie outside of the volume."""
+    for axis, n in enumerate(size, start=2):
+        places = torch.linspace(1, points.shape[axis] - 2, n, device=points.device)
+        away = (places[:, None] - torch.arange(points.shape[axis], device=points.device)).abs()
+        # The cubic B-spline.
+        weights = torch.where(away < 1, 2 / 3 - away**2 + away**3 / 2, (2 - away).clamp(min=0) ** 3 / 6)
+        points = torch.movedim(torch.tensordot(points, weights, dims=([axis], [1])), -1, axis)
+    return points
 
 
 def flip_left_right(

@@ -69,6 +69,7 @@ CHANGES = {
     "augment_rotation_degrees": ("15", 15.0),
     "augment_scale": ("0", 0.0),
     "augment_shift": ("0.1", 0.1),
+    "augment_elastic": ("0.02", 0.02),
     "augment_contrast": ("0.3", 0.3),
     "augment_brightness": ("0.3", 0.3),
     "augment_gamma": ("0.3", 0.3),

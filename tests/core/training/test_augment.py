@@ -11,10 +11,11 @@ from torch import Tensor
 
 from core.config import load_config
 from core.scans.organ_words import mirrored_ids
-from core.training.augment import augment, draw_affine, flip_left_right, warp
+from core.training.augment import ELASTIC_POINTS, augment, draw_affine, draw_bend, flip_left_right, smooth, warp
 
 NO_CHANGE = {
-    f"augment_{name}": 0 for name in ("rotation_degrees", "scale", "shift", "contrast", "brightness", "gamma", "noise")
+    f"augment_{name}": 0
+    for name in ("rotation_degrees", "scale", "shift", "elastic", "contrast", "brightness", "gamma", "noise")
 }
 
 
@@ -191,3 +192,31 @@ def test_every_second_case_is_flipped_and_only_when_asked():
             for position in range(200)
         )
         assert abs(flipped - expected) <= (25 if asked else 0)
+
+
+def test_an_elastic_deformation_is_as_strong_as_asked_for_and_smooth():
+    config = settings(augment_elastic=0.02)
+    draws = [draw_bend(np.random.default_rng(i), config) for i in range(200)]
+    bends = smooth(torch.stack(draws), (24, 20, 16)).numpy()  # (200, 3, X, Y, Z) in units of half a volume
+    assert bends.std() / 2 == pytest.approx(0.02, rel=0.05)
+    np.testing.assert_allclose(bends.std(axis=(0, 2, 3, 4)) / 2, 0.02, rtol=0.1)
+    # A cubic B-spline of scipy at the same places, from the first draw's coefficients.
+    places = np.meshgrid(*[np.linspace(1, draws[0].shape[1] - 2, n) for n in (24, 20, 16)], indexing="ij")
+    expected = ndimage.map_coordinates(draws[0][1].numpy().astype(float), places, order=3, prefilter=False)
+    np.testing.assert_allclose(bends[0, 1], expected, atol=1e-6)
+
+
+def test_an_elastic_deformation_moves_image_and_labels_alike_along_its_own_axis():
+    image, labels, extent_mm = random_batch(2)
+    matrices = torch.eye(3, 4).expand(2, 3, 4)
+    bends = torch.zeros(2, 3, *[ELASTIC_POINTS] * 3)
+    bends[1, 1] = 2 * 3 / image.shape[3]  # the same for all points: three voxels along Y
+    moved_image, moved = warp(image, labels, matrices, bends)
+    assert torch.equal(moved[0], labels[0])
+    assert torch.equal(moved[1, :, :-3], labels[1, :, 3:])
+    torch.testing.assert_close(moved_image[1, 0, :, :-3], image[1, 0, :, 3:], atol=1e-4, rtol=0)
+    assert not moved[1, :, -3:].any()
+    config = settings(**NO_CHANGE | {"augment_elastic": 0.05})
+    once, again, other = (augment(image, labels, extent_mm, config, epoch, [0, 1])[1] for epoch in (1, 1, 2))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
