@@ -3,7 +3,7 @@
     python infer.py INPUT [INPUT ...] --checkpoint runs/vnet/best.pt --output predictions
 
 INPUT is a NIfTI file, a folder of them, or the folder of a DICOM series. For each scan the command writes
-OUTPUT/CASE.nii.gz, a label map in the scan's own geometry, and adds every organ's volume in mL to OUTPUT/volumes.csv.
+OUTPUT/CASE.nii.gz, a label map in the scan's own geometry, and adds every organ's volume and HU to OUTPUT/volumes.csv.
 With --report it also writes a page with pictures for each scan, and OUTPUT/reports/index.html, which links to them.
 Size, HU window and organs come from the checkpoint. Earlier outputs of a case that fails are renamed to *.old.
 `torchrun --nproc-per-node N infer.py ...` splits the scans over several GPUs.
@@ -19,7 +19,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -88,6 +87,7 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
     if unlike:
         scan.warn(f"unlike the training cases, expect a poor prediction: {', '.join(unlike)}")
     scan.image = prepare_image(voxels[scan.box], inference.config.size, inference.config.window_hu)  # uint8
+    scan.keep_hu(voxels[scan.box])
 
 
 @torch.inference_mode()
@@ -112,14 +112,12 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     if not torch.isfinite(logits).all():
         raise ValueError("the network's output is not finite, so that no label map can be made of it")
     labels = restore_labels(logits, scan.box, geometry.shape, inference.largest_piece)  # (X, Y, Z) uint8
-    # Slice by slice, because bincount converts each label to 8 bytes.
-    voxels = sum(np.bincount(labels_yz.ravel(), minlength=len(organs)) for labels_yz in labels)  # (K,)
     output.write_probabilities(scan.case, logits, geometry, scan.box)
     # The label map shows that the case is done, so it is moved to its place last. It is completely on the disk before
     # the volumes are written: almost nothing can fail between the two.
     with whole_file(output.label_map(scan.case)) as temporary:
         save_label_map(labels, geometry, temporary, organs, inference.fingerprint)
-        output.write_volumes(scan.case, voxels * geometry.voxel_ml, organs)
+        output.measure(scan, labels, organs)
 
 
 # ---- All scans -------------------------------------------------------------------------------------------------------

@@ -89,7 +89,9 @@ def predict_by_hand(checkpoint: Path, voxels: np.ndarray) -> np.ndarray:
 def read_volumes(folder: Path) -> dict[tuple[str, str], float]:
     with open(folder / "volumes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["case", "id", "organ", "ml"]
+    assert list(rows[0]) == [
+        "case", "id", "organ", "ml", "hu_mean", "hu_sd", "hu_median", "pieces", "touches_edge",
+    ]  # fmt: skip
     assert all(ORGANS[int(row["id"])] == row["organ"] for row in rows)
     found = {(row["case"], row["organ"]): float(row["ml"]) for row in rows}
     assert len(found) == len(rows)
@@ -124,6 +126,18 @@ def test_the_command_gives_every_storage_order_the_same_label_map(checkpoint, tm
     volumes = read_volumes(tmp_path / "out")
     for axes, (i, organ) in itertools.product(AXIS_CODES, enumerate(ORGANS[1:], start=1)):
         assert volumes[axes, organ] == pytest.approx((first == i).sum() * VOXEL_ML, abs=5e-4)
+    with open(tmp_path / "out" / "volumes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        mask = first == int(row["id"])
+        hu = voxels[mask]
+        assert (float(row["hu_mean"]), float(row["hu_sd"])) == pytest.approx((hu.mean(), hu.std()), abs=0.06)
+        assert float(row["hu_median"]) == np.median(hu)
+        assert int(row["pieces"]) == ndimage.label(mask, np.ones((3, 3, 3)))[1]
+        ends = {"left": mask[0], "right": mask[-1], "back": mask[:, 0], "front": mask[:, -1]}
+        ends |= {"bottom": mask[..., 0], "top": mask[..., -1]}
+        assert row["touches_edge"].split() == [name for name, side in ends.items() if side.any()]
+    assert len({row["touches_edge"] for row in rows}) > 1  # not the same for all organs
 
 
 def test_a_scan_on_the_networks_own_grid_is_predicted_to_the_voxel(run, checkpoint, tmp_path):
@@ -619,17 +633,20 @@ def test_a_mistyped_scan_moves_no_label_map_of_the_data(run, tmp_path):
     assert set(files_in(tmp_path / "data")) == {"labels/two.nii.gz"}
 
 
-@pytest.mark.parametrize("step", ["save_label_map", "write_volumes", "replace"])
+@pytest.mark.parametrize("step", ["save_label_map", "measure", "replace"])
 def test_a_case_that_cannot_be_written_leaves_neither_files_nor_rows(run, scans, tmp_path, monkeypatch, step):
     out = tmp_path / "out"
     assert run(scans)[0] == 0
     earlier = (out / "two.nii.gz").read_bytes()
-    owner = {"replace": os, "write_volumes": OutputFolder, "save_label_map": infer}[step]
+    owner = {"replace": os, "measure": OutputFolder, "save_label_map": infer}[step]
     real_step = getattr(owner, step)
 
     def fail_for_two(*arguments):
-        target = next(Path(path).name for path in reversed(arguments[:4]) if isinstance(path, str | Path))
-        if arguments[1] == "two" or (target if step == "replace" else target[-11:]) in ("two.nii.gz", ".two.nii.gz"):
+        target = next((Path(path).name for path in reversed(arguments[:4]) if isinstance(path, str | Path)), "")
+        if getattr(arguments[1], "case", None) == "two" or (target if step == "replace" else target[-11:]) in (
+            "two.nii.gz",
+            ".two.nii.gz",
+        ):
             raise OSError(28, "No space left on device")
         return real_step(*arguments)
 

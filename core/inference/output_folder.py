@@ -11,9 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from core.inference.inputs import named_case
+from core.inference.measures import measure_organs
+from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
 from core.scans.crop import Box
 from core.scans.files import listed
@@ -131,9 +134,15 @@ class OutputFolder:
         check_room(self.path, needed, f"the probabilities of {case}")
         save_probabilities(logits, geometry, box, path)
 
-    def write_volumes(self, case: str, volumes_ml: Sequence[float], organs: Sequence[str]) -> None:
-        """Write a case's volumes, (K,) in mL by id, into volumes.csv, as `write_volumes` does."""
-        write_volumes(self.path, case, volumes_ml, organs)
+    def measure(self, scan: Segmentation, labels: np.ndarray, organs: Sequence[str]) -> None:
+        """Measure the organs in a scan's labels, (X, Y, Z) ids, and write them into volumes.csv.
+
+        Raises:
+            OSError, ValueError: as `write_volumes`.
+        """
+        measured = measure_organs(labels, scan.hu, scan.box, scan.geometry, organs)
+        scan.hu = None
+        write_volumes(self.path, scan.case, measured, organs)
 
     def set_aside(self, case: str) -> None:
         """Rename earlier outputs of a failed case to *.old, and remove its rows from volumes.csv.

@@ -78,16 +78,20 @@ def organs_in(labels: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> 
         mask = labels[box] == organ
         centre = [place.mean() + cut.start for place, cut in zip(np.nonzero(mask), box, strict=True)]
         right_mm = float((geometry.ras_affine @ [*centre, 1])[0])
-        ends = [
-            end
-            for cut, n, pair in zip(box, labels.shape, ENDS, strict=True)
-            for end, touched in zip(pair, (cut.start == 0, cut.stop == n), strict=True)
-            if touched
-        ]
         pieces = np.bincount(ndimage.label(mask, np.ones((3, 3, 3)))[0].ravel())[1:]
         pieces_ml = tuple(float(voxels * geometry.voxel_ml) for voxels in sorted(pieces, reverse=True))
-        found[name] = Organ(float(pieces.sum() * geometry.voxel_ml), right_mm, tuple(ends), pieces_ml)
+        found[name] = Organ(float(pieces.sum() * geometry.voxel_ml), right_mm, ends_of(box, labels.shape), pieces_ml)
     return found
+
+
+def ends_of(box: Sequence[slice], shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the ends of a scan of `shape` (X, Y, Z) that a box of it touches, some of ENDS."""
+    return tuple(
+        end
+        for part, n, pair in zip(box, shape, ENDS, strict=True)
+        for end, touched in zip(pair, (part.start == 0, part.stop == n), strict=True)
+        if touched
+    )
 
 
 def swapped_sides(found: dict[str, Organ]) -> list[tuple[str, str]]:

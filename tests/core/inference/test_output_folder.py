@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from helpers import files_in
 
+from core.inference.measures import Measures
 from core.inference.output_folder import OutputFolder
+from core.inference.volumes_table import write_volumes
 from core.scans.crop import whole_box
 
 ORGANS = ("background", "liver", "spleen")
-HEADER = "case,id,organ,ml\n"
+HEADER = "case,id,organ,ml,hu_mean,hu_sd,hu_median,pieces,touches_edge\n"
+OLD_HEADER = "case,id,organ,ml\n"
 
 
 @pytest.fixture
@@ -92,10 +95,17 @@ def test_a_folder_in_a_results_place_is_refused(output, scans, name):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("patient,volume\n1,2\n", r"has the columns \['patient', 'volume'\], expected \['case', 'id', 'organ', 'ml'\]"),
-        (f"{HEADER}one,1,liver\n", "has the row one,1,liver,None, expected case,id,organ,ml"),
-        (f"{HEADER}one,x,liver,3\n", "has the row one,x,liver,3, expected case,id,organ,ml"),
-        (f'{HEADER}one,1,"liver"s,3\n', "cannot be read as a table"),
+        (
+            "patient,volume\n1,2\n",
+            r"has the columns \['patient', 'volume'\], expected \['case', 'id', 'organ', 'ml', 'hu_mean'",
+        ),
+        (f"{OLD_HEADER}one,1,liver\n", "has the row one,1,liver,None, expected case,id,organ,ml;"),
+        (f"{OLD_HEADER}one,x,liver,3\n", "has the row one,x,liver,3, expected case,id,organ,ml;"),
+        (f'{OLD_HEADER}one,1,"liver"s,3\n', "cannot be read as a table"),
+        (
+            f"{HEADER}one,1,liver,3\n",
+            "has the row one,1,liver,3,None,None,None,None,None, expected case,id,organ,ml,hu_",
+        ),
     ],
 )
 def test_a_damaged_or_other_table_is_refused_and_kept(output, scans, content, complaint):
@@ -108,39 +118,45 @@ def test_a_damaged_or_other_table_is_refused_and_kept(output, scans, content, co
 # ---- Volumes
 
 
+def write_ml(path: Path, case: str, *volumes_ml: float) -> None:
+    write_volumes(path, case, [Measures(ml) for ml in volumes_ml], ORGANS)
+
+
 def test_volumes_of_a_case_replace_its_earlier_ones_and_leave_the_others(output):
-    output.write_volumes("two", [100, 1.5, 2], ORGANS)
-    output.write_volumes("one", [100, 0.12345, 0], ORGANS)
-    output.write_volumes("two", [100, 7, 0.0004], ORGANS)
+    write_ml(output.path, "two", 1.5, 2)
+    write_volumes(output.path, "one", [Measures(0.12345, 55.25, 12.04, 54.5, 2, ("left", "top")), Measures()], ORGANS)
+    write_ml(output.path, "two", 7, 0.0004)
     assert rows(output) == [
-        "case,id,organ,ml",
-        "one,1,liver,0.123",
-        "one,2,spleen,0.000",
-        "two,1,liver,7.000",
-        "two,2,spleen,0.000",
+        HEADER.strip(),
+        "one,1,liver,0.123,55.2,12.0,54.5,2,left top",
+        "one,2,spleen,0.000,,,,0,",
+        "two,1,liver,7.000,,,,0,",
+        "two,2,spleen,0.000,,,,0,",
     ]
 
 
-def test_a_table_from_a_spreadsheet_program_and_odd_names_come_through(output):
+def test_a_table_from_a_spreadsheet_program_an_earlier_version_and_odd_names_come_through(output):
     table = output.path / "volumes.csv"
     table.write_bytes(b"\xef\xbb\xbfcase,id,organ,ml\r\nzw\xc3\xb6lf,1,liver,3.000\r\n")
     name = os.fsdecode(b"latin \xf6")  # a name that is not UTF-8
-    output.write_volumes(name, [0, 1, 2], ORGANS)
+    write_ml(output.path, name, 1, 2)
     lines = table.read_bytes().splitlines()
-    assert lines[0] == b"case,id,organ,ml"
-    assert lines[1:] == [b"latin \xf6,1,liver,1.000", b"latin \xf6,2,spleen,2.000", "zwölf,1,liver,3.000".encode()]
+    assert lines[0] == HEADER.strip().encode()
+    rest = b",,,,0,"
+    assert lines[1:3] == [b"latin \xf6,1,liver,1.000" + rest, b"latin \xf6,2,spleen,2.000" + rest]
+    assert lines[3:] == ["zwölf,1,liver,3.000,,,,,".encode()]  # which says nothing of what was not measured
 
 
 def write_some(path: Path, cases: list[str]) -> None:
     for case in cases:
-        OutputFolder(path).write_volumes(case, [0, 1, 2], ORGANS)
+        write_ml(path, case, 1, 2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no locks of this kind")
 def test_no_process_loses_the_rows_of_another(output):
     # Many rows, so that reading and writing the table takes its time, in which others come in between.
     earlier = "".join(f"earlier_{i:05},1,liver,1.000\n" for i in range(10_000))
-    (output.path / "volumes.csv").write_text(HEADER + earlier)
+    (output.path / "volumes.csv").write_text(OLD_HEADER + earlier)
     cases = [f"{i:02}" for i in range(20)]
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=write_some, args=(output.path, cases[first::4])) for first in range(4)]
@@ -176,12 +192,12 @@ def test_earlier_results_of_a_failed_case_are_renamed_and_its_rows_removed(outpu
         (out / name).write_text(name)
     (out / "two.nii.gz.old").write_text("older still")
     for case in ("one", "two"):
-        output.write_volumes(case, [0, 1, 2], ORGANS)
+        write_ml(out, case, 1, 2)
     output.set_aside("two")
     assert {name: text.decode() for name, text in files_in(out).items() if name != "volumes.csv"} == {
         "one.nii.gz": "one.nii.gz", **{f"{name}.old": name for name in names},
     }  # fmt: skip
-    assert rows(output) == ["case,id,organ,ml", "one,1,liver,1.000", "one,2,spleen,2.000"]
+    assert rows(output) == [HEADER.strip(), "one,1,liver,1.000,,,,0,", "one,2,spleen,2.000,,,,0,"]
     warnings = capsys.readouterr().err.splitlines()
     assert warnings[0] == (f"warning: case two: failed, so the earlier two.nii.gz is now {out / 'two.nii.gz'}.old")
     assert len(warnings) == 4
