@@ -14,7 +14,7 @@ LAYERS = (
     ("core.config",),
     ("core.network", "core.scans"),
     ("core.checkpoint", "core.scoring", "core.training", "core.inference"),
-    ("dataset",),
+    ("dataset", "core.export"),
     ("train", "infer", "evaluate", "data", "visualization"),
     ("benchmarks",),
 )
@@ -28,7 +28,7 @@ BESIDE = {
 SCRIPTS = ("train.py", "infer.py", "evaluate.py")
 OPTIONAL = {"visualization", "data"}  # imported by a script inside the function that needs it
 ROOMS = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
-COMMANDS = [script.removesuffix(".py") for script in SCRIPTS] + [
+COMMANDS = [*(script.removesuffix(".py") for script in SCRIPTS), "core.export"] + [
     f"{folder}.{path.stem}"
     for folder in ("data", "visualization")
     for path in sorted((ROOT / folder).glob("*.py"))

@@ -1,0 +1,47 @@
+"""Segment a CT scan with an exported network: onnxruntime, numpy and nibabel are enough.
+
+python docs/onnx_example.py model.onnx scan.nii.gz labels.nii.gz
+"""
+
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import onnxruntime
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+
+
+def resize(volume: np.ndarray, shape: tuple) -> np.ndarray:
+    """Interpolate (X, Y, Z) linearly along one axis after the other; the outer edges of the voxels stay in place."""
+    for axis, n in enumerate(shape):
+        last = volume.shape[axis] - 1
+        place = ((np.arange(n) + 0.5) * (last + 1) / n - 0.5).clip(0, last)
+        low = place.astype(int)
+        share = np.expand_dims(place - low, [other for other in range(3) if other != axis]).astype(np.float32)
+        above = volume.take(np.minimum(low + 1, last), axis)
+        volume = volume.take(low, axis) * (1 - share) + above * share
+    return volume
+
+
+model, scan_path, output = sys.argv[1:]
+session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+if facts["crop"] != "none":
+    sys.exit(f"{model}: trained with crop: {facts['crop']}; cut the scan to that box first")
+
+scan = nib.load(scan_path)
+hu = nib.as_closest_canonical(scan).get_fdata(dtype=np.float32)  # (X, Y, Z) in RAS+ order
+low, high = facts["window_hu"]
+image = resize(((hu - low) / (high - low)).clip(0, 1), facts["size"])
+image = np.rint(image * 255) / np.float32(255)  # the training cases were stored so
+(logits,) = session.run(["logits"], {"image": image[None, None]})
+
+labels, best = np.zeros(hu.shape, np.uint8), np.full(hu.shape, -np.inf, np.float32)
+for organ, small in enumerate(logits[0]):
+    full = resize(small, hu.shape)
+    labels[full > best] = organ
+    np.maximum(best, full, out=best)
+as_stored = ornt_transform(io_orientation(np.eye(4)), io_orientation(scan.affine))
+nib.save(nib.Nifti1Image(apply_orientation(labels, as_stored), scan.affine), output)
+print(*(f"{organ} {name}: {np.sum(labels == organ)} voxels" for organ, name in enumerate(facts["organs"])), sep="\n")

@@ -1,0 +1,106 @@
+"""A network as ONNX: the file alone, with onnxruntime, gives the label maps of infer.py."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from data_files import settings
+from helpers import make_voxels, save_scan
+
+from core.checkpoint import hash_of, load_network, save_checkpoint
+from core.export import export, main
+from core.network import build_network
+
+ROOT = Path(__file__).resolve().parents[2]
+ORGANS = ("background", "liver", "right kidney", "spleen")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Return a V-Net with random weights, whose classes all occur."""
+    config = settings(
+        size=(32, 32, 16), channels=2, down_convs=(1, 2), up_convs=(1,), organs=ORGANS, window_hu=(-100, 250)
+    )
+    torch.manual_seed(3)
+    network = build_network(config)
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    training_data = {
+        "percentiles": [5, 50, 95],
+        "extent_mm": {"min": [1, 1, 1], "max": [1e4, 1e4, 1e4]},
+        "hu_percentiles": {"min": [-2e3] * 3, "max": [3e3] * 3},
+    }
+    save_checkpoint(path, network, config, training_data=training_data)
+    return path
+
+
+def test_the_model_gives_the_label_map_of_infer_py_and_says_what_it_needs(checkpoint, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = tmp_path / "model.onnx"
+    assert main([str(checkpoint), str(model)]) == 0
+    assert capsys.readouterr() == (f"{model} written\n", "")
+    session = onnxruntime.InferenceSession(model)
+    facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+    network, _ = load_network(checkpoint)
+    assert facts == {
+        "orientation": "RAS+", "window_hu": [-100, 250], "size": [32, 32, 16], "crop": "none", "organs": list(ORGANS),
+        "network": hash_of(network),
+    }  # fmt: skip
+    image = torch.rand(1, 1, 32, 32, 16)
+    with torch.inference_mode():
+        expected = network(image)
+    (logits,) = session.run(None, {"image": image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)
+
+    for axes in ("RAS", "PIL"):
+        scan = save_scan(tmp_path / f"{axes}.nii.gz", make_voxels((44, 38, 21)), axes)
+        out = tmp_path / f"{axes}_labels.nii.gz"
+        command = [sys.executable, ROOT / "docs" / "onnx_example.py", model, scan, out]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        command = [sys.executable, ROOT / "infer.py", scan, "--checkpoint", checkpoint, "--output", tmp_path / "out"]
+        subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        mine, its = nib.load(tmp_path / "out" / f"{axes}.nii.gz"), nib.load(out)
+        assert np.array_equal(mine.affine, its.affine)
+        labels, found = np.asarray(mine.dataobj), np.asarray(its.dataobj)
+        for organ, name in enumerate(ORGANS):
+            first, second = labels == organ, found == organ
+            assert 2 * (first & second).sum() / (first.sum() + second.sum()) >= 0.999
+            assert f"{organ} {name}: {second.sum()} voxels\n" in said.stdout
+
+
+def test_what_cannot_be_exported_is_refused(checkpoint, tmp_path, capsys, monkeypatch):
+    def refused(*arguments: Path) -> str:
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main([str(argument) for argument in arguments])
+        assert list(tmp_path.iterdir()) == []
+        return capsys.readouterr().err
+
+    assert refused(checkpoint, tmp_path / "model.pt") == (
+        f"error: {tmp_path / 'model.pt'}: expected a name that ends in .onnx\n"
+    )
+    assert "no.pt: no such checkpoint\n" in refused(tmp_path / "no.pt", tmp_path / "model.onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    err = refused(checkpoint, tmp_path / "model.onnx")
+    assert err.startswith(f"error: {tmp_path / 'model.onnx'}: a package for ONNX is missing (")
+    assert err.endswith("; pip install onnx onnxscript\n")
+    assert err.count("\n") == 1
+
+
+def test_the_example_refuses_a_network_of_a_part_of_the_scan(checkpoint, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    network, content = load_network(checkpoint)
+    export(network, replace(content["config"], crop="organs"), tmp_path / "model.onnx")
+    scan = save_scan(tmp_path / "scan.nii.gz", make_voxels((44, 38, 21)))
+    command = [sys.executable, ROOT / "docs" / "onnx_example.py", tmp_path / "model.onnx", scan, tmp_path / "out.nii"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (said.returncode, said.stderr) == (
+        1, f"{tmp_path / 'model.onnx'}: trained with crop: organs; cut the scan to that box first\n"
+    )  # fmt: skip
+    assert not (tmp_path / "out.nii").exists()
