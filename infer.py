@@ -82,6 +82,7 @@ def prepare(inference: Inference, scan: Segmentation) -> None:
     """
     reading = replace(inference.reading, warn=scan.warn)
     voxels, scan.geometry = read_scan(scan.file, reading, inference.series_uid)  # (X, Y, Z) in HU
+    inference.output.check(scan)
     scan.box = inference.locator.find_box(voxels, scan.geometry, scan.warn)
     unlike = differences(voxels, scan.geometry, scan.box, inference.training_data)
     if unlike:
@@ -112,12 +113,12 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     if not torch.isfinite(logits).all():
         raise ValueError("the network's output is not finite, so that no label map can be made of it")
     labels = restore_labels(logits, scan.box, geometry.shape, inference.largest_piece)  # (X, Y, Z) uint8
-    output.write_probabilities(scan.case, logits, geometry, scan.box)
+    output.write_extras(scan, logits, labels, organs, inference.fingerprint)
     # The label map shows that the case is done, so it is moved to its place last. It is completely on the disk before
     # the volumes are written: almost nothing can fail between the two.
     with whole_file(output.label_map(scan.case)) as temporary:
         save_label_map(labels, geometry, temporary, organs, inference.fingerprint)
-        output.measure(scan, labels, organs)
+        output.write_tables(scan, labels, organs)
 
 
 # ---- All scans -------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def list_reports(folder: Path) -> None:
 def main() -> int:
     """Segment the scans that the command line names; return the exit code."""
     arguments = parse_arguments()
-    output = OutputFolder(Path(arguments.output), arguments.probabilities)
+    output = OutputFolder(Path(arguments.output), arguments.extras)
     with refusing(USAGE):
         device = choose_device(own_device(check("device", arguments.device, "--device")))
         check("precision", arguments.precision, "--precision")
@@ -223,13 +224,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--precision",
-        default="auto",
-        help="auto, float32, bf16 or fp16 (default: auto: the training's on a GPU, float32 on a CPU)",
+        "--precision", default="auto", help="auto (as trained; on a CPU float32), float32, bf16 or fp16"
     )
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
     parser.add_argument("--largest-piece", action="store_true", help="keep only each organ's largest connected piece")
-    parser.add_argument("--probabilities", action="store_true", help="write CASE_probabilities.nii.gz too")
+    extra = partial(parser.add_argument, action="append_const", dest="extras", default=[])
+    extra("--probabilities", const="--probabilities", help="write CASE_probabilities.nii.gz too")
+    extra("--dicom-seg", const="--dicom-seg", help="write CASE_seg.dcm too, a DICOM Segmentation of a DICOM series")
+    extra("--rtstruct", const="--rtstruct", help="write CASE_rtstruct.dcm too, an RT Structure Set of a DICOM series")
     parser.add_argument("--report", action="store_true", help="write a page with pictures for each case, in reports/")
     parser.add_argument("--series", metavar="UID", help="the DICOM series to segment; UID:2: its second acquisition")
     parser.add_argument(

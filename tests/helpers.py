@@ -25,6 +25,7 @@ SPACING_MM = (2.0, 1.5, 3.0)
 VOXEL_ML = 2.0 * 1.5 * 3.0 / 1000
 AFFINE = np.diag([*SPACING_MM, 1.0])
 AFFINE[:3, 3] = (-30, 12, 500)
+TABLES = ("volumes.csv", "organs.ctbl", "organs.label")  # that infer.py writes beside the label maps
 
 
 def make_voxels(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:

@@ -22,7 +22,19 @@ import pydicom
 import pytest
 import torch
 from dicom_files import REAL, make_series, write
-from helpers import AFFINE, SOON, SPACING_MM, VOXEL_ML, files_in, in_ras, make_voxels, save_scan, start, wait_for
+from helpers import (
+    AFFINE,
+    SOON,
+    SPACING_MM,
+    TABLES,
+    VOXEL_ML,
+    files_in,
+    in_ras,
+    make_voxels,
+    save_scan,
+    start,
+    wait_for,
+)
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 from torch.nn import functional as F
@@ -194,7 +206,7 @@ def test_probabilities_belong_to_the_label_map(run, tmp_path):
 
 def test_without_the_flag_there_are_no_probabilities(run, tmp_path):
     run(save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE)))
-    assert set(files_in(tmp_path / "out")) == {"scan.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "out")) == {"scan.nii.gz", *TABLES}
 
 
 @pytest.mark.parametrize("flag", ["--size", "--window-hu", "--organs", "--config"])
@@ -244,7 +256,7 @@ def test_a_tilde_is_the_home_folder(run_main, checkpoint, tmp_path, monkeypatch)
     (tmp_path / "best.pt").symlink_to(checkpoint)
     flags = ["--checkpoint", "~/best.pt", "--output", "~/out", "--device", "cpu"]
     assert run_main(infer, "~/scans", *flags)[0] == 0
-    assert set(files_in(tmp_path / "out")) == {"one.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "out")) == {"one.nii.gz", *TABLES}
 
 
 # ---- A part of the scan
@@ -372,10 +384,10 @@ def scans(tmp_path) -> Path:
 
 def test_cases_by_id_and_by_file(run, scans, tmp_path):
     assert run(scans, "--cases", "two")[0] == 0
-    assert set(files_in(tmp_path / "out")) == {"two.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "out")) == {"two.nii.gz", *TABLES}
     (tmp_path / "val_cases.txt").write_text("three\n")
     assert run(scans, "--cases", tmp_path / "val_cases.txt")[0] == 0
-    assert set(files_in(tmp_path / "out")) == {"three.nii.gz", "two.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "out")) == {"three.nii.gz", "two.nii.gz", *TABLES}
     code, _, err = run(scans, "--cases", "two", "four", "--output", tmp_path / "other")
     assert code == 2
     assert "error: --cases: four not among the 3 cases: one, three, two" in err
@@ -475,7 +487,7 @@ def test_broken_scans_are_named_and_the_others_are_done(run, scans, tmp_path):
         assert line.startswith(f"error: {scans / name}: {complaint}")
     assert last == "error: failed: broken, cut, holes, moving"
     assert "3 of 7 scans segmented" in out
-    assert set(files_in(tmp_path / "out")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "out")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", *TABLES}
     assert {case for case, _ in read_volumes(tmp_path / "out")} == {"one", "two", "three"}
 
 
@@ -488,7 +500,7 @@ def test_a_missing_input_is_named_and_the_others_are_done(run, scans, tmp_path):
     assert f"error: {tmp_path / 'empty'}: no scan in this folder" in err
     assert f"error: failed: {nowhere}, {tmp_path / 'empty'}\n" in err
     assert "2 of 2 scans segmented" in out
-    assert set(files_in(tmp_path / "out")) == {"one.nii.gz", "two.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "out")) == {"one.nii.gz", "two.nii.gz", *TABLES}
 
 
 def test_nothing_but_missing_inputs(run, tmp_path):
@@ -601,7 +613,7 @@ def test_earlier_probabilities_do_not_stay_beside_a_new_label_map(run, scans, tm
         f"warning: case two: without --probabilities, so the earlier {name} is now {tmp_path / 'out' / name}.old\n"
     )
     assert set(files_in(tmp_path / "out")) == {
-        "one.nii.gz", "three.nii.gz", "two.nii.gz", f"{name}.old", "volumes.csv",
+        "one.nii.gz", "three.nii.gz", "two.nii.gz", f"{name}.old", *TABLES,
     }  # fmt: skip
 
 
@@ -620,7 +632,7 @@ def test_an_input_that_is_gone_counts_as_failed_too(run, scans, tmp_path, others
     assert code == 1
     assert err.startswith(f"error: {two}: no such file")
     assert f"warning: case two: failed, so the earlier two.nii.gz is now {out / 'two.nii.gz'}.old\n" in err
-    assert set(files_in(out)) == {"one.nii.gz", "three.nii.gz", "two.nii.gz.old", "volumes.csv"}
+    assert set(files_in(out)) == {"one.nii.gz", "three.nii.gz", "two.nii.gz.old", *TABLES}
     assert {case for case, _ in read_volumes(out)} == {"one", "three"}
 
 
@@ -633,12 +645,12 @@ def test_a_mistyped_scan_moves_no_label_map_of_the_data(run, tmp_path):
     assert set(files_in(tmp_path / "data")) == {"labels/two.nii.gz"}
 
 
-@pytest.mark.parametrize("step", ["save_label_map", "measure", "replace"])
+@pytest.mark.parametrize("step", ["save_label_map", "write_tables", "replace"])
 def test_a_case_that_cannot_be_written_leaves_neither_files_nor_rows(run, scans, tmp_path, monkeypatch, step):
     out = tmp_path / "out"
     assert run(scans)[0] == 0
     earlier = (out / "two.nii.gz").read_bytes()
-    owner = {"replace": os, "measure": OutputFolder, "save_label_map": infer}[step]
+    owner = {"replace": os, "write_tables": OutputFolder, "save_label_map": infer}[step]
     real_step = getattr(owner, step)
 
     def fail_for_two(*arguments):
@@ -656,7 +668,7 @@ def test_a_case_that_cannot_be_written_leaves_neither_files_nor_rows(run, scans,
     assert code == 1
     assert f"error: case two: [Errno 28] No space left on device: '{out / 'two.nii.gz'}'\n" in err
     assert files_in(out)["two.nii.gz.old"] == earlier
-    assert set(files_in(out)) == {"one.nii.gz", "three.nii.gz", "two.nii.gz.old", "volumes.csv"}
+    assert set(files_in(out)) == {"one.nii.gz", "three.nii.gz", "two.nii.gz.old", *TABLES}
     assert {case for case, _ in read_volumes(out)} == {"one", "three"}
     assert run(scans, "--skip-existing")[0] == 0
     assert {case for case, _ in read_volumes(out)} == {"one", "three", "two"}
@@ -691,7 +703,7 @@ def test_left_overs_of_a_killed_run_are_in_nobodys_way(run, scans, tmp_path):
         (tmp_path / "out" / name).write_bytes(content)
     assert run(scans)[0] == 0
     assert run(tmp_path / "out", "--output", tmp_path / "again")[0] == 0  # its label maps, taken for scans
-    assert set(files_in(tmp_path / "again")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "again")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", *TABLES}
     assert left.items() <= {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}.items()
 
 
@@ -731,7 +743,7 @@ def test_a_scan_that_no_room_is_left_for_fails_alone(run, scans, large, tmp_path
     assert err.endswith("error: failed: large\n")
     assert "3 of 4 scans segmented" in out
     files = files_in(tmp_path / "out")
-    assert set(files) == {"large.nii.gz.old", "one.nii.gz", "two.nii.gz", "three.nii.gz", "volumes.csv"}
+    assert set(files) == {"large.nii.gz.old", "one.nii.gz", "two.nii.gz", "three.nii.gz", *TABLES}
     assert files["large.nii.gz.old"] == b"from an earlier run"
     assert {case for case, _ in read_volumes(tmp_path / "out")} == {"one", "two", "three"}
 
@@ -775,7 +787,7 @@ def test_a_disk_that_fills_up(checkpoint, scans, large, tmp_path):
     _, err = process.communicate(timeout=SOON)
     assert process.returncode == 1, err
     assert "error: case large: [Errno 28] No space left on device: 'out/large.nii.gz'\n" in err
-    assert set(files_in(tmp_path / "kept")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "kept")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", *TABLES}
     assert {case for case, _ in read_volumes(tmp_path / "kept")} == {"one", "two", "three"}
 
 
@@ -791,6 +803,57 @@ def series(tmp_path) -> Path:
     return write(tmp_path / "patients" / "p1", make_series())
 
 
+def test_dicom_segments_and_contours_beside_the_label_map(run, series, tmp_path):
+    pytest.importorskip("highdicom")
+    out = tmp_path / "out"
+    assert run(series, "--dicom-seg", "--rtstruct")[0] == 0
+    assert set(files_in(out)) == {"p1.nii.gz", "p1_seg.dcm", "p1_rtstruct.dcm", *TABLES}
+    labels = np.asarray(nib.load(out / "p1.nii.gz").dataobj)  # (column, row, slice)
+    found = pydicom.dcmread(out / "p1_seg.dcm")
+    voxels = Counter()
+    for frame, groups in zip(found.pixel_array, found.PerFrameFunctionalGroupsSequence, strict=True):
+        voxels[groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber] += int(np.count_nonzero(frame))
+    assert voxels == Counter(labels[labels > 0].tolist())
+    structures = pydicom.dcmread(out / "p1_rtstruct.dcm")
+    assert {one.ROIName for one in structures.StructureSetROISequence} == {ORGANS[i] for i in voxels}
+
+    assert run(series, "--dicom-seg", "--rtstruct", "--skip-existing")[1].startswith("0 of 0 scans")
+    (out / "p1_seg.dcm").unlink()
+    assert run(series, "--dicom-seg", "--skip-existing")[1].startswith("1 of 1 scans")
+    assert (out / "p1_seg.dcm").is_file()
+    code, _, err = run(series)
+    assert code == 0
+    assert f"case p1: without --dicom-seg, so the earlier p1_seg.dcm is now {out / 'p1_seg.dcm'}.old" in err
+    assert set(files_in(out)) == {"p1.nii.gz", "p1_seg.dcm.old", "p1_rtstruct.dcm.old", *TABLES}
+
+
+def test_dicom_results_are_refused_before_the_work_starts(run, scans, series, tmp_path, monkeypatch):
+    code, _, err = run(series, scans / "one_0000.nii.gz", "--rtstruct")
+    assert (code, err) == (
+        2, f"error: --rtstruct: {scans / 'one_0000.nii.gz'} is NIfTI, expected a DICOM series, to whose slices the "
+        "result refers\n",
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    code, _, err = run(series, "--dicom-seg")
+    assert code == 2
+    assert err.startswith("error: --dicom-seg: needs highdicom (")
+    assert err.endswith("); pip install highdicom\n")
+
+
+def test_a_tilted_gantry_is_refused_where_dicom_is_wanted(run, tmp_path):
+    lean = make_series(ImageOrientationPatient=[1, 0, 0, 0, 0.9396926, -0.3420201], PixelSpacing=[1, 1])
+    for k, one in enumerate(lean):
+        one.ImagePositionPatient = [-10, -20, 30 + 5 * k]
+    series = write(tmp_path / "leaning", lean)
+    code, _, err = run(series, "--rtstruct")
+    assert code == 1
+    assert "error: case leaning: its slices are sheared (tilted gantry), which viewers show wrongly" in err
+    assert "leave out --rtstruct\n" in err
+    assert files_in(tmp_path / "out") == {}
+    assert run(series)[0] == 0
+
+
 def test_a_dicom_series_is_a_case_named_as_its_folder(run, scans, series, tmp_path):
     out = tmp_path / "out"
     code, done, err = run(f"{series}/", scans / "one_0000.nii.gz")
@@ -798,7 +861,7 @@ def test_a_dicom_series_is_a_case_named_as_its_folder(run, scans, series, tmp_pa
     assert "2 of 2 scans segmented" in done
     assert "warning: case p1: unlike the training cases" in err
     assert "warning: case p1: its values go from -13 to 23, without the fat and air of every CT" in err
-    assert set(files_in(out)) == {"one.nii.gz", "p1.nii.gz", "volumes.csv"}
+    assert set(files_in(out)) == {"one.nii.gz", "p1.nii.gz", *TABLES}
     labels = nib.load(out / "p1.nii.gz")
     assert labels.shape == (8, 6, 4)
     # Columns run to the left, rows to the back, from L -10, P -20, S 30 (test_dicom.py).
@@ -1036,7 +1099,7 @@ def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypat
         run(many)
     assert threading.active_count() == before
     # What was being written is whole, and nothing was begun after it.
-    assert set(files_in(tmp_path / "out")) == {"0.nii.gz", "1.nii.gz", "volumes.csv"}
+    assert set(files_in(tmp_path / "out")) == {"0.nii.gz", "1.nii.gz", *TABLES}
     assert in_ras(tmp_path / "out" / "1.nii.gz").shape == SIZE
     assert {case for case, _ in read_volumes(tmp_path / "out")} == {"0", "1"}
 
@@ -1059,7 +1122,7 @@ def test_ctrl_c_ends_the_command_cleanly(checkpoint, tmp_path):
         "interrupted; what was written before is whole",
     ]
     found = set(files_in(tmp_path / "out"))
-    cases = {name.removesuffix(".nii.gz") for name in found - {"volumes.csv"}}
+    cases = {name.removesuffix(".nii.gz") for name in found - {*TABLES}}
     assert 3 <= len(cases) < 1000
     assert all(case.isdigit() for case in cases)  # no temporary file
     assert all(in_ras(tmp_path / "out" / f"{case}.nii.gz").shape == (36, 36, 20) for case in cases)

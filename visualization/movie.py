@@ -28,7 +28,7 @@ from visualization.fonts import drawable, drawable_organs, font_file
 from visualization.meshes import context_meshes, organ_mesh
 from visualization.render import Scene, Veil, View, backdrop, fitting_scale, render, view_at
 from visualization.shown import add_organ_flags, label_map_paths, organs_of, print_written, read_label_maps, title_of
-from visualization.style import INK, colour_of
+from visualization.style import INK, rgb_of
 
 FRAMES, SIZE, FRAMES_A_SECOND = 120, (1280, 720), 24
 BONES, SKIN = (0.5, 0.5), (0.04, 0.6)  # opacity of the surroundings: facing the camera, and edge on
@@ -125,7 +125,7 @@ def draw_background(size: tuple[int, int], title: str, rows: Sequence[tuple[int,
     draw.text((right, y), "mL" if len(rows[0][2]) == 1 else "mL / reference", INK, letters, "rm")
     for organ, name, volumes_ml in rows:
         y += LINE * height
-        colour, half = tuple(round(255 * part) for part in colour_of(organ)), 0.3 * LINE * height
+        colour, half = rgb_of(organ), 0.3 * LINE * height
         draw.rounded_rectangle((left, y - half, left + 2 * half, y + half), half / 2, colour)
         draw.text((left + LINE * height, y), name, INK, font(round(TEXT * height), name), "lm")
         draw.text(

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from core.scans.organ_colours import colour_of
+from core.scans.organ_colours import colour_of, rgb_of
 from core.system.files import whole_file
 from visualization import fonts
 
@@ -42,7 +42,7 @@ def organ_rules(classes: int) -> str:
     """Return the organs' colours for a web page, as CSS classes `organ-1`, `organ-2`, ... up to K - 1."""
     rules = []
     for organ in range(1, classes):
-        colour = " ".join(str(round(255 * part)) for part in colour_of(organ))
+        colour = " ".join(map(str, rgb_of(organ)))
         rules.append(f".organ-{organ} {{ background: rgb({colour}); }}")
     return "\n".join(rules)
 

@@ -30,7 +30,7 @@ from visualization.page import FOLDER, Data, data_url, escaped, make_page, write
 from visualization.render import Scene, render, view_at
 from visualization.shown import Shown, add_organ_flags, in_mm, label_map_paths, print_written, read_shown
 from visualization.slices import choose_slices, count_by_slice
-from visualization.style import colour_of
+from visualization.style import rgb_of
 
 IN_PLANE = 256  # voxels along X and Y that a page holds at most, without --full
 HU_STEP = 4  # without --full; finer than the noise of a CT
@@ -112,8 +112,7 @@ def describe_organs(shown: Shown) -> list[dict]:
             ml = np.count_nonzero(mask) * shown.geometry.voxel_ml
             sources.append({"ml": float(ml), "mm": in_mm(shown.geometry, place)})
         if any(sources):
-            colour = [round(255 * part) for part in colour_of(organ)]
-            described.append({"id": organ, "name": shown.organs[organ], "colour": colour, "sources": sources})
+            described.append({"id": organ, "name": shown.organs[organ], "colour": rgb_of(organ), "sources": sources})
     return described
 
 

@@ -1,4 +1,4 @@
-"""The output folder of infer.py: label maps, probabilities, and volumes.csv with a row for each case and organ.
+"""The output folder of infer.py: label maps, what is written beside each, and tables of all cases.
 
 Every file is replaced whole, and one process at a time changes volumes.csv, so several may share a folder. The label
 map shows that a case is done: it is written last, and it is renamed when the case fails.
@@ -7,26 +7,30 @@ map shows that a case is done: it is written last, and it is renamed when the ca
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from core.inference.colour_tables import write_colour_tables
+from core.inference.dicom_seg import write_segmentation
 from core.inference.inputs import named_case
 from core.inference.measures import measure_organs
+from core.inference.rtstruct import write_structures
 from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
-from core.scans.crop import Box
 from core.scans.files import listed
-from core.scans.geometry import Geometry
 from core.scans.organ_names import read_network
 from core.scans.volumes import save_probabilities
-from core.system.exits import print_error, print_warning
+from core.system.exits import one_line, print_error, print_warning
 from core.system.files import check_room, locked
 
 BLOCK_BYTES = 4096  # of a disk; a full disk cannot store one more
+# What is written beside a case's label map, if asked for: the flag, and the end of the file's name.
+PROBABILITIES, SEGMENTATION, STRUCTURES = "--probabilities", "--dicom-seg", "--rtstruct"
+EXTRAS = {PROBABILITIES: "_probabilities.nii.gz", SEGMENTATION: "_seg.dcm", STRUCTURES: "_rtstruct.dcm"}
 PROBABILITY_BYTES = 2  # for each voxel and class, in the temporary file from which they are compressed
 
 # The folder of reports, and the files of one case's report beside the viewer.
@@ -38,9 +42,9 @@ def label_map_path(output: Path, case: str) -> Path:
     return output / f"{case}.nii.gz"
 
 
-def probabilities_path(output: Path, case: str) -> Path:
-    """Return the path of a case's probabilities."""
-    return output / f"{case}_probabilities.nii.gz"
+def extra_path(output: Path, case: str, flag: str) -> Path:
+    """Return the path of what a flag of EXTRAS adds to a case's label map."""
+    return output / f"{case}{EXTRAS[flag]}"
 
 
 def report_files(output: Path, case: str) -> tuple[Path, Path]:
@@ -55,11 +59,11 @@ class OutputFolder:
 
     Attributes:
         path: the folder; `prepare` makes it.
-        probabilities: whether probabilities are written too.
+        extras: the flags of what is written beside the label maps, of EXTRAS.
     """
 
     path: Path
-    probabilities: bool = False
+    extras: Collection[str] = ()
 
     def prepare(self, cases: dict[str, Path], refused: Sequence[Path]) -> None:
         """Make the folder and check it before the work starts; without cases nothing is made.
@@ -69,8 +73,10 @@ class OutputFolder:
             refused: inputs that could not be read.
 
         Raises:
-            OSError, ValueError: when nothing can be written there, or results could replace inputs.
+            OSError, ValueError: when nothing can be written there, results could replace inputs, or what is asked for
+                needs a package that is not installed, or DICOM.
         """
+        check_dicom_extras(self.extras, cases)
         check_inputs_are_elsewhere(self.path, [*cases.values(), *(path for path in refused if not path.is_dir())])
         if cases:
             make_folder(self.path)
@@ -86,7 +92,7 @@ class OutputFolder:
         return label_map_path(self.path, case)
 
     def unfinished(self, cases: dict[str, Path], fingerprint: str, warn: bool = True) -> dict[str, Path]:
-        """Return the cases without a label map, or without probabilities where those are wanted.
+        """Return the cases without a label map, or without what is wanted beside it.
 
         Args:
             cases: the scans by case id.
@@ -116,30 +122,61 @@ class OutputFolder:
         return found
 
     def is_finished(self, case: str) -> bool:
-        """Return True when a case's label map exists, and its probabilities where those are wanted."""
-        with_probabilities = not self.probabilities or probabilities_path(self.path, case).is_file()
-        return self.label_map(case).is_file() and with_probabilities
+        """Return True when a case's label map exists, and all that is wanted beside it."""
+        extras = all(extra_path(self.path, case, flag).is_file() for flag in self.extras)
+        return self.label_map(case).is_file() and extras
 
-    def write_probabilities(self, case: str, logits: Tensor, geometry: Geometry, box: Box) -> None:
-        """Write a case's probabilities where wanted, from logits (K, X, Y, Z) of a box; else rename earlier ones.
-
-        Raises:
-            OSError: when they cannot be written, or the disk has no room for them.
-        """
-        path = probabilities_path(self.path, case)
-        if not self.probabilities:
-            rename_old(path, f"case {case}: without --probabilities")
-            return
-        needed = PROBABILITY_BYTES * len(logits) * math.prod(geometry.shape)
-        check_room(self.path, needed, f"the probabilities of {case}")
-        save_probabilities(logits, geometry, box, path)
-
-    def measure(self, scan: Segmentation, labels: np.ndarray, organs: Sequence[str]) -> None:
-        """Measure the organs in a scan's labels, (X, Y, Z) ids, and write them into volumes.csv.
+    def check(self, scan: Segmentation) -> None:
+        """Refuse a scan, once it is read, whose results cannot be written as asked for.
 
         Raises:
-            OSError, ValueError: as `write_volumes`.
+            ValueError: when it is a sheared series and DICOM is wanted.
         """
+        if (
+            scan.geometry.slices
+            and scan.geometry.header["qform_code"] == 0
+            and {SEGMENTATION, STRUCTURES} & {*self.extras}
+        ):
+            raise ValueError(
+                "its slices are sheared (tilted gantry), which viewers show wrongly under DICOM segments and contours; "
+                f"leave out {' and '.join(sorted({SEGMENTATION, STRUCTURES} & {*self.extras}))}"
+            )
+
+    def write_extras(
+        self, scan: Segmentation, logits: Tensor, labels: np.ndarray, organs: Sequence[str], network: str
+    ) -> None:
+        """Write what is wanted beside a case's label map; rename earlier files of what is not.
+
+        Args:
+            scan: the case.
+            logits: (K, X, Y, Z) of its box.
+            labels: (X, Y, Z) ids of the whole scan.
+            organs: names by id, background first.
+            network: fingerprint of the network, in hexadecimal.
+
+        Raises:
+            OSError: when a file cannot be written, or the disk has no room for the probabilities.
+            ValueError: when a DICOM series lacks what is copied from it.
+        """
+        for flag in EXTRAS:
+            path = extra_path(self.path, scan.case, flag)
+            if flag not in self.extras:
+                rename_old(path, f"case {scan.case}: without {flag}")
+            elif flag == PROBABILITIES:
+                needed = PROBABILITY_BYTES * len(logits) * math.prod(scan.geometry.shape)
+                check_room(self.path, needed, f"the probabilities of {scan.case}")
+                save_probabilities(logits, scan.geometry, scan.box, path)
+            else:
+                write = write_segmentation if flag == SEGMENTATION else write_structures
+                write(labels, scan.geometry, organs, network, path)
+
+    def write_tables(self, scan: Segmentation, labels: np.ndarray, organs: Sequence[str]) -> None:
+        """Write organ names and colours, and into volumes.csv what is measured in a scan's labels, (X, Y, Z) ids.
+
+        Raises:
+            OSError, ValueError: when a table cannot be read or written, or is another kind of table.
+        """
+        write_colour_tables(self.path, organs)
         measured = measure_organs(labels, scan.hu, scan.box, scan.geometry, organs)
         scan.hu = None
         write_volumes(self.path, scan.case, measured, organs)
@@ -149,7 +186,8 @@ class OutputFolder:
 
         stderr names what is renamed and what cannot be; an older *.old file is replaced.
         """
-        paths = (self.label_map(case), probabilities_path(self.path, case), *report_files(self.path, case))
+        extras = [extra_path(self.path, case, flag) for flag in EXTRAS]
+        paths = (self.label_map(case), *extras, *report_files(self.path, case))
         for path in paths:
             try:
                 rename_old(path, f"case {case}: failed")
@@ -178,6 +216,23 @@ class OutputFolder:
 
 
 # ---- Checks before the work starts -----------------------------------------------------------------------------------
+
+
+def check_dicom_extras(extras: Collection[str], cases: dict[str, Path]) -> None:
+    """Check that DICOM results can be written, if asked for: highdicom is installed, and the scans are DICOM.
+
+    Raises:
+        ValueError: naming what to install, or a scan that is not DICOM.
+    """
+    if SEGMENTATION in extras:
+        try:
+            import highdicom  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"{SEGMENTATION}: needs highdicom ({one_line(error)}); pip install highdicom") from error
+    for flag in {SEGMENTATION, STRUCTURES} & {*extras}:
+        for scan in cases.values():
+            if not scan.is_dir():
+                raise ValueError(f"{flag}: {scan} is NIfTI, expected a DICOM series, to whose slices the result refers")
 
 
 def check_inputs_are_elsewhere(output: Path, inputs: Iterable[Path]) -> None:
@@ -224,7 +279,7 @@ def check_paths_are_free(output: Path, cases: dict[str, Path]) -> None:
         OSError, ValueError: when a folder, a scan itself or a table of another kind has a result's name.
     """
     for case, scan in cases.items():
-        for path in (label_map_path(output, case), probabilities_path(output, case)):
+        for path in (label_map_path(output, case), *(extra_path(output, case, flag) for flag in EXTRAS)):
             if path.is_dir():
                 raise ValueError(f"{path}: is a folder where case {case} is to be written; move it away")
             if path.exists() and path.samefile(scan):

@@ -146,4 +146,4 @@ def geometry_of(folder: Path, slices: Sequence[Slice], warn: Callable[[str], Non
         cosine = abs(step @ normal) / np.linalg.norm(step) / np.linalg.norm(normal)
         degrees = math.degrees(math.acos(min(cosine, 1.0)))
         warn(f"{folder}: slices are sheared by {degrees:.1f} degrees (tilted gantry); the affine keeps that")
-    return Geometry(shape, affine, header)
+    return Geometry(shape, affine, header, tuple(slices))

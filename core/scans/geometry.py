@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -9,6 +10,9 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 from core.scans.nifti import NiftiFile
 from core.scans.placement import corners_mm, voxels_apart
+
+if TYPE_CHECKING:
+    from core.scans.dicom_slice import Slice
 
 GRID_TOLERANCE = 0.1  # voxels by which the corners of two grids may differ and still count as the same
 
@@ -21,11 +25,13 @@ class Geometry:
         stored_shape: the file's own three extents in voxels.
         affine: (4, 4), from the file's voxel indices to mm in the patient.
         header: the file's NIfTI header, carried into everything written for this scan.
+        slices: of a DICOM series, along the third stored axis; empty for a NIfTI file.
     """
 
     stored_shape: tuple[int, int, int]
     affine: np.ndarray
     header: nib.Nifti1Header
+    slices: tuple["Slice", ...] = ()
 
     @property
     def orientation(self) -> np.ndarray:

@@ -55,3 +55,8 @@ def colour_of(organ: int) -> tuple[float, float, float]:
         return tuple(int(ORGAN_COLOURS[organ - 1][start : start + 2], 16) / 255 for start in (1, 3, 5))
     beyond = organ - len(ORGAN_COLOURS) - 1
     return colorsys.hsv_to_rgb(beyond * GOLDEN_RATIO % 1, (0.45, 0.9, 0.7)[beyond % 3], (0.95, 0.8, 0.6)[beyond % 3])
+
+
+def rgb_of(organ: int) -> tuple[int, int, int]:
+    """Return an organ's colour as red, green, blue in 0..255; raises as `colour_of`."""
+    return tuple(round(255 * part) for part in colour_of(organ))

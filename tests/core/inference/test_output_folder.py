@@ -11,6 +11,7 @@ from helpers import files_in
 
 from core.inference.measures import Measures
 from core.inference.output_folder import OutputFolder
+from core.inference.stages import Segmentation
 from core.inference.volumes_table import write_volumes
 from core.scans.crop import whole_box
 
@@ -176,7 +177,7 @@ def test_no_process_loses_the_rows_of_another(output):
 
 
 def test_a_case_is_finished_when_all_that_is_wanted_is_there(output):
-    with_probabilities = OutputFolder(output.path, probabilities=True)
+    with_probabilities = OutputFolder(output.path, ["--probabilities"])
     cases = {case: Path(case) for case in ("half", "none", "whole")}
     for name in ("half.nii.gz", "whole.nii.gz", "whole_probabilities.nii.gz", "none_probabilities.nii.gz"):
         (output.path / name).write_text("")
@@ -229,9 +230,10 @@ def test_probabilities_need_room(output, monkeypatch):
     class Grid:
         shape = (200, 200, 60)
 
+    scan = Segmentation("one", Path("one.nii.gz"), Grid(), whole_box(Grid.shape))
     monkeypatch.setattr("core.system.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
     # 200 * 200 * 60 voxels of 4 classes, 2 bytes each: 0.018 GiB.
     with pytest.raises(OSError, match=r"out: has 0.00 GiB free, but the probabilities of one needs 0.02 GiB"):
-        OutputFolder(output.path, probabilities=True).write_probabilities(
-            "one", np.zeros((4, 1, 1, 1)), Grid(), whole_box(Grid.shape)
+        OutputFolder(output.path, ["--probabilities"]).write_extras(
+            scan, np.zeros((4, 1, 1, 1)), np.zeros(1, np.uint8), ORGANS, ""
         )

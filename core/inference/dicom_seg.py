@@ -1,0 +1,136 @@
+"""A label map as DICOM Segmentation: a segment for each organ, on the slices of the series, for PACS and viewers.
+
+Needs highdicom. Names of organs become SNOMED CT codes where DICOM lists one, with right and left as modifiers.
+PS3.3 and PS3.16 below are parts of the DICOM standard.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from core.scans.dicom_header import decode_errors
+from core.scans.dicom_slice import Slice
+from core.scans.geometry import Geometry
+from core.scans.organ_colours import rgb_of
+from core.scans.organ_words import OTHER_SIDE, standard_name
+from core.system.exits import one_line
+from core.system.files import whole_file
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+    from pydicom.sr.coding import Code
+
+MAKER, DESCRIPTION, SERIES_NUMBER = "Abdominal organ segmentation with V-Net", "Organs, segmented by V-Net", 9000
+UTF_8 = "ISO_IR 192"  # as DICOM calls it
+# What every object of a patient's study must have, but may be empty (PS3.3 C.7.1.1 and C.7.2.1).
+MAY_BE_EMPTY = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "ReferringPhysicianName",
+)  # fmt: skip
+OWN_CODES = "99ORGANS"  # the coding scheme of organs that DICOM has no code for; 99 marks private ones (PS3.3 8.2)
+
+
+def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[str], network: str, path: Path) -> None:
+    """Write labels, (X, Y, Z) ids, as a DICOM Segmentation; an organ's segment number is its id.
+
+    Args:
+        labels: in RAS+ order.
+        geometry: of the DICOM series.
+        organs: names by id, background first.
+        network: fingerprint of the network that made them, in hexadecimal.
+        path: the file.
+
+    Raises:
+        OSError: when the file cannot be written.
+        ValueError: when the series lacks what the object must copy from it.
+    """
+    import highdicom
+
+    logging.getLogger("highdicom").setLevel(logging.ERROR)  # or it tells that no organ was found
+    stack = geometry.from_ras(labels).transpose(2, 1, 0)  # (slice, row, column)
+    try:
+        sources, frames = read_sources(geometry.slices)
+        segmentation = highdicom.seg.Segmentation(
+            source_images=sources,
+            pixel_array=np.ascontiguousarray(stack[frames]),
+            segmentation_type="BINARY",
+            segment_descriptions=[describe(organ, name, network) for organ, name in enumerate(organs) if organ],
+            series_instance_uid=highdicom.UID(),
+            series_number=SERIES_NUMBER,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer=MAKER,
+            manufacturer_model_name="V-Net",
+            software_versions=network or "unknown",
+            device_serial_number="none",
+            content_label="ORGANS",
+            series_description=DESCRIPTION,
+        )
+    except decode_errors() as error:
+        raise ValueError(f"no DICOM Segmentation can be made of this series ({one_line(error)})") from error
+    segmentation.SpecificCharacterSet = UTF_8  # an organ's name may need more letters than the patient's
+    with whole_file(path) as temporary:
+        segmentation.save_as(temporary)
+
+
+def read_sources(slices: Sequence[Slice]) -> tuple[list["Dataset"], list[int]]:
+    """Read the headers of the slices' files; return them, and for each of their frames the number of its slice."""
+    sources = {one.path: read_source(one.path) for one in slices}
+    for header in sources.values():
+        if not header.get("SliceThickness"):
+            header.SliceThickness = float(np.linalg.norm(slices[1].position - slices[0].position))
+    order = sorted(range(len(slices)), key=lambda k: (list(sources).index(slices[k].path), slices[k].frame))
+    return list(sources.values()), order
+
+
+def read_source(path: Path) -> "Dataset":
+    """Read a file's header, and fill in what anonymisation removed and DICOM requires."""
+    import pydicom
+
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        if not header.get(keyword):
+            setattr(header, keyword, header.file_meta.get(f"MediaStorage{keyword}", ""))
+    for keyword in MAY_BE_EMPTY:
+        if keyword not in header:
+            setattr(header, keyword, None)
+    return header
+
+
+def describe(organ: int, name: str, network: str) -> "Dataset":
+    """Describe the segment of an organ: name, code, colour, and the network that found it."""
+    import highdicom
+    from pydicom.sr.codedict import codes
+
+    kind, side = code_of(name)
+    made_by = highdicom.AlgorithmIdentificationSequence("V-Net", codes.DCM.ArtificialIntelligence, network or "unknown")
+    segment = highdicom.seg.SegmentDescription(
+        segment_number=organ,
+        segment_label=name[:64],
+        segmented_property_category=codes.SCT.AnatomicalStructure,
+        segmented_property_type=kind,
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=made_by,
+        display_color=highdicom.color.CIELabColor.from_rgb(*rgb_of(organ)),
+    )
+    if side:
+        modifier = highdicom.sr.CodedConcept(side.value, side.scheme_designator, side.meaning)
+        segment.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
+    return segment
+
+
+def code_of(name: str) -> tuple["Code", "Code | None"]:
+    """Return the code of an organ, and that of its side; a private code for an organ that DICOM does not list."""
+    from pydicom.sr.codedict import Code, codes
+
+    words = standard_name(name).split()
+    sides = [word for word in words if word in OTHER_SIDE]
+    keyword = "".join(word.capitalize() for word in words if word not in OTHER_SIDE)
+    try:
+        kind = getattr(codes.SCT, keyword)
+    except AttributeError:
+        return Code("_".join(words)[:16], OWN_CODES, name[:64]), None
+    return kind, getattr(codes.SCT, sides[0].capitalize()) if len(sides) == 1 else None

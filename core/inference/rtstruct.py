@@ -1,0 +1,155 @@
+"""A label map as RT Structure Set: closed contours of each organ in mm, slice by slice, for treatment planning systems.
+
+A contour runs half a voxel outside of the outermost voxels' centres, so that it encloses exactly the organ's voxels.
+Holes are contours of their own: what lies within an even number of an organ's contours is not the organ.
+"""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from core.inference.dicom_seg import DESCRIPTION, MAKER, MAY_BE_EMPTY, SERIES_NUMBER, UTF_8, read_source
+from core.scans.dicom_header import decode_errors
+from core.scans.dicom_slice import Slice
+from core.scans.geometry import Geometry
+from core.scans.organ_colours import rgb_of
+from core.system.exits import one_line
+from core.system.files import whole_file
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+RT_STRUCTURE_SET, STUDY_CLASS = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.3.1.2.3.1"
+COPIED = (*MAY_BE_EMPTY, "StudyInstanceUID", "FrameOfReferenceUID", "PositionReferenceIndicator")
+
+
+def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[str], network: str, path: Path) -> None:
+    """Write labels, (X, Y, Z) ids, as an RT Structure Set of the organs found; an organ's ROI number is its id.
+
+    Args:
+        labels: in RAS+ order.
+        geometry: of the DICOM series.
+        organs: names by id, background first.
+        network: fingerprint of the network that made them, in hexadecimal.
+        path: the file.
+
+    Raises:
+        OSError: when the file cannot be written.
+        ValueError: when the series lacks what the object must copy from it.
+    """
+    stack = geometry.from_ras(labels).transpose(2, 1, 0)  # (slice, row, column)
+    try:
+        sources = {one.path: read_source(one.path) for one in geometry.slices}
+        source = sources[geometry.slices[0].path]
+        images = [reference_to(sources[one.path], one) for one in geometry.slices]
+        structures = structure_set(source, images, network)
+        for organ in np.unique(labels[labels > 0]).tolist():
+            contours = list(contours_of(stack == organ, geometry.slices, images))
+            add_organ(structures, organ, organs[organ], contours)
+        with whole_file(path) as temporary:
+            structures.save_as(temporary, enforce_file_format=True)
+    except decode_errors() as error:
+        raise ValueError(f"no RT Structure Set can be made of this series ({one_line(error)})") from error
+
+
+def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) -> "Dataset":
+    """Make a structure set without organs, of a slice's patient and study, that refers to all slices."""
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    now = datetime.now()
+    date, time, uid = now.strftime("%Y%m%d"), now.strftime("%H%M%S"), generate_uid()
+    series = item(SeriesInstanceUID=source.SeriesInstanceUID, ContourImageSequence=images)
+    study = item(ReferencedSOPClassUID=STUDY_CLASS, ReferencedSOPInstanceUID=source.StudyInstanceUID)
+    study.RTReferencedSeriesSequence = [series]
+    frame = item(FrameOfReferenceUID=source.FrameOfReferenceUID, RTReferencedStudySequence=[study])
+    structures = item(
+        **{keyword: source.get(keyword) for keyword in COPIED},
+        SpecificCharacterSet=UTF_8,
+        SOPClassUID=RT_STRUCTURE_SET,
+        SOPInstanceUID=uid,
+        Modality="RTSTRUCT",
+        SeriesInstanceUID=generate_uid(),
+        SeriesNumber=SERIES_NUMBER,
+        SeriesDescription=DESCRIPTION,
+        InstanceNumber=1,
+        Manufacturer=MAKER,
+        SoftwareVersions=network or "unknown",
+        OperatorsName=None,
+        ApprovalStatus="UNAPPROVED",
+        StructureSetLabel="ORGANS",
+        StructureSetDate=date,
+        StructureSetTime=time,
+        ReferencedFrameOfReferenceSequence=[frame],
+        StructureSetROISequence=[],
+        ROIContourSequence=[],
+        RTROIObservationsSequence=[],
+    )
+    structures.file_meta = FileMetaDataset()
+    structures.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    structures.file_meta.MediaStorageSOPClassUID, structures.file_meta.MediaStorageSOPInstanceUID = (
+        RT_STRUCTURE_SET,
+        uid,
+    )
+    return structures
+
+
+def item(**attributes: Any) -> "Dataset":
+    """Make a DICOM data set of attributes by keyword."""
+    from pydicom import Dataset
+
+    made = Dataset()
+    for keyword, value in attributes.items():
+        setattr(made, keyword, value)
+    return made
+
+
+def reference_to(source: "Dataset", one: Slice) -> "Dataset":
+    """Make a reference to a slice, by its file and, in a file of several, its frame."""
+    reference = item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
+    if one.frames > 1:
+        reference.ReferencedFrameNumber = one.frame + 1
+    return reference
+
+
+def add_organ(structures: "Dataset", organ: int, name: str, contours: Sequence["Dataset"]) -> None:
+    """Add an organ and its contours to a structure set."""
+    frame = structures.FrameOfReferenceUID
+    structures.StructureSetROISequence.append(
+        item(ROINumber=organ, ReferencedFrameOfReferenceUID=frame, ROIName=name, ROIGenerationAlgorithm="AUTOMATIC")
+    )
+    structures.ROIContourSequence.append(
+        item(ReferencedROINumber=organ, ROIDisplayColor=list(rgb_of(organ)), ContourSequence=contours)
+    )
+    structures.RTROIObservationsSequence.append(
+        item(ObservationNumber=organ, ReferencedROINumber=organ, RTROIInterpretedType="ORGAN", ROIInterpreter=None)
+    )
+
+
+def contours_of(mask: np.ndarray, slices: Sequence[Slice], images: Sequence["Dataset"]) -> Iterator["Dataset"]:
+    """Return the contours of a mask, (slice, row, column), slice by slice, each with a reference to its image."""
+    from skimage.measure import find_contours
+
+    for k in np.flatnonzero(mask.any(axis=(1, 2))):
+        one = slices[k]
+        row_mm, column_mm = one.spacing
+        along_row, down_column = one.orientation
+        # A border of background, so that contours close where an organ ends with the image.
+        for contour in find_contours(np.pad(mask[k], 1).astype(np.uint8), 0.5):
+            rows, columns = without_straight_points(contour[:-1] - 1).T
+            points = one.position + np.outer(columns * column_mm, along_row) + np.outer(rows * row_mm, down_column)
+            yield item(
+                ContourImageSequence=[images[k]],
+                ContourGeometricType="CLOSED_PLANAR",
+                NumberOfContourPoints=len(points),
+                ContourData=[f"{mm:.4f}" for mm in points.ravel()],
+            )
+
+
+def without_straight_points(contour: np.ndarray) -> np.ndarray:
+    """Return a closed contour, (N, 2), without the points at which it goes straight on."""
+    before, after = contour - np.roll(contour, 1, axis=0), np.roll(contour, -1, axis=0) - contour
+    return contour[np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 0]
