@@ -26,7 +26,7 @@ from core.config import load_config
 from core.network import build_network
 from core.system.processes import ALONE
 from core.training.run_folder import RunFolder
-from core.training.setup import initialise_output_bias
+from core.training.setup import has_right_gradients, initialise_output_bias
 from core.training.step import PendingLoss
 from core.training.tensorboard import write_scalars
 from dataset import CaseDataset, find_cases
@@ -564,6 +564,21 @@ def test_wrong_settings_are_refused_before_anything_is_written(run, tmp_path, fl
     assert message in err
     assert err.count("\n") == 1  # one sentence
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("memory", ["off", "low"])
+def test_a_cpu_trains_in_bf16_where_its_gradients_are_right(run, tmp_path, memory):
+    flags = ["--epochs", "2", "--workers", "0", "--memory", memory]
+    code, _, err = run(*flags, "--precision", "bf16", folder="bf16")
+    if not has_right_gradients(torch.bfloat16):
+        assert code == 2
+        assert "precision: got bf16 on a CPU whose gradients are wrong in it" in err
+        return
+    assert code == 0, err
+    assert run(*flags, folder="float32")[0] == 0
+    losses = [[float(row["train_loss"]) for row in read_log(tmp_path / name)] for name in ("bf16", "float32")]
+    np.testing.assert_allclose(*losses, rtol=0.01)
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
