@@ -109,7 +109,7 @@ def describe(organ: int, name: str, network: str) -> "Dataset":
     made_by = highdicom.AlgorithmIdentificationSequence("V-Net", codes.DCM.ArtificialIntelligence, network or "unknown")
     segment = highdicom.seg.SegmentDescription(
         segment_number=organ,
-        segment_label=name[:64],
+        segment_label=as_text(name),
         segmented_property_category=codes.SCT.AnatomicalStructure,
         segmented_property_type=kind,
         algorithm_type="AUTOMATIC",
@@ -122,6 +122,11 @@ def describe(organ: int, name: str, network: str) -> "Dataset":
     return segment
 
 
+def as_text(name: str) -> str:
+    """Return a name as a text of DICOM: at most 64 characters, and no backslash, which would end it."""
+    return name.replace("\\", "/")[:64]
+
+
 def code_of(name: str) -> tuple["Code", "Code | None"]:
     """Return the code of an organ, and that of its side; a private code for an organ that DICOM does not list."""
     from pydicom.sr.codedict import Code, codes
@@ -132,5 +137,5 @@ def code_of(name: str) -> tuple["Code", "Code | None"]:
     try:
         kind = getattr(codes.SCT, keyword)
     except AttributeError:
-        return Code("_".join(words)[:16], OWN_CODES, name[:64]), None
+        return Code(as_text("_".join(words))[:16], OWN_CODES, as_text(name)), None
     return kind, getattr(codes.SCT, sides[0].capitalize()) if len(sides) == 1 else None

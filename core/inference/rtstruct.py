@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.inference.dicom_seg import DESCRIPTION, MAKER, MAY_BE_EMPTY, SERIES_NUMBER, UTF_8, read_source
+from core.inference.dicom_seg import DESCRIPTION, MAKER, MAY_BE_EMPTY, SERIES_NUMBER, UTF_8, as_text, read_source
 from core.scans.dicom_header import decode_errors
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
@@ -119,7 +119,12 @@ def add_organ(structures: "Dataset", organ: int, name: str, contours: Sequence["
     """Add an organ and its contours to a structure set."""
     frame = structures.FrameOfReferenceUID
     structures.StructureSetROISequence.append(
-        item(ROINumber=organ, ReferencedFrameOfReferenceUID=frame, ROIName=name, ROIGenerationAlgorithm="AUTOMATIC")
+        item(
+            ROINumber=organ,
+            ReferencedFrameOfReferenceUID=frame,
+            ROIName=as_text(name),
+            ROIGenerationAlgorithm="AUTOMATIC",
+        )
     )
     structures.ROIContourSequence.append(
         item(ReferencedROINumber=organ, ROIDisplayColor=list(rgb_of(organ)), ContourSequence=contours)

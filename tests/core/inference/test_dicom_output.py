@@ -189,14 +189,15 @@ def test_no_organ_found_makes_empty_objects(tmp_path, caplog):
 
 def test_names_in_any_script_come_through(tmp_path):
     geometry = axial(tmp_path / "series", SpecificCharacterSet="ISO_IR 100", PatientName="Müller^Zoë")
-    labels, organs = np.ones(geometry.shape, np.uint8), ("background", "肝臓 Leber ü")
+    labels, organs = np.ones(geometry.shape, np.uint8), ("background", f"肝臓 Leber ü\\{'x' * 80}")
+    name = f"肝臓 Leber ü/{'x' * 53}"
     write_structures(labels, geometry, organs, "", tmp_path / "rtstruct.dcm")
     found = pydicom.dcmread(tmp_path / "rtstruct.dcm")
-    assert (found.PatientName, found.StructureSetROISequence[0].ROIName) == ("Müller^Zoë", organs[1])
+    assert (found.PatientName, found.StructureSetROISequence[0].ROIName) == ("Müller^Zoë", name)
     pytest.importorskip("highdicom")
     write_segmentation(labels, geometry, organs, "", tmp_path / "seg.dcm")
     found = pydicom.dcmread(tmp_path / "seg.dcm")
-    assert (found.PatientName, found.SegmentSequence[0].SegmentLabel) == ("Müller^Zoë", organs[1])
+    assert (found.PatientName, found.SegmentSequence[0].SegmentLabel) == ("Müller^Zoë", name)
 
 
 @pytest.mark.parametrize("missing", ["Study ?Instance ?UID", "Frame ?Of ?Reference ?UID"])
