@@ -13,14 +13,14 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 
 
 def resize(volume: np.ndarray, shape: tuple) -> np.ndarray:
-    """Interpolate (X, Y, Z) linearly along one axis after the other; the outer edges of the voxels stay in place."""
+    """Interpolate (X, Y, Z) linearly, one axis after the other; average where an axis shrinks by more than 2."""
     for axis, n in enumerate(shape):
-        last = volume.shape[axis] - 1
-        place = ((np.arange(n) + 0.5) * (last + 1) / n - 0.5).clip(0, last)
-        low = place.astype(int)
-        share = np.expand_dims(place - low, [other for other in range(3) if other != axis]).astype(np.float32)
-        above = volume.take(np.minimum(low + 1, last), axis)
-        volume = volume.take(low, axis) * (1 - share) + above * share
+        step = volume.shape[axis] / n
+        centres = (np.arange(n) + 0.5) * step - 0.5
+        distances = np.abs(np.arange(volume.shape[axis]) - centres[:, None])
+        weights = (1 - distances / (step if step > 2 else 1)).clip(0)
+        weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+        volume = np.moveaxis(np.tensordot(weights, volume, (1, axis)), 0, axis)
     return volume
 
 
