@@ -5,18 +5,19 @@ PS3.3 and PS3.16 below are parts of the DICOM standard.
 """
 
 import logging
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.scans.dicom_header import decode_errors
+from core.scans.dicom_header import Unfit, decode_errors, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
 from core.scans.organ_colours import rgb_of
 from core.scans.organ_words import OTHER_SIDE, standard_name
-from core.system.exits import one_line
 from core.system.files import whole_file
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ MAY_BE_EMPTY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
+DATE, TIME = r"(\d{8})?", r"(\d{2,6}(\.\d+)?)?"
+FORMS = {"PatientSex": "[MFO]?", "PatientBirthDate": DATE, "StudyDate": DATE, "StudyTime": TIME}  # others are emptied
+REFERRED_TO = ("FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")
 OWN_CODES = "99ORGANS"  # the coding scheme of organs that DICOM has no code for; 99 marks private ones (PS3.3 8.2)
 
 
@@ -50,6 +54,7 @@ def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[
     import highdicom
 
     logging.getLogger("highdicom").setLevel(logging.ERROR)  # or it tells that no organ was found
+    warnings.filterwarnings("ignore", module="highdicom")  # of the patient's name, which must not be printed
     stack = geometry.from_ras(labels).transpose(2, 1, 0)  # (slice, row, column)
     try:
         sources, frames = read_sources(geometry.slices)
@@ -70,8 +75,8 @@ def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[
             series_description=DESCRIPTION,
         )
     except decode_errors() as error:
-        raise ValueError(f"no DICOM Segmentation can be made of this series ({one_line(error)})") from error
-    segmentation.SpecificCharacterSet = UTF_8  # an organ's name may need more letters than the patient's
+        raise ValueError(f"no DICOM Segmentation can be made of this series ({reason(error)})") from error
+    segmentation.SpecificCharacterSet = UTF_8
     with whole_file(path) as temporary:
         segmentation.save_as(temporary)
 
@@ -87,14 +92,29 @@ def read_sources(slices: Sequence[Slice]) -> tuple[list["Dataset"], list[int]]:
 
 
 def read_source(path: Path) -> "Dataset":
-    """Read a file's header, and fill in what anonymisation removed and DICOM requires."""
+    """Read a file's header; empty what anonymisation left invalid, and fill in what DICOM requires.
+
+    Raises:
+        Unfit: when it lacks what the result must refer to.
+    """
     import pydicom
 
     header = pydicom.dcmread(path, stop_before_pixels=True)
     for keyword in ("SOPClassUID", "SOPInstanceUID"):
         if not header.get(keyword):
             setattr(header, keyword, header.file_meta.get(f"MediaStorage{keyword}", ""))
+    for keyword in REFERRED_TO:
+        if not header.get(keyword):
+            raise Unfit(f"it has no {keyword}")
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
+        if not header.get(keyword):  # one of its own, the same for all slices and results
+            entropy = [keyword, str(header.FrameOfReferenceUID)]
+            setattr(header, keyword, pydicom.uid.generate_uid(entropy_srcs=entropy))
+    header.decode()
+    header.SpecificCharacterSet = UTF_8  # an organ's name may need more letters than the patient's
     for keyword in MAY_BE_EMPTY:
+        if not re.fullmatch(FORMS.get(keyword, ".*"), str(header.get(keyword) or "")):
+            header[keyword].value = None
         if keyword not in header:
             setattr(header, keyword, None)
     return header

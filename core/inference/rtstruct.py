@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from core.inference.dicom_seg import DESCRIPTION, MAKER, MAY_BE_EMPTY, SERIES_NUMBER, UTF_8, as_text, read_source
-from core.scans.dicom_header import decode_errors
+from core.scans.dicom_header import decode_errors, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
 from core.scans.organ_colours import rgb_of
-from core.system.exits import one_line
 from core.system.files import whole_file
 
 if TYPE_CHECKING:
@@ -49,16 +48,16 @@ def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[st
         for organ in np.unique(labels[labels > 0]).tolist():
             contours = list(contours_of(stack == organ, geometry.slices, images))
             add_organ(structures, organ, organs[organ], contours)
-        with whole_file(path) as temporary:
-            structures.save_as(temporary, enforce_file_format=True)
     except decode_errors() as error:
-        raise ValueError(f"no RT Structure Set can be made of this series ({one_line(error)})") from error
+        raise ValueError(f"no RT Structure Set can be made of this series ({reason(error)})") from error
+    with whole_file(path) as temporary:
+        structures.save_as(temporary, enforce_file_format=True)
 
 
 def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) -> "Dataset":
     """Make a structure set without organs, of a slice's patient and study, that refers to all slices."""
     from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+    from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 
     now = datetime.now()
     date, time, uid = now.strftime("%Y%m%d"), now.strftime("%H%M%S"), generate_uid()
@@ -89,7 +88,8 @@ def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) 
         RTROIObservationsSequence=[],
     )
     structures.file_meta = FileMetaDataset()
-    structures.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    # Explicit VR holds no contour of more than 65,534 bytes.
+    structures.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     structures.file_meta.MediaStorageSOPClassUID, structures.file_meta.MediaStorageSOPInstanceUID = (
         RT_STRUCTURE_SET,
         uid,

@@ -128,7 +128,9 @@ def test_each_segment_is_its_organ_voxel_for_voxel(read, tmp_path):
     np.testing.assert_allclose(lab, rgb2lab(np.array([0x9D, 0x43, 0x00]) / 255, illuminant="D50"), atol=5)
 
     sources = [pydicom.dcmread(path, stop_before_pixels=True) for path in sorted(folder.glob("*.dcm"))]
-    assert (found.StudyInstanceUID, found.PatientID) == (sources[0].StudyInstanceUID, sources[0].PatientID)
+    assert found.PatientID == sources[0].PatientID
+    # The real series has an empty one.
+    assert found.StudyInstanceUID == (sources[0].StudyInstanceUID or found.StudyInstanceUID) != ""
     referred = {one.ReferencedSOPInstanceUID for one in found.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
     assert referred == {one.file_meta.MediaStorageSOPInstanceUID for one in sources}
 
@@ -200,9 +202,10 @@ def test_names_in_any_script_come_through(tmp_path):
     assert (found.PatientName, found.SegmentSequence[0].SegmentLabel) == ("Müller^Zoë", name)
 
 
-@pytest.mark.parametrize("missing", ["Study ?Instance ?UID", "Frame ?Of ?Reference ?UID"])
-def test_a_series_without_what_the_objects_refer_to_is_refused(tmp_path, missing):
-    geometry = axial(tmp_path / "series", **{missing.replace(" ?", ""): None})
+@pytest.mark.parametrize("empty", [None, ""])
+def test_a_series_without_what_the_objects_refer_to_is_refused(tmp_path, empty):
+    missing = "FrameOfReferenceUID"
+    geometry = axial(tmp_path / "series", FrameOfReferenceUID=empty)
     labels = np.ones(geometry.shape, np.uint8)
     with pytest.raises(ValueError, match=f"^no RT Structure Set can be made of this series .*{missing}"):
         write_structures(labels, geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
@@ -210,3 +213,32 @@ def test_a_series_without_what_the_objects_refer_to_is_refused(tmp_path, missing
     with pytest.raises(ValueError, match=f"^no DICOM Segmentation can be made of this series .*{missing}"):
         write_segmentation(labels, geometry, ORGANS, "", tmp_path / "seg.dcm")
     assert not list(tmp_path.glob("*.dcm"))
+
+
+def test_what_anonymisation_left_invalid_is_emptied_and_nothing_of_the_patient_is_printed(tmp_path, capsys, recwarn):
+    geometry = axial(
+        tmp_path / "series",
+        PatientName="SECRETNAME",
+        PatientBirthDate="1970-01-01",
+        PatientSex="male",
+        StudyTime="12:30",
+    )
+    labels = np.ones(geometry.shape, np.uint8)
+    write_structures(labels, geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
+    pytest.importorskip("highdicom")
+    write_segmentation(labels, geometry, ORGANS, "", tmp_path / "seg.dcm")
+    for name in ("rtstruct.dcm", "seg.dcm"):
+        found = pydicom.dcmread(tmp_path / name)
+        assert (found.PatientName, found.PatientBirthDate, found.PatientSex) == ("SECRETNAME", "", "")
+    assert "SECRET" not in "".join(capsys.readouterr())
+    assert not [one for one in recwarn if "SECRET" in str(one.message)]
+
+
+def test_a_long_contour_keeps_its_type(tmp_path):
+    geometry = axial(tmp_path / "series", Rows=200, Columns=200, PixelData=bytes(2 * 200 * 200))
+    labels = np.indices(geometry.shape).sum(axis=0) % 2  # a chessboard: contours as long as can be
+    labels[::2] = 1
+    write_structures(labels.astype(np.uint8), geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
+    assert (
+        pydicom.dcmread(tmp_path / "rtstruct.dcm").file_meta.TransferSyntaxUID == "1.2.840.10008.1.2"
+    )  # 32-bit lengths
