@@ -10,7 +10,7 @@ SLICER, ITK_SNAP = "organs.ctbl", "organs.label"
 
 
 def write_colour_tables(output: Path, organs: Sequence[str]) -> None:
-    """Write organs.ctbl for 3D Slicer and organs.label for ITK-SNAP, unless they are there already.
+    """Write organs.ctbl for 3D Slicer and organs.label for ITK-SNAP, unless they hold the same already.
 
     Args:
         output: the folder.

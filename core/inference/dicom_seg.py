@@ -4,6 +4,7 @@ Needs highdicom. Names of organs become SNOMED CT codes where DICOM lists one, w
 PS3.3 and PS3.16 below are parts of the DICOM standard.
 """
 
+import hashlib
 import logging
 import re
 import warnings
@@ -151,11 +152,11 @@ def code_of(name: str) -> tuple["Code", "Code | None"]:
     """Return the code of an organ, and that of its side; a private code for an organ that DICOM does not list."""
     from pydicom.sr.codedict import Code, codes
 
-    words = standard_name(name).split()
+    words = re.findall(r"[^\W_]+", standard_name(name).casefold())
     sides = [word for word in words if word in OTHER_SIDE]
     keyword = "".join(word.capitalize() for word in words if word not in OTHER_SIDE)
     try:
         kind = getattr(codes.SCT, keyword)
     except AttributeError:
-        return Code(as_text("_".join(words))[:16], OWN_CODES, as_text(name)), None
+        return Code(hashlib.sha1(name.encode()).hexdigest()[:16], OWN_CODES, as_text(name)), None
     return kind, getattr(codes.SCT, sides[0].capitalize()) if len(sides) == 1 else None

@@ -12,7 +12,7 @@ from pydicom import Dataset
 from scipy import ndimage
 from skimage.color import rgb2lab
 
-from core.inference.dicom_seg import write_segmentation
+from core.inference.dicom_seg import code_of, write_segmentation
 from core.inference.rtstruct import write_structures
 from core.scans.dicom_series import load_series
 from core.scans.geometry import Geometry
@@ -242,3 +242,10 @@ def test_a_long_contour_keeps_its_type(tmp_path):
     assert (
         pydicom.dcmread(tmp_path / "rtstruct.dcm").file_meta.TransferSyntaxUID == "1.2.840.10008.1.2"
     )  # 32-bit lengths
+
+
+def test_codes_of_organs_in_any_spelling_never_collide():
+    assert [code.meaning for code in code_of("lung_left")] == ["Lung", "Left"]
+    upper = [code_of(f"lung_upper_lobe_{side}")[0] for side in ("left", "right")]
+    assert upper[0].value != upper[1].value
+    assert all(len(code.value) == 16 and code.scheme_designator == "99ORGANS" for code in upper)
