@@ -78,8 +78,23 @@ def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[
     except decode_errors() as error:
         raise ValueError(f"no DICOM Segmentation can be made of this series ({reason(error)})") from error
     segmentation.SpecificCharacterSet = UTF_8
-    with whole_file(path) as temporary:
-        segmentation.save_as(temporary)
+    save(segmentation, path)
+
+
+def save(made: "Dataset", path: Path) -> None:
+    """Write a DICOM object, whole.
+
+    Raises:
+        OSError: when the file cannot be written.
+        ValueError: when a value that was copied from the series cannot be.
+    """
+    try:
+        with whole_file(path) as temporary:
+            made.save_as(temporary, enforce_file_format=True)
+    except OSError:
+        raise
+    except decode_errors() as error:
+        raise ValueError(f"{path.name}: a value of the series cannot be written ({reason(error)})") from error
 
 
 def read_sources(slices: Sequence[Slice]) -> tuple[list["Dataset"], list[int]]:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.inference.dicom_seg import DESCRIPTION, MAKER, MAY_BE_EMPTY, SERIES_NUMBER, UTF_8, as_text, read_source
+from core.inference.dicom_seg import DESCRIPTION, MAKER, MAY_BE_EMPTY, SERIES_NUMBER, UTF_8, as_text, read_source, save
 from core.scans.dicom_header import decode_errors, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
 from core.scans.organ_colours import rgb_of
-from core.system.files import whole_file
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -50,8 +49,7 @@ def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[st
             add_organ(structures, organ, organs[organ], contours)
     except decode_errors() as error:
         raise ValueError(f"no RT Structure Set can be made of this series ({reason(error)})") from error
-    with whole_file(path) as temporary:
-        structures.save_as(temporary, enforce_file_format=True)
+    save(structures, path)
 
 
 def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) -> "Dataset":
