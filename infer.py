@@ -33,9 +33,8 @@ from core.inference.restoring import restore_labels
 from core.inference.stages import Segmentation, run_overlapped
 from core.scans.nifti import Reading
 from core.scans.typical import differences
-from core.scans.volumes import prepare_image, save_label_map
+from core.scans.volumes import prepare_image
 from core.system.exits import DONE, REFUSED, USAGE, print_stderr, refusing, run_command
-from core.system.files import whole_file
 from core.system.processes import join_group, leave_group, own_device
 from core.training.setup import choose_device
 
@@ -113,12 +112,7 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     if not torch.isfinite(logits).all():
         raise ValueError("the network's output is not finite, so that no label map can be made of it")
     labels = restore_labels(logits, scan.box, geometry.shape, inference.largest_piece)  # (X, Y, Z) uint8
-    output.write_extras(scan, logits, labels, organs, inference.fingerprint)
-    # The label map shows that the case is done, so it is moved to its place last. It is completely on the disk before
-    # the volumes are written: almost nothing can fail between the two.
-    with whole_file(output.label_map(scan.case)) as temporary:
-        save_label_map(labels, geometry, temporary, organs, inference.fingerprint)
-        output.write_tables(scan, labels, organs)
+    output.write(scan, logits, labels, organs, inference.fingerprint)
 
 
 # ---- All scans -------------------------------------------------------------------------------------------------------

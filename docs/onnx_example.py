@@ -24,6 +24,8 @@ def resize(volume: np.ndarray, shape: tuple) -> np.ndarray:
     return volume
 
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 model, scan_path, output = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}

@@ -42,6 +42,7 @@ from torch.nn import functional as F
 import infer
 from core.checkpoint import load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
+from core.inference import output_folder
 from core.inference.output_folder import OutputFolder
 from core.network import build_network
 from core.scans.crop import whole_box
@@ -650,7 +651,7 @@ def test_a_case_that_cannot_be_written_leaves_neither_files_nor_rows(run, scans,
     out = tmp_path / "out"
     assert run(scans)[0] == 0
     earlier = (out / "two.nii.gz").read_bytes()
-    owner = {"replace": os, "write_tables": OutputFolder, "save_label_map": infer}[step]
+    owner = {"replace": os, "write_tables": OutputFolder, "save_label_map": output_folder}[step]
     real_step = getattr(owner, step)
 
     def fail_for_two(*arguments):
@@ -815,7 +816,8 @@ def test_dicom_segments_and_contours_beside_the_label_map(run, series, tmp_path)
         voxels[groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber] += int(np.count_nonzero(frame))
     assert voxels == Counter(labels[labels > 0].tolist())
     structures = pydicom.dcmread(out / "p1_rtstruct.dcm")
-    assert {one.ROIName for one in structures.StructureSetROISequence} == {ORGANS[i] for i in voxels}
+    drawn = {one.ReferencedROINumber for one in structures.ROIContourSequence if "ContourSequence" in one}
+    assert drawn == set(voxels)
 
     assert run(series, "--dicom-seg", "--rtstruct", "--skip-existing")[1].startswith("0 of 0 scans")
     (out / "p1_seg.dcm").unlink()
@@ -1072,7 +1074,7 @@ def test_a_scan_that_had_too_little_memory_is_done_again(run, many, monkeypatch)
 def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypatch, network_runs):
     """Ctrl-C reaches the main thread, which the network runs in, or which waits for the writing."""
     writing, predicted = threading.Event(), threading.Event()
-    predict, save = infer.predict, infer.save_label_map
+    predict, save = infer.predict, output_folder.save_label_map
 
     def predict_2(inference, scan):
         if scan.case == "2" and network_runs:
@@ -1093,7 +1095,7 @@ def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypat
         save(labels, geometry, path, *named)
 
     monkeypatch.setattr(infer, "predict", predict_2)
-    monkeypatch.setattr(infer, "save_label_map", save_1)
+    monkeypatch.setattr(output_folder, "save_label_map", save_1)
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         run(many)

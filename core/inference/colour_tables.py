@@ -1,28 +1,19 @@
 """Organ names and colours beside the label maps, for programs that do not read them from the label maps themselves."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from core.scans.organ_colours import rgb_of
-from core.system.files import read_text, write_text
 
 SLICER, ITK_SNAP = "organs.ctbl", "organs.label"
 
 
-def write_colour_tables(output: Path, organs: Sequence[str]) -> None:
-    """Write organs.ctbl for 3D Slicer and organs.label for ITK-SNAP, unless they hold the same already.
+def colour_tables(organs: Sequence[str]) -> dict[str, str]:
+    """Return the text of organs.ctbl for 3D Slicer and organs.label for ITK-SNAP, by file name.
 
     Args:
-        output: the folder.
         organs: names by id, background first.
-
-    Raises:
-        OSError, ValueError: when they cannot be read or written.
     """
-    for name, text in ((SLICER, slicer_table(organs)), (ITK_SNAP, itk_snap_table(organs))):
-        path = output / name
-        if not path.is_file() or read_text(path) != text:
-            write_text(path, text)
+    return {SLICER: slicer_table(organs), ITK_SNAP: itk_snap_table(organs)}
 
 
 def slicer_table(organs: Sequence[str]) -> str:

@@ -14,28 +14,40 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.scans.dicom_header import Unfit, decode_errors, reason
+from core.inference.dicom_source import (
+    DESCRIPTION,
+    MAKER,
+    SERIES_NUMBER,
+    UTF_8,
+    as_text,
+    item,
+    read_sources,
+    reference_to,
+    save,
+)
+from core.scans.dicom_header import CT_IMAGE, decode_errors, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
 from core.scans.organ_colours import rgb_of
 from core.scans.organ_words import OTHER_SIDE, standard_name
-from core.system.files import whole_file
 
 if TYPE_CHECKING:
     from pydicom import Dataset
     from pydicom.sr.coding import Code
 
-MAKER, DESCRIPTION, SERIES_NUMBER = "Abdominal organ segmentation with V-Net", "Organs, segmented by V-Net", 9000
-UTF_8 = "ISO_IR 192"  # as DICOM calls it
-# What every object of a patient's study must have, but may be empty (PS3.3 C.7.1.1 and C.7.2.1).
-MAY_BE_EMPTY = (
-    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
-    "AccessionNumber", "ReferringPhysicianName",
-)  # fmt: skip
-DATE, TIME = r"(\d{8})?", r"(\d{2,6}(\.\d+)?)?"
-FORMS = {"PatientSex": "[MFO]?", "PatientBirthDate": DATE, "StudyDate": DATE, "StudyTime": TIME}  # others are emptied
-REFERRED_TO = ("FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")
 OWN_CODES = "99ORGANS"  # the coding scheme of organs that DICOM has no code for; 99 marks private ones (PS3.3 8.2)
+ABOUT = {
+    "manufacturer": MAKER,
+    "manufacturer_model_name": "V-Net",
+    "device_serial_number": "none",
+    "content_label": "ORGANS",
+    "series_description": DESCRIPTION,
+    "series_number": SERIES_NUMBER,
+    "instance_number": 1,
+}
+OF_SEVERAL_FRAMES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "NumberOfFrames")
+# Words of a name that is no organ, but a disease in it.
+LESIONS = {"tumor", "tumour", "lesion", "cyst", "metastasis", "metastases", "cancer", "carcinoma", "nodule", "mass"}
 
 
 def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[str], network: str, path: Path) -> None:
@@ -57,83 +69,63 @@ def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[
     logging.getLogger("highdicom").setLevel(logging.ERROR)  # or it tells that no organ was found
     warnings.filterwarnings("ignore", module="highdicom")  # of the patient's name, which must not be printed
     stack = geometry.from_ras(labels).transpose(2, 1, 0)  # (slice, row, column)
+    # DICOM knows no segmentation without a frame: where no organ was found, those of the first slice are empty.
+    slices = geometry.slices if stack.any() else geometry.slices[:1]
+    sources = read_sources(geometry.slices)
+    gap_mm = float(np.linalg.norm(geometry.slices[1].position - geometry.slices[0].position))
+    segments = [describe(organ, name, network) for organ, name in enumerate(organs) if organ]
+    stand_ins = [as_single_slice(sources[one.path], one, gap_mm) for one in slices]
     try:
-        sources, frames = read_sources(geometry.slices)
         segmentation = highdicom.seg.Segmentation(
-            source_images=sources,
-            pixel_array=np.ascontiguousarray(stack[frames]),
+            source_images=stand_ins,
+            pixel_array=np.ascontiguousarray(stack[: len(slices)]),
             segmentation_type="BINARY",
-            segment_descriptions=[describe(organ, name, network) for organ, name in enumerate(organs) if organ],
+            segment_descriptions=segments,
             series_instance_uid=highdicom.UID(),
-            series_number=SERIES_NUMBER,
             sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer=MAKER,
-            manufacturer_model_name="V-Net",
+            **ABOUT,
             software_versions=network or "unknown",
-            device_serial_number="none",
-            content_label="ORGANS",
-            series_description=DESCRIPTION,
         )
     except decode_errors() as error:
         raise ValueError(f"no DICOM Segmentation can be made of this series ({reason(error)})") from error
+    refer_to(segmentation, stand_ins, [reference_to(sources[one.path], one) for one in slices])
     segmentation.SpecificCharacterSet = UTF_8
     save(segmentation, path)
 
 
-def save(made: "Dataset", path: Path) -> None:
-    """Write a DICOM object, whole.
+def as_single_slice(source: "Dataset", one: Slice, gap_mm: float) -> "Dataset":
+    """Return a slice's header as that of a file of its own, with an identity that `refer_to` replaces.
 
-    Raises:
-        OSError: when the file cannot be written.
-        ValueError: when a value that was copied from the series cannot be.
+    highdicom accepts one multi-frame file, of one acquisition, or files of one slice; series are of all kinds.
     """
-    try:
-        with whole_file(path) as temporary:
-            made.save_as(temporary, enforce_file_format=True)
-    except OSError:
-        raise
-    except decode_errors() as error:
-        raise ValueError(f"{path.name}: a value of the series cannot be written ({reason(error)})") from error
+    from pydicom.uid import generate_uid
 
-
-def read_sources(slices: Sequence[Slice]) -> tuple[list["Dataset"], list[int]]:
-    """Read the headers of the slices' files; return them, and for each of their frames the number of its slice."""
-    sources = {one.path: read_source(one.path) for one in slices}
-    for header in sources.values():
-        if not header.get("SliceThickness"):
-            header.SliceThickness = float(np.linalg.norm(slices[1].position - slices[0].position))
-    order = sorted(range(len(slices)), key=lambda k: (list(sources).index(slices[k].path), slices[k].frame))
-    return list(sources.values()), order
-
-
-def read_source(path: Path) -> "Dataset":
-    """Read a file's header; empty what anonymisation left invalid, and fill in what DICOM requires.
-
-    Raises:
-        Unfit: when it lacks what the result must refer to.
-    """
-    import pydicom
-
-    header = pydicom.dcmread(path, stop_before_pixels=True)
-    for keyword in ("SOPClassUID", "SOPInstanceUID"):
-        if not header.get(keyword):
-            setattr(header, keyword, header.file_meta.get(f"MediaStorage{keyword}", ""))
-    for keyword in REFERRED_TO:
-        if not header.get(keyword):
-            raise Unfit(f"it has no {keyword}")
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
-        if not header.get(keyword):  # one of its own, the same for all slices and results
-            entropy = [keyword, str(header.FrameOfReferenceUID)]
-            setattr(header, keyword, pydicom.uid.generate_uid(entropy_srcs=entropy))
-    header.decode()
-    header.SpecificCharacterSet = UTF_8  # an organ's name may need more letters than the patient's
-    for keyword in MAY_BE_EMPTY:
-        if not re.fullmatch(FORMS.get(keyword, ".*"), str(header.get(keyword) or "")):
-            header[keyword].value = None
-        if keyword not in header:
-            setattr(header, keyword, None)
+    header = item(
+        SOPClassUID=CT_IMAGE,
+        SOPInstanceUID=generate_uid(),
+        ImagePositionPatient=[f"{mm:.10g}" for mm in one.position],
+        ImageOrientationPatient=[f"{cosine:.10g}" for cosine in one.orientation.ravel()],
+        PixelSpacing=[f"{mm:.10g}" for mm in one.spacing],
+        SliceThickness=source.get("SliceThickness") or f"{gap_mm:.10g}",
+    )
+    for element in source:
+        if element.tag not in header and element.keyword not in OF_SEVERAL_FRAMES:
+            header.add(element)
     return header
+
+
+def refer_to(segmentation: "Dataset", stand_ins: Sequence["Dataset"], slices: Sequence["Dataset"]) -> None:
+    """Put references to the slices in place of those to their stand-ins."""
+    references = {one.SOPInstanceUID: reference for one, reference in zip(stand_ins, slices, strict=True)}
+    for groups in segmentation.PerFrameFunctionalGroupsSequence:
+        for derivation in groups.get("DerivationImageSequence") or ():
+            for image in derivation.SourceImageSequence:
+                # The organs' frames of a slice share one item, in which it is done already.
+                image.update(references.get(image.ReferencedSOPInstanceUID, {}))
+    files = {one.ReferencedSOPInstanceUID: one.ReferencedSOPClassUID for one in slices}
+    segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence = [
+        item(ReferencedSOPClassUID=kind, ReferencedSOPInstanceUID=uid) for uid, kind in files.items()
+    ]
 
 
 def describe(organ: int, name: str, network: str) -> "Dataset":
@@ -146,7 +138,7 @@ def describe(organ: int, name: str, network: str) -> "Dataset":
     segment = highdicom.seg.SegmentDescription(
         segment_number=organ,
         segment_label=as_text(name),
-        segmented_property_category=codes.SCT.AnatomicalStructure,
+        segmented_property_category=category_of(name),
         segmented_property_type=kind,
         algorithm_type="AUTOMATIC",
         algorithm_identification=made_by,
@@ -158,9 +150,12 @@ def describe(organ: int, name: str, network: str) -> "Dataset":
     return segment
 
 
-def as_text(name: str) -> str:
-    """Return a name as a text of DICOM: at most 64 characters, and no backslash, which would end it."""
-    return name.replace("\\", "/")[:64]
+def category_of(name: str) -> "Code":
+    """Return the code of what a name is: an organ, or a disease in it."""
+    from pydicom.sr.codedict import codes
+
+    words = set(re.findall(r"[^\W_]+", name.casefold()))
+    return codes.SCT.MorphologicallyAbnormalStructure if words & LESIONS else codes.SCT.AnatomicalStructure
 
 
 def code_of(name: str) -> tuple["Code", "Code | None"]:

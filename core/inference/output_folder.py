@@ -1,21 +1,24 @@
 """The output folder of infer.py: label maps, what is written beside each, and tables of all cases.
 
-Every file is replaced whole, and one process at a time changes volumes.csv, so several may share a folder. The label
-map shows that a case is done: it is written last, and it is renamed when the case fails.
+Every file is replaced whole, and one process at a time changes a table, so several may share a folder. A case's files
+are moved to their places together, when all of them are on the disk: the label map, which shows that the case is done,
+last. They are renamed when the case fails.
 """
 
 import math
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from core.inference.colour_tables import write_colour_tables
+from core.inference.colour_tables import ITK_SNAP, SLICER, colour_tables
 from core.inference.dicom_seg import write_segmentation
+from core.inference.dicom_source import read_sources
 from core.inference.inputs import named_case
 from core.inference.measures import measure_organs
 from core.inference.rtstruct import write_structures
@@ -23,9 +26,9 @@ from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
 from core.scans.files import listed
 from core.scans.organ_names import read_network
-from core.scans.volumes import save_probabilities
+from core.scans.volumes import save_label_map, save_probabilities
 from core.system.exits import one_line, print_error, print_warning
-from core.system.files import check_room, locked
+from core.system.files import check_room, locked, read_text, whole_file, write_text
 
 BLOCK_BYTES = 4096  # of a disk; a full disk cannot store one more
 # What is written beside a case's label map, if asked for: the flag, and the end of the file's name.
@@ -130,22 +133,21 @@ class OutputFolder:
         """Refuse a scan, once it is read, whose results cannot be written as asked for.
 
         Raises:
-            ValueError: when it is a sheared series and DICOM is wanted.
+            ValueError: when DICOM is wanted of a sheared series, or of one whose slices it cannot refer to.
         """
-        if (
-            scan.geometry.slices
-            and scan.geometry.header["qform_code"] == 0
-            and {SEGMENTATION, STRUCTURES} & {*self.extras}
-        ):
+        wanted = sorted({SEGMENTATION, STRUCTURES} & {*self.extras})
+        if wanted and scan.geometry.header["qform_code"] == 0:
             raise ValueError(
                 "its slices are sheared (tilted gantry), which viewers show wrongly under DICOM segments and contours; "
-                f"leave out {' and '.join(sorted({SEGMENTATION, STRUCTURES} & {*self.extras}))}"
+                f"leave out {' and '.join(wanted)}"
             )
+        if wanted:
+            read_sources(scan.geometry.slices)
 
-    def write_extras(
+    def write(
         self, scan: Segmentation, logits: Tensor, labels: np.ndarray, organs: Sequence[str], network: str
     ) -> None:
-        """Write what is wanted beside a case's label map; rename earlier files of what is not.
+        """Write a case's label map, what is wanted beside it, and the tables.
 
         Args:
             scan: the case.
@@ -156,27 +158,54 @@ class OutputFolder:
 
         Raises:
             OSError: when a file cannot be written, or the disk has no room for the probabilities.
-            ValueError: when a DICOM series lacks what is copied from it.
+            ValueError: when a DICOM series lacks what is copied from it, or a table is another kind of table.
         """
-        for flag in EXTRAS:
-            path = extra_path(self.path, scan.case, flag)
-            if flag not in self.extras:
-                rename_old(path, f"case {scan.case}: without {flag}")
-            elif flag == PROBABILITIES:
-                needed = PROBABILITY_BYTES * len(logits) * math.prod(scan.geometry.shape)
-                check_room(self.path, needed, f"the probabilities of {scan.case}")
-                save_probabilities(logits, scan.geometry, scan.box, path)
-            else:
-                write = write_segmentation if flag == SEGMENTATION else write_structures
-                write(labels, scan.geometry, organs, network, path)
+        with whole_file(self.label_map(scan.case)) as label_map, ExitStack() as moves:
+            for flag in EXTRAS:
+                path = extra_path(self.path, scan.case, flag)
+                if flag in self.extras:
+                    temporary = moves.enter_context(whole_file(path))
+                    self.write_extra(flag, temporary, scan, logits, labels, organs, network)
+                else:
+                    rename_old(path, f"case {scan.case}: without {flag}")
+            save_label_map(labels, scan.geometry, label_map, organs, network)
+            self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
+
+    def write_extra(
+        self,
+        flag: str,
+        path: Path,
+        scan: Segmentation,
+        logits: Tensor,
+        labels: np.ndarray,
+        organs: Sequence[str],
+        network: str,
+    ) -> None:
+        """Write what a flag of EXTRAS adds to a label map; arguments and errors as `write`."""
+        if flag == PROBABILITIES:
+            needed = PROBABILITY_BYTES * len(logits) * math.prod(scan.geometry.shape)
+            check_room(self.path, needed, f"the probabilities of {scan.case}")
+            save_probabilities(logits, scan.geometry, scan.box, path)
+        elif flag == SEGMENTATION:
+            write_segmentation(labels, scan.geometry, organs, network, path)
+        else:
+            write_structures(labels, scan.geometry, organs, network, path)
 
     def write_tables(self, scan: Segmentation, labels: np.ndarray, organs: Sequence[str]) -> None:
         """Write organ names and colours, and into volumes.csv what is measured in a scan's labels, (X, Y, Z) ids.
 
+        Tables of other organs' colours are renamed to *.old.
+
         Raises:
             OSError, ValueError: when a table cannot be read or written, or is another kind of table.
         """
-        write_colour_tables(self.path, organs)
+        with locked(self.path / VOLUMES_LOCK):
+            for name, text in colour_tables(organs).items():
+                path = self.path / name
+                if path.is_file() and read_text(path) != text:
+                    rename_old(path, "it holds other organs or colours")
+                if not path.is_file():
+                    write_text(path, text)
         measured = measure_organs(labels, scan.hu, scan.box, scan.geometry, organs)
         scan.hu = None
         write_volumes(self.path, scan.case, measured, organs)
@@ -278,6 +307,9 @@ def check_paths_are_free(output: Path, cases: dict[str, Path]) -> None:
     Raises:
         OSError, ValueError: when a folder, a scan itself or a table of another kind has a result's name.
     """
+    for name in (SLICER, ITK_SNAP):
+        if (output / name).is_dir():
+            raise ValueError(f"{output / name}: is a folder where a table is to be written; move it away")
     for case, scan in cases.items():
         for path in (label_map_path(output, case), *(extra_path(output, case, flag) for flag in EXTRAS)):
             if path.is_dir():

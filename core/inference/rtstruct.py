@@ -7,11 +7,22 @@ Holes are contours of their own: what lies within an even number of an organ's c
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.inference.dicom_seg import DESCRIPTION, MAKER, MAY_BE_EMPTY, SERIES_NUMBER, UTF_8, as_text, read_source, save
+from core.inference.dicom_source import (
+    DESCRIPTION,
+    MAKER,
+    MAY_BE_EMPTY,
+    SERIES_NUMBER,
+    UTF_8,
+    as_text,
+    item,
+    read_sources,
+    reference_to,
+    save,
+)
 from core.scans.dicom_header import decode_errors, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
@@ -25,7 +36,9 @@ COPIED = (*MAY_BE_EMPTY, "StudyInstanceUID", "FrameOfReferenceUID", "PositionRef
 
 
 def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[str], network: str, path: Path) -> None:
-    """Write labels, (X, Y, Z) ids, as an RT Structure Set of the organs found; an organ's ROI number is its id.
+    """Write labels, (X, Y, Z) ids, as an RT Structure Set; an organ's ROI number is its id.
+
+    An organ that was not found has no contours.
 
     Args:
         labels: in RAS+ order.
@@ -39,14 +52,13 @@ def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[st
         ValueError: when the series lacks what the object must copy from it.
     """
     stack = geometry.from_ras(labels).transpose(2, 1, 0)  # (slice, row, column)
+    sources = read_sources(geometry.slices)
     try:
-        sources = {one.path: read_source(one.path) for one in geometry.slices}
         source = sources[geometry.slices[0].path]
         images = [reference_to(sources[one.path], one) for one in geometry.slices]
         structures = structure_set(source, images, network)
-        for organ in np.unique(labels[labels > 0]).tolist():
-            contours = list(contours_of(stack == organ, geometry.slices, images))
-            add_organ(structures, organ, organs[organ], contours)
+        for organ, name in enumerate(organs[1:], start=1):
+            add_organ(structures, organ, name, list(contours_of(stack == organ, geometry.slices, images)))
     except decode_errors() as error:
         raise ValueError(f"no RT Structure Set can be made of this series ({reason(error)})") from error
     save(structures, path)
@@ -95,24 +107,6 @@ def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) 
     return structures
 
 
-def item(**attributes: Any) -> "Dataset":
-    """Make a DICOM data set of attributes by keyword."""
-    from pydicom import Dataset
-
-    made = Dataset()
-    for keyword, value in attributes.items():
-        setattr(made, keyword, value)
-    return made
-
-
-def reference_to(source: "Dataset", one: Slice) -> "Dataset":
-    """Make a reference to a slice, by its file and, in a file of several, its frame."""
-    reference = item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
-    if one.frames > 1:
-        reference.ReferencedFrameNumber = one.frame + 1
-    return reference
-
-
 def add_organ(structures: "Dataset", organ: int, name: str, contours: Sequence["Dataset"]) -> None:
     """Add an organ and its contours to a structure set."""
     frame = structures.FrameOfReferenceUID
@@ -124,9 +118,10 @@ def add_organ(structures: "Dataset", organ: int, name: str, contours: Sequence["
             ROIGenerationAlgorithm="AUTOMATIC",
         )
     )
-    structures.ROIContourSequence.append(
-        item(ReferencedROINumber=organ, ROIDisplayColor=list(rgb_of(organ)), ContourSequence=contours)
-    )
+    drawn = item(ReferencedROINumber=organ, ROIDisplayColor=list(rgb_of(organ)))
+    if contours:
+        drawn.ContourSequence = contours
+    structures.ROIContourSequence.append(drawn)
     structures.RTROIObservationsSequence.append(
         item(ObservationNumber=organ, ReferencedROINumber=organ, RTROIInterpretedType="ORGAN", ROIInterpreter=None)
     )

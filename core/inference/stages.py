@@ -67,7 +67,8 @@ def run_overlapped(stages: Iterable[Stage], scans: dict[str, Path], device: torc
     Each stage works on one scan at a time. At most one scan waits for the next stage, as the network's input or as its
     logits. So memory peaks at the sum of the three stages: about 10 bytes for each voxel of the scan that is read, the
     network's activations, and the logits and labels of the scan that is written (the logits twice while a third scan
-    waits). Each of them keeps its voxels in whole HU, 2 bytes each, until its organs are measured. A scan that runs out
+    waits). Each of them keeps its voxels in whole HU, 2 bytes each, until its organs are measured, which takes some 10
+    for each voxel of the largest organ's box. A scan that runs out
     of memory is tried again at the end, alone: other scans may have used the memory.
 
     Args:

@@ -61,7 +61,7 @@ def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Co
 
 
 def draw_bend(rng: np.random.Generator, config: Config) -> Tensor:
-    """Draw how far an elastic deformation moves each of (3, P, P, P) points along X, Y and Z, from -1 to 1."""
+    """Draw how far an elastic deformation moves each of (3, P, P, P) points along X, Y, Z; axes span -1 to 1."""
     normal = rng.standard_normal((3, *[ELASTIC_POINTS] * 3), dtype=np.float32)
     return torch.from_numpy(2 * config.augment_elastic / SMOOTHING * normal)
 

@@ -12,7 +12,8 @@ from pydicom import Dataset
 from scipy import ndimage
 from skimage.color import rgb2lab
 
-from core.inference.dicom_seg import code_of, write_segmentation
+from core.inference.dicom_seg import category_of, code_of, write_segmentation
+from core.inference.dicom_source import read_sources, save
 from core.inference.rtstruct import write_structures
 from core.scans.dicom_series import load_series
 from core.scans.geometry import Geometry
@@ -140,13 +141,14 @@ def test_the_contours_enclose_the_organs_voxel_for_voxel(read, tmp_path):
     write_structures(labels, geometry, ORGANS, "abc123", tmp_path / "rtstruct.dcm")
     found = pydicom.dcmread(tmp_path / "rtstruct.dcm")
     names = {one.ROINumber: one.ROIName for one in found.StructureSetROISequence}
-    assert names == {i: ORGANS[i] for i in (1, 2, 3, 4, 6)}
+    assert names == dict(enumerate(ORGANS[1:], start=1))
     to_index = np.linalg.inv(np.diag([-1, -1, 1, 1]) @ geometry.affine)  # from LPS mm to column, row, slice
     uids = {path: pydicom.dcmread(path).file_meta.MediaStorageSOPInstanceUID for path in folder.glob("*.dcm")}
     back = np.zeros_like(stored(labels, geometry))
     for organ in found.ROIContourSequence:
         inside = np.zeros(back.shape, bool)
-        for contour in organ.ContourSequence:
+        assert ("ContourSequence" in organ) == (organ.ReferencedROINumber != 5)
+        for contour in organ.get("ContourSequence", ()):
             mm = np.array([float(text) for text in contour.ContourData]).reshape(-1, 3)
             assert len(mm) == contour.NumberOfContourPoints >= 4
             places = (to_index @ np.column_stack([mm, np.ones(len(mm))]).T).T
@@ -182,10 +184,14 @@ def test_no_organ_found_makes_empty_objects(tmp_path, caplog):
     labels = np.zeros(geometry.shape, np.uint8)
     write_structures(labels, geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
     found = pydicom.dcmread(tmp_path / "rtstruct.dcm")
-    assert (len(found.StructureSetROISequence), found.SoftwareVersions) == (0, "unknown")
+    assert [one.ROIName for one in found.StructureSetROISequence] == list(ORGANS[1:])
+    assert not any("ContourSequence" in organ for organ in found.ROIContourSequence)
+    assert found.SoftwareVersions == "unknown"
     pytest.importorskip("highdicom")
     write_segmentation(labels, geometry, ORGANS, "", tmp_path / "seg.dcm")
-    assert not pydicom.dcmread(tmp_path / "seg.dcm").pixel_array.any()
+    found = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert not found.pixel_array.any()
+    assert found.NumberOfFrames == len(ORGANS) - 1  # of one slice, as DICOM has no object without frames
     assert caplog.records == []
 
 
@@ -207,12 +213,20 @@ def test_a_series_without_what_the_objects_refer_to_is_refused(tmp_path, empty):
     missing = "FrameOfReferenceUID"
     geometry = axial(tmp_path / "series", FrameOfReferenceUID=empty)
     labels = np.ones(geometry.shape, np.uint8)
-    with pytest.raises(ValueError, match=f"^no RT Structure Set can be made of this series .*{missing}"):
+    with pytest.raises(ValueError, match=f"^no DICOM object can refer to .*IM.*dcm: it has no {missing}$"):
+        read_sources(geometry.slices)
+    with pytest.raises(ValueError, match=missing):
         write_structures(labels, geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
-    pytest.importorskip("highdicom")
-    with pytest.raises(ValueError, match=f"^no DICOM Segmentation can be made of this series .*{missing}"):
-        write_segmentation(labels, geometry, ORGANS, "", tmp_path / "seg.dcm")
     assert not list(tmp_path.glob("*.dcm"))
+
+
+def test_slices_of_one_identity_are_refused(tmp_path):
+    slices = make_series(5)
+    for one in slices:
+        one.SOPInstanceUID = "1.2.3.99"
+    geometry = load_series(write(tmp_path / "series", slices), warn=lambda _: None)[1]
+    with pytest.raises(ValueError, match=r"no DICOM object can refer to the slices in .*two have the same SOPInstance"):
+        read_sources(geometry.slices)
 
 
 def test_what_anonymisation_left_invalid_is_emptied_and_nothing_of_the_patient_is_printed(tmp_path, capsys, recwarn):
@@ -234,14 +248,115 @@ def test_what_anonymisation_left_invalid_is_emptied_and_nothing_of_the_patient_i
     assert not [one for one in recwarn if "SECRET" in str(one.message)]
 
 
-def test_a_long_contour_keeps_its_type(tmp_path):
-    geometry = axial(tmp_path / "series", Rows=200, Columns=200, PixelData=bytes(2 * 200 * 200))
-    labels = np.indices(geometry.shape).sum(axis=0) % 2  # a chessboard: contours as long as can be
-    labels[::2] = 1
-    write_structures(labels.astype(np.uint8), geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
-    assert (
-        pydicom.dcmread(tmp_path / "rtstruct.dcm").file_meta.TransferSyntaxUID == "1.2.840.10008.1.2"
-    )  # 32-bit lengths
+def test_a_contour_longer_than_explicit_lengths_can_be_read_back(tmp_path):
+    geometry = axial(tmp_path / "series", Rows=1000, Columns=4, PixelData=bytes(2 * 1000 * 4))
+    comb = np.zeros(geometry.shape, np.uint8)
+    comb[0, :, 2], comb[:, ::2, 2] = 1, 1  # one contour around 500 teeth
+    write_structures(comb, geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
+    contours = pydicom.dcmread(tmp_path / "rtstruct.dcm").ROIContourSequence[0].ContourSequence
+    assert len(contours) == 1
+    assert len(contours[0].ContourData) == 3 * contours[0].NumberOfContourPoints
+    assert len("\\".join(map(str, contours[0].ContourData))) > 65534
+    assert set(contours[0].ContourData[2::3]) == {35}  # mm, of the third slice
+
+
+def test_what_cannot_be_written_is_said_without_the_patient(tmp_path):
+    made = Dataset()
+    made.PatientName = "SECRET"  # without the meta information that a file needs
+    with pytest.raises(ValueError, match=r"^no DICOM object can hold a value of the series") as refused:
+        save(made, tmp_path / "seg.dcm")
+    assert "SECRET" not in str(refused.value)
+
+
+def one_acquisition_of_two(folder: Path) -> Geometry:
+    """Write one file with two acquisitions, and PixelMeasures for each frame."""
+    path = next(enhanced(folder, 6).glob("*.dcm"))
+    one = pydicom.dcmread(path)
+    measures = one.SharedFunctionalGroupsSequence[0].pop("PixelMeasuresSequence")
+    for k, groups in enumerate(one.PerFrameFunctionalGroupsSequence):
+        groups.FrameContentSequence = [Dataset()]
+        groups.FrameContentSequence[0].FrameAcquisitionNumber = 1 + k % 2
+        groups.add(measures)
+    one.save_as(path)
+    return load_series(folder, f"{one.SeriesInstanceUID}:2", warn=lambda _: None)[1]
+
+
+def two_files_of_frames(folder: Path) -> Geometry:
+    """Write a series of two multi-frame files."""
+    path = next(enhanced(folder, 6).glob("*.dcm"))
+    one = pydicom.dcmread(path)
+    frames = list(zip(one.PerFrameFunctionalGroupsSequence, np.split(one.pixel_array, 6), strict=True))
+    for number in (0, 1):
+        kept = frames[3 * number : 3 * number + 3]
+        one.NumberOfFrames, one.PerFrameFunctionalGroupsSequence = len(kept), [groups for groups, _ in kept]
+        one.PixelData = b"".join(pixels.tobytes() for _, pixels in kept)
+        one.SOPInstanceUID = one.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{number + 7}"
+        one.save_as(folder / f"{number}.dcm")
+    path.unlink()
+    return load_series(folder, warn=lambda _: None)[1]
+
+
+def without_preamble(folder: Path) -> Geometry:
+    """Write a series whose files begin with their elements."""
+    axial(folder)
+    for path in folder.glob("*.dcm"):
+        path.write_bytes(path.read_bytes()[132:])
+    return load_series(folder, warn=lambda _: None)[1]
+
+
+@pytest.mark.parametrize("series", [one_acquisition_of_two, two_files_of_frames, without_preamble])
+def test_series_of_all_kinds_have_results_that_refer_to_each_slice(tmp_path, series):
+    geometry = series(tmp_path / "series")
+    labels = np.ones(geometry.shape, np.uint8)
+    identity = {one.path: source.SOPInstanceUID for one, source in zip_sources(geometry)}
+    expected = {
+        (identity[one.path], one.frame + 1 if one.frames > 1 else None): one.position for one in geometry.slices
+    }
+    write_structures(labels, geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
+    contours = pydicom.dcmread(tmp_path / "rtstruct.dcm").ROIContourSequence[0].ContourSequence
+    images = [contour.ContourImageSequence[0] for contour in contours]
+    heights = {place_of(image): float(c.ContourData[2]) for image, c in zip(images, contours, strict=True)}
+    assert heights == {place: position[2] for place, position in expected.items()}
+    pytest.importorskip("highdicom")
+    write_segmentation(labels, geometry, ORGANS, "", tmp_path / "seg.dcm")
+    found = pydicom.dcmread(tmp_path / "seg.dcm")
+    frames = found.PerFrameFunctionalGroupsSequence
+    positions = {
+        place_of(groups.DerivationImageSequence[0].SourceImageSequence[0]): list(
+            map(float, groups.PlanePositionSequence[0].ImagePositionPatient)
+        )
+        for groups in frames
+    }
+    assert positions == {place: position.tolist() for place, position in expected.items()}
+    referred = found.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert {one.ReferencedSOPInstanceUID for one in referred} == set(identity.values())
+    assert len(referred) == len(identity)
+    assert found.pixel_array.all()
+
+
+def zip_sources(geometry: Geometry) -> list[tuple]:
+    sources = read_sources(geometry.slices)
+    return [(one, sources[one.path]) for one in geometry.slices]
+
+
+def place_of(reference: Dataset) -> tuple[str, int | None]:
+    return reference.ReferencedSOPInstanceUID, reference.get("ReferencedFrameNumber")
+
+
+def test_japanese_names_come_through(tmp_path):
+    name = "Yamada^Tarou=\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B"  # as PS3.5 H.3.1 writes 山田^太郎
+    geometry = axial(tmp_path / "series", SpecificCharacterSet=["", "ISO 2022 IR 87"], PatientName=name)
+    write_structures(np.ones(geometry.shape, np.uint8), geometry, ORGANS, "", tmp_path / "rtstruct.dcm")
+    assert pydicom.dcmread(tmp_path / "rtstruct.dcm").PatientName == "Yamada^Tarou=山田^太郎"
+    pytest.importorskip("highdicom")
+    write_segmentation(np.ones(geometry.shape, np.uint8), geometry, ORGANS, "", tmp_path / "seg.dcm")
+    assert pydicom.dcmread(tmp_path / "seg.dcm").PatientName == "Yamada^Tarou=山田^太郎"
+
+
+def test_a_disease_is_no_anatomical_structure():
+    categories = {name: category_of(name).meaning for name in ("liver", "liver_tumor", "Kidney Cyst", "massa")}
+    disease, organ = "Morphologically Abnormal Structure", "Anatomical Structure"
+    assert categories == {"liver": organ, "liver_tumor": disease, "Kidney Cyst": disease, "massa": organ}
 
 
 def test_codes_of_organs_in_any_spelling_never_collide():

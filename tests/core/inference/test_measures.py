@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from core.inference.measures import Measures, measure_organs
+from core.inference.measures import Measures, measure_organs, statistics_of
 from core.inference.stages import Segmentation
 from core.scans.crop import whole_box
 
@@ -30,13 +30,26 @@ def test_organs_by_hand():
     assert aorta == Measures(2.0, -5.0, 0.0, -5.0, 1, ())
 
 
-def test_an_organ_at_the_edge_of_the_box_alone_is_not_cut():
+def test_an_organ_may_be_cut_by_the_box_as_by_the_scan():
     labels = np.zeros((6, 5, 4), np.uint8)
     labels[2:4, 0:2, 1:3] = 2
     box = (slice(2, 4), slice(0, 3), slice(1, 3))
     hu = np.arange(12).reshape(2, 3, 2)  # of the box: 0, 1, 2, 3, (4, 5), 6, 7, 8, 9, (10, 11)
     found = measure_organs(labels, hu, box, Grid(), ORGANS)[1]
-    assert (found.ml, found.hu_mean, found.hu_median, found.touches_edge) == (16.0, 4.5, 4.5, ("back",))
+    assert (found.ml, found.hu_mean, found.hu_median, found.touches_edge) == (
+        16.0,
+        4.5,
+        4.5,
+        ("left", "right", "back", "bottom", "top"),
+    )
+
+
+def test_statistics_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 3, 10, 999, 1000):
+        values = rng.normal(50, 30, n).astype(np.int16)
+        expected = values.mean(), values.std(), np.median(values)
+        np.testing.assert_allclose(statistics_of(values), expected, rtol=1e-12)
 
 
 def test_hu_are_kept_rounded_and_in_range():

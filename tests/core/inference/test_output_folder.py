@@ -234,6 +234,36 @@ def test_probabilities_need_room(output, monkeypatch):
     monkeypatch.setattr("core.system.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
     # 200 * 200 * 60 voxels of 4 classes, 2 bytes each: 0.018 GiB.
     with pytest.raises(OSError, match=r"out: has 0.00 GiB free, but the probabilities of one needs 0.02 GiB"):
-        OutputFolder(output.path, ["--probabilities"]).write_extras(
+        OutputFolder(output.path, ["--probabilities"]).write(
             scan, np.zeros((4, 1, 1, 1)), np.zeros(1, np.uint8), ORGANS, ""
         )
+    assert files_in(output.path) == {}
+
+
+@pytest.mark.parametrize("name", ["organs.ctbl", "organs.label"])
+def test_a_folder_in_the_place_of_a_table_is_refused_before_the_work(output, scans, name):
+    (output.path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name}: is a folder where a table is to be written; move it away"):
+        output.prepare(scans, ())
+
+
+def test_tables_of_other_organs_are_kept_and_equal_ones_not_written_again(output, capsys):
+    class Grid:
+        voxel_ml = 1.0
+
+    def write_tables(*organs: str) -> dict[str, bytes]:
+        scan = Segmentation("one", Path("one.nii.gz"), Grid(), whole_box((2, 2, 2)))
+        scan.keep_hu(np.zeros((2, 2, 2)))
+        output.write_tables(scan, np.zeros((2, 2, 2), np.uint8), organs)
+        return files_in(output.path)
+
+    earlier = write_tables("background", "liver")
+    written = (output.path / "organs.ctbl").stat().st_mtime_ns
+    write_tables("background", "liver")
+    assert (output.path / "organs.ctbl").stat().st_mtime_ns == written
+    assert capsys.readouterr().err == ""
+    later, warned = write_tables("background", "aorta"), capsys.readouterr().err
+    for name in ("organs.ctbl", "organs.label"):
+        assert b"aorta" in later[name]
+        assert later[f"{name}.old"] == earlier[name]
+        assert f"the earlier {name} is now" in warned
