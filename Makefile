@@ -14,12 +14,13 @@ DEMO_TRAINING := --size 64 64 48 --channels 8 --down-convs 1 1 1 1 1 --up-convs 
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long
+.PHONY: help demo style test test-all test-long
 
 help:
 	@echo "make demo       make phantom scans, train a small network, segment, score and draw them: runs/demo (minutes)"
-	@echo "make test       check style, run the tests without the slow ones"
-	@echo "make test-long  run all tests"
+	@echo "make test       check style, run the tests that take seconds"
+	@echo "make test-all   check style, run those that take ten seconds or more too, as .ci/run does"
+	@echo "make test-long  run all tests, with those that take minutes"
 	@echo "make .venv/installed      only install requirements.txt, as make demo does"
 	@echo "make .venv/installed-dev  install requirements-dev.txt too, as make test does"
 	@echo "PYTHON=python3.12 chooses the Python of a new .venv"
@@ -38,12 +39,17 @@ demo: $(VENV)/installed
 		--truth $(DEMO)/data/labels/$$case.nii.gz --checkpoint $(DEMO)/train/best.pt --output $(DEMO)/pictures/report
 	@echo "Everything is in $(DEMO): data, train (checkpoints, curves.png), predictions, scores, pictures (report/index.html)."
 
-test: $(VENV)/installed-dev
+style: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(PYTEST) -m "not slow"
 
-test-long: $(VENV)/installed-dev
+test: style
+	$(PYTEST) -m "not slow and not long"
+
+test-all: style
+	$(PYTEST) -m "not long"
+
+test-long: style
 	$(PYTEST)
 
 $(VENV)/installed: requirements.txt

@@ -19,6 +19,7 @@ import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.stats import wilcoxon
 from torch.nn import functional as F
+from warm import run_script
 
 import evaluate
 from core.config import load_organs
@@ -101,8 +102,7 @@ def score_pair(run, folder: Path, reference: np.ndarray, prediction: np.ndarray,
 def test_the_command_scores_two_cases(folders, tmp_path):
     # A notebook's shell names a backend of matplotlib that is not installed here.
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    command = [sys.executable, ROOT / "evaluate.py", *folders]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    result = run_script(ROOT / "evaluate.py", *folders, cwd=tmp_path, env=environment)
     assert (result.returncode, result.stderr) == (0, "")
     header, *lines = (tmp_path / "scores" / "metrics.csv").read_text().splitlines()
     assert header == COLUMNS
@@ -881,6 +881,7 @@ def group(command: subprocess.Popen) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_files(ten_cases, tmp_path):
     files = []
     for workers in (1, 3):

@@ -1,16 +1,14 @@
 """Another network and another loss, through all scripts: a researcher changes one function and one table entry."""
 
 import csv
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from warm import Script, run_script
 
 from data.make_phantom import write_phantom
 
@@ -64,7 +62,7 @@ def house(tmp_path_factory) -> Path:
 
 
 def run(house: Path, *command: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, command)], cwd=house, capture_output=True, text=True)
+    return run_script(*command, cwd=house)
 
 
 def flags(*more: object) -> list[str]:
@@ -75,14 +73,14 @@ def flags(*more: object) -> list[str]:
 def test_another_network_and_loss_train_resume_infer_and_evaluate(house):
     whole = run(house, "train.py", *flags("--epochs", 6, "--run-dir", "whole", "--augment"))
     assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, "train.py", *flags("--epochs", 6, "--run-dir", "cut", "--augment")]
-    process = subprocess.Popen(command, cwd=house, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = ["train.py", *flags("--epochs", 6, "--run-dir", "cut", "--augment")]
+    process = Script(*command, cwd=house)
     end = time.monotonic() + 120
     while not (house / "cut" / "last.pt").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
-    resumed = run(house, *command[1:], "--resume")
+    resumed = run(house, *command, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     one, other = (torch.load(house / name / "last.pt", weights_only=True)["network"] for name in ("whole", "cut"))
     assert list(one) == list(other)

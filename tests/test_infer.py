@@ -38,6 +38,7 @@ from helpers import (
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
 from torch.nn import functional as F
+from warm import run_script
 
 import infer
 from core.checkpoint import load_checkpoint, load_network, save_checkpoint
@@ -118,8 +119,8 @@ def test_the_command_gives_every_storage_order_the_same_label_map(checkpoint, tm
     voxels = make_voxels((36, 30, 20))
     for axes in AXIS_CODES:
         save_scan(tmp_path / "scans" / f"{axes}_0000.nii", voxels, axes)
-    command = [sys.executable, ROOT / "infer.py", "scans", "--checkpoint", checkpoint, "--output", "out"]
-    result = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [ROOT / "infer.py", "scans", "--checkpoint", checkpoint, "--output", "out"]
+    result = run_script(*command, "--device", "cpu", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert "48 of 48 scans segmented into out" in result.stdout
 

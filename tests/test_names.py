@@ -39,7 +39,11 @@ def data(phantom_data, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "locale", [pytest.param({}, marks=pytest.mark.slow), {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+    "locale",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_script_works(data, tmp_path, locale):
     def run(*command: object) -> subprocess.CompletedProcess:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.spatial.transform import Rotation
+from warm import run_script
 
 from core.scans.nifti import Reading
 from core.scans.volumes import load_labels, load_scan
@@ -25,7 +25,7 @@ TINY = [
 
 
 def run(*command: object) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = run_script(*command)
     assert "Traceback" not in done.stderr
     return done
 

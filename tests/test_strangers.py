@@ -23,6 +23,7 @@ import pytest
 import torch
 from isal import isal_zlib
 from nifti_bytes import deflate, gzip_member, gzip_of, nifti, set_field
+from warm import Script
 
 from core.checkpoint import save_checkpoint
 from core.config import Config, load_config, save_config
@@ -282,28 +283,15 @@ class Done:
         return [line for line in lines if whole_name.search(line) and not line.startswith("error: failed: ")]
 
 
-def start(*arguments: object, cwd: Path = ROOT) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    log = [open(cwd / f".{len(list(cwd.iterdir()))}.{name}", "w+b") for name in ("out", "err")]  # noqa: SIM115
-    process = subprocess.Popen(command, cwd=cwd, stdout=log[0], stderr=log[1], env=environment)
-    process.log = log
-    return process
+def start(*arguments: object, cwd: Path = ROOT) -> Script:
+    return Script(*arguments, cwd=cwd)
 
 
-def finish(process: subprocess.Popen) -> Done:
+def finish(process: Script) -> Done:
     """Wait for a script; a traceback is a failure of any test."""
-    try:
-        process.wait(TIMEOUT)
-    finally:
-        process.kill()
-    texts = []
-    for file in process.log:
-        file.seek(0)
-        texts.append(file.read().decode())
-        file.close()
+    texts = process.communicate(TIMEOUT)
     assert "Traceback" not in texts[1], texts[1][-3000:]
-    return Done(process.returncode, *texts, 0)
+    return Done(process.poll(), *texts, 0)
 
 
 def run_measured(folder: Path, *arguments: object) -> Done:
@@ -315,8 +303,10 @@ def run_measured(folder: Path, *arguments: object) -> Done:
         f"json.dump(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, open({str(report)!r}, 'w'));"
         "sys.exit(done.returncode)"
     )
-    done = finish(start("-c", code, sys.executable, *arguments, cwd=folder))
-    return dataclasses.replace(done, mib=json.loads(report.read_text()) / 1024)
+    command = [sys.executable, "-c", code, sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return Done(done.returncode, done.stdout, done.stderr, json.loads(report.read_text()) / 1024)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, same_weights
+from warm import run_script
 
 import train
 from core.checkpoint import load_checkpoint, load_network
@@ -95,9 +96,9 @@ def read_log(folder: Path) -> list[dict]:
 
 def test_a_run_leaves_what_it_promises(data, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "train.py", "--data-dir", data, "--run-dir", folder, "--cache-dir", tmp_path / "cache"]
+    command = ["train.py", "--data-dir", data, "--run-dir", folder, "--cache-dir", tmp_path / "cache"]
     flags = [*TINY, "--epochs", "4", "--workers", "1", "--augment", "--batch-size", "2", "--val-interval", "3"]
-    done = subprocess.run([*map(str, command), *flags], cwd=ROOT, capture_output=True, text=True)
+    done = run_script(*command, *flags)
     assert done.returncode == 0, done.stderr
     names = {"config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "best.pt"}
     names |= {"previous.pt", "run.lock"}
@@ -205,7 +206,7 @@ def test_the_output_starts_from_the_shares_of_the_training_voxels(data, tmp_path
     assert shares[0] > 0.8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_weights_whatever_the_workers(data, tmp_path):
     """Processes of their own: nothing that one run leaves behind may help the others."""
     folders = []
@@ -380,6 +381,7 @@ def test_settings_of_the_machine_reach_the_network(monkeypatch, asked):
     assert compiled == [network] * asked
 
 
+@pytest.mark.slow
 def test_compile_without_a_compiler_is_refused_in_one_sentence(data, tmp_path):
     where = ["--data-dir", data, "--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
     done = subprocess.run(
@@ -396,7 +398,7 @@ def test_compile_without_a_compiler_is_refused_in_one_sentence(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow  # the compiler takes minutes
+@pytest.mark.long  # the compiler takes minutes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_run_learns_the_same_and_goes_on_without(run, tmp_path):
     assert run("--epochs", "2", folder="plain")[0] == 0

@@ -19,6 +19,7 @@ def run(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_parts_are_measured_one_by_one_and_a_failed_one_costs_itself_alone():
     done = run(*SMALL, "--parts", "fp16", "low")
     assert done.returncode == 1, done.stderr
@@ -53,7 +54,7 @@ def test_the_share_is_of_the_cards_rate_for_a_matrix_product():
     assert "| off | 0.500 | 0.400 | 0.600 | 0.100 | 8.000 | - | 7.700 |" in lines
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_epoch_of_train_py_is_measured():
     done = run(*SMALL, "--parts", "training")
     assert done.returncode == 0, done.stdout

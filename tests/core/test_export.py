@@ -1,7 +1,6 @@
 """A network as ONNX: the file alone, with onnxruntime, gives the label maps of infer.py."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from data_files import settings
 from helpers import make_voxels, save_scan
+from warm import run_script
 
 from core.checkpoint import hash_of, load_network, save_checkpoint
 from core.export import export, main
@@ -62,10 +62,8 @@ def test_the_model_gives_the_label_map_of_infer_py_and_says_what_it_needs(checkp
     for axes, shape in (("RAS", (44, 38, 21)), ("PIL", (90, 70, 45))):
         scan = save_scan(tmp_path / f"{axes}.nii.gz", make_voxels(shape), axes)
         out = tmp_path / f"{axes}_labels.nii.gz"
-        command = [sys.executable, ROOT / "docs" / "onnx_example.py", model, scan, out]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        command = [sys.executable, ROOT / "infer.py", scan, "--checkpoint", checkpoint, "--output", tmp_path / "out"]
-        subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        said = run_script("docs/onnx_example.py", model, scan, out)
+        run_script("infer.py", scan, "--checkpoint", checkpoint, "--output", tmp_path / "out").check_returncode()
         mine, its = nib.load(tmp_path / "out" / f"{axes}.nii.gz"), nib.load(out)
         assert np.array_equal(mine.affine, its.affine)
         labels, found = np.asarray(mine.dataobj), np.asarray(its.dataobj)
@@ -99,8 +97,7 @@ def test_the_example_refuses_a_network_of_a_part_of_the_scan(checkpoint, tmp_pat
     network, content = load_network(checkpoint)
     export(network, replace(content["config"], crop="organs"), tmp_path / "model.onnx")
     scan = save_scan(tmp_path / "scan.nii.gz", make_voxels((44, 38, 21)))
-    command = [sys.executable, ROOT / "docs" / "onnx_example.py", tmp_path / "model.onnx", scan, tmp_path / "out.nii"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = run_script("docs/onnx_example.py", tmp_path / "model.onnx", scan, tmp_path / "out.nii")
     assert (said.returncode, said.stderr) == (
         1, f"{tmp_path / 'model.onnx'}: trained with crop: organs; cut the scan to that box first\n"
     )  # fmt: skip

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from foreign_layouts import (
     write_labels,
     write_pairs,
 )
+from warm import run_script
 
 from data import doctor
 from dataset import find_cases
@@ -204,8 +204,7 @@ def test_simpleitk_formats_are_read(phantoms, run, tmp_path):
 
 def test_the_command_ends_with_the_doctor(phantoms, tmp_path, run_main):
     source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
-    command = [sys.executable, "-m", "data.convert", source, tmp_path / "data"]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = run_script("-m", "data.convert", source, tmp_path / "data")
     assert "Traceback" not in done.stderr
     report = json.loads((tmp_path / "data" / "doctor" / "doctor.json").read_text())
     assert sorted(report["cases"]) == ["img0001", "img0002"]

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from warm import run_script
 
 from data import download
 from data.make_phantom import write_phantom
@@ -158,7 +159,7 @@ def test_real_command_downloads_unpacks_and_checks(server, to, is_sick):
     server.content = zip_of(FILES | {SCAN: FILES[SCAN][:5000]}) if is_sick else PAYLOAD
     to = to / "new/folder"
     command = [*COMMAND, "--to", to, "--url", server.url, "--sha256", sha256(server.content).upper()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_script(*command[1:])
     assert done.returncode == (REFUSED if is_sick else DONE), done.stderr
     assert f"2 cases, {int(is_sick)} errors" in done.stdout
     assert "https://zenodo.org/records/7860267" in done.stdout

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from warm import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES, HELD_OUT = 12, 3
@@ -37,8 +37,7 @@ GALLBLADDER, ESOPHAGUS, STOMACH, DUODENUM, LEFT_KIDNEY = range(9, 14)
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
     """Run the real command."""
-    command = [sys.executable, "-m", "data.make_phantom", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return run_script("-m", "data.make_phantom", *arguments)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from warm import run_script
 
 from core.scans.volumes import load_labels
 from visualization import movie
@@ -180,12 +181,7 @@ def test_pixels_have_their_organs_hue():
 
 def test_a_movie_is_decoded_as_it_should_be(case, tmp_path):
     flags = ["--output", str(tmp_path / "o.mp4"), "--frames", "12", "--size", "480", "270"]
-    done = subprocess.run(
-        [sys.executable, "-m", "visualization.movie", *map(str, case), *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_script("-m", "visualization.movie", *case, *flags)
     assert (done.returncode, done.stderr) == (0, "")
     facts, frames = decoded(tmp_path / "o.mp4")
     assert (facts["codec"], facts["size"], facts["fps"]) == ("h264", (480, 270), 24.0)

@@ -3,7 +3,6 @@
 import csv
 import os
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import combinations
@@ -16,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from warm import run_script
 
 from core.config import load_organs
 from core.scans.organ_colours import ORGAN_COLOURS, colour_of
@@ -173,8 +173,7 @@ def save_nifti(array: np.ndarray, axes: str, path: Path, dtype: type) -> Path:
 def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run `python -m visualization.NAME` on a machine without a screen."""
     environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "MPLBACKEND")}
-    command = [sys.executable, "-m", f"visualization.{name}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return run_script("-m", f"visualization.{name}", *arguments, env=environment)
 
 
 def run_main(name: str, *arguments: object) -> subprocess.CompletedProcess:

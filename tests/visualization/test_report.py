@@ -232,6 +232,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder / "best.pt"
 
 
+@pytest.mark.slow
 def test_infer_writes_a_report_a_case_and_a_page_for_all(checkpoint, tmp_path, run_main):
     scans, output = tmp_path / "scans", tmp_path / "out"
     save(make_voxels(), scans / "a & b_0000.nii.gz")

@@ -1,13 +1,12 @@
 """The picture of the scores, drawn from metrics.csv."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from warm import run_script
 
 from core.config import load_organs
 from visualization.scores import (
@@ -185,9 +184,7 @@ def test_a_hundred_organs_are_drawn(tmp_path):
 
 def test_the_command_draws_into_the_folder(tmp_path):
     write_metrics(tmp_path / "metrics.csv", table_of(3))
-    done = subprocess.run(
-        [sys.executable, "-m", "visualization.scores", tmp_path], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_script("-m", "visualization.scores", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"wrote {tmp_path / 'scores.png'}\n"
     first = (tmp_path / "scores.png").read_bytes()

@@ -1,11 +1,10 @@
 """The style of all pictures: files are drawn whatever backend the shell names."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import run_script
 
 from core.config import DEFAULT_CONFIG, load_organs
 from data.make_phantom import write_phantom
@@ -44,9 +43,7 @@ SCAN, LABELS = "data/images/phantom_0001_0000.nii.gz", "data/labels/phantom_0001
 )
 def test_the_commands_draw_under_a_notebooks_backend(folder, arguments, picture):
     environment = {**os.environ, "MPLBACKEND": NOTEBOOK_BACKEND, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    done = run_script("-m", *arguments, cwd=folder, env=environment)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0, done.stderr
     assert (folder / picture).read_bytes().startswith(b"\x89PNG")

@@ -535,7 +535,7 @@ def test_without_pydicom_the_message_says_what_to_install(tmp_path, monkeypatch)
         load_series(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mutated_headers_are_read_or_refused_but_never_crash(tmp_path, monkeypatch):
     folder = write(tmp_path / "scan", make_series())
     monkeypatch.setattr(

@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from warm import run_script
 
 import evaluate
 import infer
@@ -105,7 +104,7 @@ def test_a_networks_names_go_from_infer_to_evaluate(checkpoint, tmp_path):
         ],
         ["evaluate.py", *folders(tmp_path)],
     ):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = run_script(*command)
         assert done.returncode == 0, done.stderr
     assert names_in(tmp_path) == list(ORGANS[1:])
     assert [line.split("  ")[0] for line in done.stdout.splitlines()[1:4]] == list(ORGANS[1:])
@@ -216,6 +215,7 @@ def texts(figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
+@pytest.mark.slow
 def test_pictures_take_the_label_maps_names(geometry, tmp_path, monkeypatch, capsys):
     scan, labels = make_scan(tmp_path / "a_0000.nii.gz"), tmp_path / "a.nii.gz"
     save_label_map(make_labels(), geometry, labels, ("background", "left lung", "trachea", "heart"))

@@ -95,6 +95,7 @@ def wait_for(process: subprocess.Popen, last: Path) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_run_ends_the_same(data, two, tmp_path):
     process = torchrun(data, tmp_path, "--resume", restarts=2)
     wait_for(process, tmp_path / "run" / "last.pt")
@@ -110,7 +111,7 @@ def test_a_killed_process_is_restarted_and_the_run_ends_the_same(data, two, tmp_
     assert [row["train_loss"] for row in log(tmp_path / "run")] == [row["train_loss"] for row in log(two)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_torchrun_stops_all_at_the_same_step(data, two, tmp_path):
     process = torchrun(data, tmp_path, "--resume")
     wait_for(process, tmp_path / "run" / "last.pt")

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY
+from warm import run_script
 
 import train
 from core.checkpoint import load_checkpoint
@@ -47,7 +48,7 @@ def data(phantom_data) -> Path:
 def whole(data, tmp_path_factory) -> Path:
     """Return the folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(command(data, folder), cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD)
+    done = run_script(*command(data, folder)[1:], env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -135,11 +136,12 @@ def kill_until_done(data: Path, folder: Path, whole: Path, kills: int, seed: int
     assert not [path.name for path in (folder / "run").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(data, whole, tmp_path):
     kill_until_done(data, tmp_path, whole, kills=3, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_fifty_kills(data, whole, tmp_path, seed):
     kill_until_done(data, tmp_path, whole, kills=5, seed=seed)
@@ -167,7 +169,7 @@ def test_a_power_cut_after_any_step_changes_nothing(run, whole, tmp_path, monkey
 
 SIGNALS = [
     (signal.SIGTERM, 143),
-    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((signal.SIGINT, 130), (signal.SIGUSR1, 138))),
+    *(pytest.param(*rest, marks=pytest.mark.long) for rest in ((signal.SIGINT, 130), (signal.SIGUSR1, 138))),
 ]
 
 
@@ -182,10 +184,7 @@ def test_a_signal_to_all_processes_stops_after_a_step_and_resumes(data, whole, t
     assert f"stopped by {number.name}; the run is saved: --resume goes on from here" in err
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(process.pid, 0)
-    assert (
-        subprocess.run(command(data, tmp_path, "--resume"), cwd=ROOT, capture_output=True, env=ONE_THREAD).returncode
-        == 0
-    )
+    assert run_script(*command(data, tmp_path, "--resume")[1:], env=ONE_THREAD).returncode == 0
     assert_same_run(tmp_path / "run", whole)
 
 
