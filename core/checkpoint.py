@@ -38,17 +38,28 @@ IS_FOLDER = 0x10  # a bit in a zip member's attributes; torch reads nothing of s
 
 
 def save_checkpoint(
-    path: str | Path, network: nn.Module, config: Config, previous: str | Path | None = None, **state: Any
+    path: str | Path,
+    network: nn.Module | Mapping[str, Tensor],
+    config: Config,
+    previous: str | Path | None = None,
+    **state: Any,
 ) -> None:
     """Write weights, settings and `state` (plain values and tensors) to a new file, which then replaces `path`.
 
     The new file is read back first. If `previous` is given, the old file is kept under that name.
 
+    Args:
+        path: the file.
+        network: it, or its state dict.
+        config: its settings.
+        previous: a name for the old file.
+        state: more of what goes into the file.
+
     Raises:
         OSError: when the file cannot be written or reads back differently; the old file is then unchanged.
     """
-    content = {"kind": KIND, "version": VERSION, "config": config_to_dict(config), "network": network.state_dict()}
-    content |= state
+    weights = network if isinstance(network, Mapping) else network.state_dict()
+    content = {"kind": KIND, "version": VERSION, "config": config_to_dict(config), "network": weights, **state}
     needed = sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(content))
     check_room(Path(path).parent, needed, "a checkpoint")
     try:

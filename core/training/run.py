@@ -101,7 +101,7 @@ class Run:
                 training.ema.load(self.resumed["ema"], self.folder.last)
         if self.resumed:
             self.epoch, self.losses = self.resumed["epoch"] + 1, list(self.resumed.get("losses", []))
-            self.best_dice = self.resumed.get("best_dice", self.best_dice)
+            self.best_dice = self.folder.best_dice = self.resumed.get("best_dice", self.best_dice)
 
     def start(self, cases: dict[str, list[str]], how: str) -> None:
         """Begin the run folder, or check that a resumed run goes on with the same cases; say what is trained on.
@@ -299,8 +299,8 @@ class Run:
             self.bar.set_postfix(dice=f"{val_dice:.4f}")
             if val_dice > self.best_dice:
                 with self.training.ema_weights():
-                    written = folder.save_best(self.training.network, epoch=self.epoch, val_dice=val_dice, **self.facts)
-                self.best_dice = val_dice if written else self.best_dice
+                    folder.keep_best(self.training.network, epoch=self.epoch, val_dice=val_dice, **self.facts)
+                self.best_dice = val_dice
         # The log comes first: a row without its checkpoint is written again, a checkpoint without its row is not.
         folder.log_epoch(row)
         if self.group.first:
@@ -331,7 +331,7 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in training.network.parameters()):
             raise NotFiniteError(f"epoch {self.epoch}, step {len(self.losses)}: weights are not finite; not saved")
         state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
-        progress = {"epoch": self.epoch - 1, "losses": self.losses, "best_dice": self.best_dice}
+        progress = {"epoch": self.epoch - 1, "losses": self.losses}
         if training.ema:
             state["ema"] = training.ema.weights
         self.folder.save_last(training.network, **self.facts, **facts, **progress, **state)

@@ -6,7 +6,6 @@ run.json      versions, device, cases, data   best.pt       the network with the
 run.lock      of the process at work on it    val_cases.txt   the cases held out
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +29,7 @@ from core.scans.files import format_case_ids, listed
 from core.system.exits import Stopped, one_line, print_warning
 from core.system.files import lock_file, open_text, read_text, remove_left_over, whole_file, write_text
 from core.system.provenance import git_commit, versions
+from core.training.log_table import LogTable
 from core.training.tensorboard import write_scalars
 
 # Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
@@ -46,7 +46,9 @@ MAY_CHANGE = (
     "checkpoint_minutes",
     "tensorboard",
 )
-DRAW_SECONDS = 10  # from one drawing of curves.png to the next; the last epoch is always drawn
+# From one drawing of curves.png, or writing of best.pt, to the next: an epoch on a GPU takes seconds, and each of them
+# takes one. Both are up to date whenever last.pt is, and at the end.
+DRAW_SECONDS = BEST_SECONDS = 60
 RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "previous.pt", "best.pt")
 
 
@@ -69,10 +71,12 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         self.val_cases = self.path / "val_cases.txt"
         self.scalars = self.path / "tensorboard"
-        self.rows: list[dict[str, str]] | None = None  # of log.csv, once it has been read
+        self.log_table = LogTable(self.log)
         self.lock_file: IO | None = None
         self.last_is_damaged = False
         self.can_draw, self.is_drawn, self.drawn = True, True, time.monotonic()
+        self.kept_best: tuple[dict, dict] | None = None  # weights and facts of a best network that is not written yet
+        self.best_dice, self.best_written = -1.0, -math.inf  # validation Dice of best.pt, and when it was written
         self.unwritten: OSError | None = None  # why the latest results are not in the folder
 
     @property
@@ -230,6 +234,8 @@ class RunFolder:
             how, unwritten = how_it_ended(sys.exc_info()[1]), self.unwritten
             with self.writing():
                 self.draw_curves()
+            unwritten = unwritten or self.unwritten
+            self.write_best()
             self.unwritten = unwritten or self.unwritten
             if self.unwritten:
                 how += f"; the latest results could not be written ({one_line(self.unwritten)})"
@@ -256,21 +262,34 @@ class RunFolder:
             self.unwritten = None
 
     def save_last(self, network: nn.Module, **state: Any) -> None:
-        """Write last.pt; the one before becomes previous.pt, unless it is damaged."""
+        """Write best.pt if it is not up to date, and last.pt; the one before becomes previous.pt, if not damaged."""
+        self.write_best()
+        state["best_dice"] = self.best_dice
         with self.writing():
             save_checkpoint(self.last, network, self.config, None if self.last_is_damaged else self.previous, **state)
             self.last_is_damaged = False
 
-    def save_best(self, network: nn.Module, **state: Any) -> bool:
-        """Write best.pt; return True when it was written."""
+    def keep_best(self, network: nn.Module, **state: Any) -> None:
+        """Keep a copy of the best network so far, with its val_dice in `state`, and write best.pt if that is due."""
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in network.state_dict().items()}
+        self.kept_best = weights, state
+        if time.monotonic() - self.best_written >= BEST_SECONDS:
+            self.write_best()
+
+    def write_best(self) -> None:
+        """Write the network that `keep_best` has kept, if any, to best.pt; what fails is tried again the next time."""
+        if self.kept_best is None:
+            return
+        weights, state = self.kept_best
         with self.writing():
-            save_checkpoint(self.best, network, self.config, **state)
-        return self.unwritten is None
+            save_checkpoint(self.best, weights, self.config, **state)
+            self.kept_best, self.best_dice = None, state["val_dice"]
+        self.best_written = time.monotonic()
 
     def log_epoch(self, row: dict[str, Any]) -> None:
         """Add an epoch's row to log.csv and to TensorBoard's files if asked for, and draw curves.png if due."""
         with self.writing():
-            self.append_log(row)
+            self.log_table.append(row)
             if self.config.tensorboard:
                 write_scalars(self.scalars, row)
             self.is_drawn = False
@@ -292,22 +311,6 @@ class RunFolder:
             self.can_draw = False
             print_warning(f"no curves.png, since matplotlib cannot be imported ({one_line(error)}); install it again")
 
-    def append_log(self, row: dict[str, Any]) -> None:
-        """Add an epoch's row to log.csv in place of rows of the same or a later epoch, which a stopped run left.
-
-        None and NaN become empty cells.
-        """
-        if self.rows is None:
-            self.rows = []
-            with suppress(FileNotFoundError), open_text(self.log) as file:
-                self.rows = list(csv.DictReader(file))
-        self.rows = [old for old in self.rows if int(old["epoch"]) < row["epoch"]]
-        self.rows.append({key: format_cell(value) for key, value in row.items()})
-        with whole_file(self.log) as temporary, open_text(temporary, "w") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(self.rows)
-
 
 class SilentRunFolder(RunFolder):
     """The run folder in a process that is not the first: it finds the checkpoint to go on from, and writes nothing."""
@@ -327,9 +330,8 @@ class SilentRunFolder(RunFolder):
     def save_last(self, *_: object, **__: object) -> None:
         """Do nothing."""
 
-    def save_best(self, *_: object, **__: object) -> bool:
-        """Do nothing; the first process writes it."""
-        return True
+    def keep_best(self, *_: object, **__: object) -> None:
+        """Do nothing."""
 
     def log_epoch(self, *_: object) -> None:
         """Do nothing."""
@@ -342,9 +344,3 @@ def how_it_ended(error: BaseException | None) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return f"stopped by {error}" if isinstance(error, Stopped) else one_line(error)
-
-
-def format_cell(value: float | int | None) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

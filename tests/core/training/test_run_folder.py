@@ -1,0 +1,104 @@
+"""What an epoch's end writes, and when."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from core.checkpoint import load_checkpoint
+from core.config import load_config
+from core.training import run_folder
+from core.training.run_folder import BEST_SECONDS, DRAW_SECONDS, RunFolder
+
+
+class Clock:
+    """In place of the module time."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(run_folder, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def folder(clock, tmp_path) -> RunFolder:
+    (tmp_path / "run").mkdir()
+    return RunFolder(replace(load_config(), run_dir=str(tmp_path / "run")))
+
+
+def network_of(value: float) -> nn.Module:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(network.weight, value)
+    return network
+
+
+def best(folder: RunFolder) -> tuple[float, float]:
+    """Return the weight and the Dice in best.pt."""
+    content = load_checkpoint(folder.best)
+    return content["network"]["weight"].item(), content["val_dice"]
+
+
+def test_best_is_written_at_most_once_a_minute_and_with_last(folder, clock):
+    network = network_of(1)
+    folder.keep_best(network, val_dice=0.1)
+    assert best(folder) == (1, 0.1)
+    nn.init.constant_(network.weight, 2)
+    clock.now += BEST_SECONDS - 1
+    folder.keep_best(network, val_dice=0.2)
+    nn.init.constant_(network.weight, 3)  # as the next step does
+    assert best(folder) == (1, 0.1)
+    folder.save_last(network, epoch=2)
+    assert best(folder) == (2, 0.2)
+    last = load_checkpoint(folder.last)
+    assert (last["best_dice"], last["network"]["weight"].item()) == (0.2, 3)
+    clock.now += BEST_SECONDS
+    folder.keep_best(network, val_dice=0.3)
+    assert best(folder) == (3, 0.3)
+
+
+def test_the_end_of_a_run_writes_the_best(folder):
+    folder.keep_best(network_of(1), val_dice=0.1)
+    folder.keep_best(network_of(2), val_dice=0.2)
+    with pytest.raises(ZeroDivisionError), folder.noting_the_end():
+        1 / 0  # noqa: B018
+    assert best(folder) == (2, 0.2)
+
+
+def test_a_best_that_could_not_be_written_is_written_later(folder, clock, monkeypatch, capsys):
+    folder.keep_best(network_of(1), val_dice=0.1)
+    clock.now += BEST_SECONDS
+    with monkeypatch.context() as full:
+        full.setattr("core.checkpoint.torch.save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        folder.keep_best(network_of(2), val_dice=0.2)
+        assert "No space left" in capsys.readouterr().err
+        folder.save_last(network_of(2), epoch=1)
+    assert best(folder) == (1, 0.1)
+    folder.save_last(network_of(2), epoch=2)
+    assert best(folder) == (2, 0.2)
+    assert folder.unwritten is None
+
+
+def test_curves_are_drawn_at_most_once_a_minute(folder, clock):
+    drawn = []
+    folder.draw = lambda *_: drawn.append(clock.now)
+    for epoch in range(1, 10):
+        clock.now += DRAW_SECONDS / 3
+        folder.log_epoch({"epoch": epoch, "train_loss": 1.0})
+    assert drawn == [1000 + DRAW_SECONDS, 1000 + 2 * DRAW_SECONDS, 1000 + 3 * DRAW_SECONDS]
+
+
+def test_the_copy_of_the_best_is_on_the_cpu_and_of_its_own(folder, clock):
+    network = network_of(1)
+    folder.keep_best(network, val_dice=0.1)
+    folder.keep_best(network, val_dice=0.2)
+    weights, _ = folder.kept_best
+    assert weights["weight"].device == torch.device("cpu")
+    assert weights["weight"].data_ptr() != network.weight.data_ptr()
