@@ -20,16 +20,16 @@ from core.scans.anatomy import comparable_ml, organs_in, swapped_sides
 from core.scans.annotated import annotated_classes, check_both_sides, read_annotated
 from core.scans.cache import CACHE_VERSION, read_cache, write_cache
 from core.scans.crop import crop_box, extent_of
-from core.scans.files import check_partners, find_files, listed, read_case_ids
+from core.scans.files import check_partners, find_files
 from core.scans.geometry import check_same_grid
 from core.scans.nifti import Reading
 from core.scans.not_found import found_below, found_instead
 from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_image, read_geometry
+from core.scans.weights import read_weights
 
 NUMBERS = ("extent_mm", "hu_percentiles", "volumes_ml")  # facts of a case that a sample holds as float32
-DEFAULT_VAL_CASES = Path(__file__).resolve().parent / "data" / "val_cases.txt"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Case:
     scan: Path
     labels: Path
     annotated: tuple[str, ...] | None = None  # the organs that the label map annotates, by annotated.csv; None: all
+    weight: float | None = None  # of labels that a network has made, by weights.csv; None: people have made them
 
 
 # ---- Finding ---------------------------------------------------------------------------------------------------------
@@ -78,71 +79,23 @@ def find_cases(data_dir: str | Path, reading: Reading = DEFAULT_READING) -> list
     if not scans:
         raise FileNotFoundError(f"{folder}: no scans in images (.nii.gz or .nii){found_instead(folder / 'images')}")
     check_partners(folder, scans, labels)
-    annotated = read_annotated(folder, scans)
-    cases = [Case(case, scans[case], labels[case], annotated.get(case)) for case in sorted(scans)]
+    annotated, weights = read_annotated(folder, scans), read_weights(folder, scans)
+    cases = [Case(case, scans[case], labels[case], annotated.get(case), weights.get(case)) for case in sorted(scans)]
     for case in cases:
         scan, labels = (read_geometry(path, reading) for path in (case.scan, case.labels))
         check_same_grid(scan, labels, f"case {case.id}")
     return cases
 
 
-def split_cases(
-    cases: Sequence[Case], val_cases: Sequence[str] | None, val_fraction: float, seed: int
-) -> tuple[list[Case], list[Case], str]:
-    """Split cases into training and validation.
-
-    Ids in `val_cases` (or a file of them) decide. Without, data/val_cases.txt does where it fits the data; else the
-    fraction `val_fraction`, drawn by `seed`: when it is above 0 at least one case, but never the last one to train on.
-
-    Returns:
-        training cases, validation cases, and a sentence that says how they were chosen.
-
-    Raises:
-        ValueError: when a named case is missing, or no case is left to train on.
-    """
-    ids = [case.id for case in cases]
-    if val_cases is not None:
-        held_out, source = read_case_ids(val_cases), "val_cases"
-    else:
-        held_out, source = read_case_ids([str(DEFAULT_VAL_CASES)]), "data/val_cases.txt"
-    missing = [case for case in held_out if case not in ids]
-    if val_cases is None and len(missing) == len(held_out):
-        count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1) if val_fraction > 0 else 0
-        drawn = np.random.default_rng(seed).permutation(len(ids))[:count]
-        held_out = [ids[i] for i in drawn]
-        how = f"{count} of {len(ids)} held out by val_fraction and seed (data/val_cases.txt is for other data)"
-    elif missing:
-        raise ValueError(f"{source}: {listed(missing)} not among the {len(ids)} cases of the data")
-    else:
-        how = f"{len(set(held_out))} of {len(ids)} held out by {source}"
-    train = [case for case in cases if case.id not in held_out]
-    if not train:
-        raise ValueError(f"{source}: holds out all {len(ids)} cases, so that none is left to train on")
-    return train, [case for case in cases if case.id in held_out], how
-
-
-def split_by_fold(cases: Sequence[Case], folds: int, fold: int, seed: int) -> tuple[list[Case], list[Case], str]:
-    """Split cases for cross-validation: cut into `folds` parts by `seed`, one of them held out.
-
-    The parts differ by one case at most, and depend on nothing but the seed, their number and the cases' ids: the runs
-    of all folds together hold out every case once.
-
-    Returns:
-        training cases, validation cases, and a sentence that says how they were chosen.
-
-    Raises:
-        ValueError: when there is no such fold, or fewer cases than folds.
-    """
-    if fold >= folds:
-        raise ValueError(f"fold: got {fold} of {folds} folds, expected 0 to {folds - 1}")
-    if folds > len(cases):
-        raise ValueError(f"folds: got {folds} for {len(cases)} cases, expected no more folds than cases")
-    ids = sorted(case.id for case in cases)
-    order = np.random.default_rng([seed, folds]).permutation(len(ids))
-    held_out = {ids[i] for i in order[fold::folds]}
-    how = f"{len(held_out)} of {len(ids)} held out as fold {fold} of {folds} (0 to {folds - 1})"
-    parts = ([case for case in cases if (case.id in held_out) is held] for held in (False, True))
-    return *parts, how
+def find_cases_of_all(data_dirs: Sequence[Path], reading: Reading = DEFAULT_READING) -> list[Case]:
+    """Find the labelled cases of several data sets, ordered by id; errors as `find_cases`, and for an id in two."""
+    found: dict[str, tuple[Path, Case]] = {}
+    for folder in data_dirs:
+        for case in find_cases(folder, reading):
+            other, _ = found.setdefault(case.id, (folder, case))
+            if other != folder:
+                raise ValueError(f"case {case.id}: is in {other} and in {folder}, expected in one; rename it")
+    return [case for _, (_, case) in sorted(found.items())]
 
 
 # ---- Samples ---------------------------------------------------------------------------------------------------------
@@ -159,7 +112,8 @@ class CaseDataset(Dataset):
     A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
     uint8; `extent_mm` (3,) float32, the size of what the grid covers; `hu_percentiles` (3,) float32, of the scan's
     body; `volumes_ml` (K,) float32, by id, 0 where unknown; `swapped`, the organs that lie on each other's side, in
-    words; `annotated` (K,) bool. It is the same to the bit with and without the cache.
+    words; `annotated` (K,) bool; `weight` float32, 1 where people have made the labels. It is
+    the same to the bit with and without the cache.
 
     Args:
         cases: with label maps.
@@ -182,6 +136,11 @@ class CaseDataset(Dataset):
         return len(self.cases)
 
     @property
+    def weights(self) -> list[float | None]:
+        """The weights of the cases, in their order; None where people have made the labels."""
+        return [case.weight for case in self.cases]
+
+    @property
     def ids(self) -> list[str]:
         """The ids of the cases, in their order."""
         return [case.id for case in self.cases]
@@ -198,6 +157,7 @@ class CaseDataset(Dataset):
         if not annotated.all():
             labels = labels * annotated[labels.long()]
         numbers = {name: torch.tensor(facts[name], dtype=torch.float32) for name in NUMBERS}
+        numbers["weight"] = torch.tensor(1.0 if case.weight is None else case.weight)
         words = {"case": case.id, "swapped": facts["swapped"]}
         return {"image": image[None], "labels": labels, "annotated": annotated, **words, **numbers}
 
@@ -245,16 +205,3 @@ class CaseDataset(Dataset):
 
 def say_nothing(_message: str) -> None:
     """Ignore a warning. A lambda could not be sent to the processes that load cases."""
-
-
-def split(cases: Sequence[Case], config: Config) -> tuple[list[Case], list[Case], str]:
-    """Split cases as the settings say; return the same as `split_cases`.
-
-    Raises:
-        ValueError: when they cannot be split so.
-    """
-    if not config.folds:
-        return split_cases(cases, config.val_cases, config.val_fraction, config.seed)
-    if config.val_cases is not None:
-        raise ValueError("folds: got val_cases too, expected one of the two; val_cases: null leaves it to the folds")
-    return split_by_fold(cases, config.folds, config.fold, config.seed)

@@ -29,8 +29,9 @@ from core.training.losses import loss_named
 from core.training.memory_plans import step_that_fits
 from core.training.run import Run
 from core.training.setup import Training, check_settings, choose_precision, fit_network, make_optimizer, seed_torch
+from core.training.splitting import split
 from core.training.step import validation_step
-from dataset import CaseDataset, find_cases, find_data, reading_of, split
+from dataset import CaseDataset, find_cases_of_all, find_data, reading_of
 
 
 def start_training(config: Config, device: torch.device, processes: int = 1) -> Training:
@@ -47,7 +48,7 @@ def start_training(config: Config, device: torch.device, processes: int = 1) -> 
     return Training(
         network,
         loss=loss_named(config.loss),
-        optimizer=make_optimizer(network, config.learning_rate),
+        optimizer=make_optimizer(network, config.learning_rate, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         precision=precision,
         max_grad_norm=config.max_grad_norm,
@@ -88,7 +89,7 @@ def train_one_epoch(run: Run, batches: DataLoader) -> None:
             image, labels = augment(image, labels, batch["extent_mm"], config, run.epoch, batch["positions"])
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, config.epochs * len(batches))
-        loss = step_that_fits(training, image, labels, batch["annotated"])
+        loss = step_that_fits(training, image, labels, batch["annotated"], batch["weight"])
         run.note(loss, batch)
 
 
@@ -144,13 +145,14 @@ def main() -> int:
             return show_plans(config, arguments.card_gib)
         run = Run(config, draw_curves, arguments.resume, arguments.overwrite, arguments.extend)
         run.load(start_training(config, run.device, run.group.size))
-        data_dir = find_data(config.data_dir)
+        data_dirs = [find_data(folder) for folder in config.data_dir]
     with refusing(REFUSED):
-        cases = find_cases(data_dir, reading_of(config))
+        cases = find_cases_of_all(data_dirs, reading_of(config))
     with refusing(USAGE):
         train_cases, val_cases, how = split(cases, config)
         train_set, val_set = CaseDataset(train_cases, config), CaseDataset(val_cases, config)
-        run.start({"train": train_set.ids, "val": val_set.ids}, how)
+        made = [case.id for case in train_cases if case.weight is not None]
+        run.start({"train": train_set.ids, "val": val_set.ids, "made": made}, how)
     return run.carry_out(lambda: train(run, train_set, val_set))
 
 

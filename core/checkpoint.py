@@ -251,7 +251,8 @@ def load_optimizer(
         raise ValueError(f"{complaint} ({str(error).splitlines()[0]})") from error
     # load_state_dict compares no shapes.
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        moments = {name: value for name, value in optimizer.state.get(parameter, {}).items() if "exp_avg" in name}
+        state = optimizer.state.get(parameter, {})
+        moments = {name: value for name, value in state.items() if name in ("exp_avg", "exp_avg_sq", "momentum")}
         check_same_shapes(moments, dict.fromkeys(moments, parameter), f"{complaint}: parameter {i}")
 
 

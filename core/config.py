@@ -53,6 +53,7 @@ def are_class_names(names: tuple[str, ...]) -> bool:
 
 
 FOLDER = Rule(str, "a folder", bool, is_path=True)
+FOLDERS = Rule(str, "a folder, or several", all, is_list=True, is_path=True)
 BOOLEAN = Rule(bool, "true or false")
 FRACTION = Rule(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 NOT_NEGATIVE = Rule(float, "a number, 0 or more", lambda value: value >= 0)
@@ -82,7 +83,8 @@ class Config:
     """Every setting of a training run."""
 
     # Data
-    data_dir: str = setting("data/FLARE22Train", FOLDER, "folder with images/CASE_0000.nii.gz and labels/CASE.nii.gz")
+    data_dir: tuple[str, ...] = setting(("data/FLARE22Train",), FOLDERS,
+        "folder with images/CASE_0000.nii.gz and labels/CASE.nii.gz, or several such folders")
     run_dir: str = setting("runs/vnet", FOLDER, "output folder of the run: checkpoints, log.csv, curves.png, run.json")
     cache_dir: str | None = setting("cache", replace(FOLDER, words="a folder, or null", optional=True),
         "folder for resized cases (16 MiB each at the default size); null: resize them in every epoch")
@@ -123,8 +125,12 @@ class Config:
     # Training
     epochs: int = setting(50, whole_number(1), "passes over the training cases")
     batch_size: int = setting(1, whole_number(1), "cases per training step in each process")
+    made_per_labelled: float = setting(1.0, NOT_NEGATIVE,
+        "cases drawn in each epoch from those whose labels a network has made (weights.csv), for each other case")
+    optimizer: str = setting("adam", one_of("adam", "muon"),
+        "rule by which the weights change; muon learns in fewer steps (RESULTS.md)")
     learning_rate: float = setting(1e-4, Rule(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1),
-        "learning rate of Adam")
+        "learning rate of the optimizer")
     loss: str = setting("cross_entropy", Rule(str, "the name of a loss", bool),
         "name of a loss in core/training/losses.py, such as cross_entropy or dice_cross_entropy (the sum of both)")
     schedule: str = setting("constant", one_of("constant", "cosine", "poly"),

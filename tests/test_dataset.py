@@ -24,7 +24,8 @@ from core.scans.files import find_label_maps, find_scans, read_case_ids, select_
 from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import load_labels, load_scan, prepare_image
-from dataset import Case, CaseDataset, find_cases, find_data, split_by_fold, split_cases
+from core.training.splitting import split_by_fold, split_cases
+from dataset import Case, CaseDataset, find_cases, find_data
 
 LABELLED = Path(__file__).parents[1] / ".." / "shared" / "data" / "labelled"
 

@@ -27,7 +27,7 @@ SCRIPTS = (
     "train.py",
     "infer.py",
     "evaluate.py",
-    *(f"data/{name}.py" for name in ("convert", "download", "doctor", "make_phantom")),
+    *(f"data/{name}.py" for name in ("convert", "download", "doctor", "make_phantom", "pseudo_label")),
     *(f"visualization/{name}.py" for name in ("overlay", "movie", "viewer", "report")),
 )
 # Flags of other programs: torchrun, pip, SLURM, ruff.

@@ -163,10 +163,10 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
     assert (code, "all 4 epochs are done" in out) == (0, True)
 
 
-@pytest.mark.parametrize("plan", ["off", "lowest"])
-def test_resuming_with_an_average_and_pieces(run, tmp_path, plan):
+@pytest.mark.parametrize(("plan", "optimizer"), [("off", "muon"), ("lowest", "adam")])
+def test_resuming_with_an_average_and_pieces(run, tmp_path, plan, optimizer):
     flags = ["--epochs", "3", "--ema-decay", "0.8", "--batch-size", "2", "--accumulation-steps", "2", "--memory", plan]
-    flags += ["--init-output-bias", "--deterministic"]
+    flags += ["--init-output-bias", "--deterministic", "--optimizer", optimizer]
     assert run(*flags, folder="whole")[0] == 0
     with power_cut(before_epoch=3), pytest.raises(KeyboardInterrupt):
         run(*flags, "--resume", folder="broken")
@@ -465,7 +465,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_the_case(run, tmp_path, monk
     one_step = train.step_that_fits
     calls = []
 
-    def third_epoch_explodes(training, image, labels, annotated):
+    def third_epoch_explodes(training, image, labels, *rest):
         calls.append(1)
         bad = len(calls) == 2 * 4 + bad_step  # 4 training cases an epoch
         return one_step(training, image * math.nan if bad else image, labels)

@@ -61,7 +61,9 @@ class Segmentation:
         print_warning(self.named(message))
 
 
-def run_overlapped(stages: Iterable[Stage], scans: dict[str, Path], device: torch.device) -> Iterator[Segmentation]:
+def run_overlapped(
+    stages: Iterable[Stage], scans: dict[str, Path], device: torch.device, kind: type[Segmentation] = Segmentation
+) -> Iterator[Segmentation]:
     """Segment scans in three stages at a time: the network runs on one, while the next is read and the last is written.
 
     Each stage works on one scan at a time. At most one scan waits for the next stage, as the network's input or as its
@@ -75,6 +77,7 @@ def run_overlapped(stages: Iterable[Stage], scans: dict[str, Path], device: torc
         stages: prepare, predict and finish; each takes a scan as a Segmentation and changes it.
         scans: the file of each scan by case id.
         device: where the network runs.
+        kind: what a scan is passed on as.
 
     Yields:
         each scan when it is done or has failed; in order, except for those tried again.
@@ -82,11 +85,11 @@ def run_overlapped(stages: Iterable[Stage], scans: dict[str, Path], device: torc
     preparing, predicting, finishing = (partial(attempt, stage) for stage in stages)
     once_more = []
     with stage_thread(device) as reader, stage_thread(device) as writer:
-        prepared = in_thread(reader, preparing, starmap(Segmentation, scans.items()))
+        prepared = in_thread(reader, preparing, starmap(kind, scans.items()))
         try:
             for scan in in_thread(writer, finishing, map(predicting, prepared)):
                 if scan.out_of_memory:
-                    once_more.append(Segmentation(scan.case, scan.file))
+                    once_more.append(kind(scan.case, scan.file))
                 else:
                     yield scan
         except KeyboardInterrupt:

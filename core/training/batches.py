@@ -28,18 +28,40 @@ SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over sam
 
 
 class EpochBatches(Sampler):
-    """The batches of an epoch, as lists of indices: a permutation that depends on (seed, epoch) alone.
+    """The batches of an epoch, as lists of indices: an order that depends on (seed, epoch) alone.
 
-    A step's batch is split over `processes`, `batch_size` cases each. When the epoch's last batch has none left for a
-    process, that process gets a case of weight 0, since all must take part in every step.
+    It holds each case that people have labelled once, and of those whose labels a network has made a draw: the higher
+    a case's weight, the more often it is drawn. A step's batch is split over `processes`, `batch_size` cases each. When
+    the epoch's last batch has none left for a process, that process gets a case of weight 0, since all must take part
+    in every step.
+
+    Args:
+        weights: of the cases; None where people have made the labels.
+        batch_size: cases of each process in a step.
+        seed: of the order.
+        rank: number of this process.
+        processes: how many there are.
+        made_per_labelled: cases with a weight in an epoch, for each without.
 
     Attributes:
         epoch: its number; set before each epoch.
         start: number of the first step; above 0 for an epoch that was interrupted.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
-        self.length = length
+    def __init__(
+        self,
+        weights: Sequence[float | None],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        made_per_labelled: float = 1.0,
+    ):
+        self.labelled = [i for i, weight in enumerate(weights) if weight is None]
+        self.made = [i for i, weight in enumerate(weights) if weight is not None]
+        self.chances = np.array([weights[i] for i in self.made], dtype=np.float64)
+        self.drawn = min(len(self.made), round(made_per_labelled * len(self.labelled)))
+        self.length = len(self.labelled) + self.drawn  # cases of an epoch
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -52,9 +74,17 @@ class EpochBatches(Sampler):
         return math.ceil(self.length / self.together)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist()
+        order = self.order()
         for step in range(self.start, len(self)):
             yield [order[position] for position in self.positions(step)] or order[:1]
+
+    def order(self) -> list[int]:
+        """Return the cases of the epoch in their order."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if not self.made:
+            return rng.permutation(self.length).tolist()
+        drawn = rng.choice(self.made, self.drawn, replace=False, p=self.chances / self.chances.sum())
+        return rng.permutation([*self.labelled, *drawn]).tolist()
 
     def positions(self, step: int) -> range:
         """Return this process's positions in the epoch's order in that step; none where no case is left for it."""
@@ -68,10 +98,15 @@ class EpochBatches(Sampler):
 
 
 def make_loader(dataset: Dataset, config: Config, device: torch.device, group: Group, train: bool) -> DataLoader:
-    """Return the loader of this process's share: shuffled batches for training, single cases for validation."""
+    """Return the loader of this process's share: shuffled batches for training, single cases for validation.
+
+    `dataset` is a CaseDataset.
+    """
     workers = workers_that_fit(config)
     if train:
-        order = {"batch_sampler": EpochBatches(len(dataset), config.batch_size, config.seed, group.rank, group.size)}
+        processes = group.rank, group.size
+        batches = EpochBatches(dataset.weights, config.batch_size, config.seed, *processes, config.made_per_labelled)
+        order = {"batch_sampler": batches}
     else:
         order = {"sampler": range(group.rank, len(dataset), group.size)}
     return DataLoader(
@@ -119,7 +154,7 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 class Description(NamedTuple):
-    """Ranges over the cases, from `ranges_of`, and for each case id a checksum that changes with the case's data."""
+    """Ranges over the cases, from `ranges_of`, with the organs that occur, and for each case a checksum of its data."""
 
     ranges: dict
     fingerprints: dict[str, str]
@@ -157,7 +192,8 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
     counts = list(chain(*group.gather(counts)))
     if teaches and group.first:
         say_what_teaches(counts, dataset.organs)
-    return Description(ranges_of(found), dict(chain(*group.gather(fingerprints))))
+    taught = [organ for i, organ in enumerate(dataset.organs) if i and any(present[i] for _, present in counts)]
+    return Description(ranges_of(found) | {"organs": taught}, dict(chain(*group.gather(fingerprints))))
 
 
 def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor, ml: torch.Tensor) -> np.ndarray:

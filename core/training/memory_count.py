@@ -55,7 +55,7 @@ def blank_training(config: Config, plan: str, precision: torch.dtype) -> tuple[T
     training = Training(
         network,
         loss_named(config.loss),
-        make_optimizer(network, config.learning_rate),
+        make_optimizer(network, config.learning_rate, config.optimizer),
         torch.amp.GradScaler("cpu", enabled=False),
         precision,
         accumulation_steps=config.accumulation_steps,

@@ -195,7 +195,13 @@ def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
         restore(training.network, buffers)
 
 
-def step_that_fits(training: Training, image: Tensor, labels: Tensor, annotated: Tensor | None = None) -> Tensor:
+def step_that_fits(
+    training: Training,
+    image: Tensor,
+    labels: Tensor,
+    annotated: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Run `training_step` and return its loss; out of memory, repeat it under the next smaller plan, which then stays.
 
     The first time, the same plan is tried once more with emptied caches, since memory may only be in fragments. When
@@ -208,7 +214,7 @@ def step_that_fits(training: Training, image: Tensor, labels: Tensor, annotated:
         buffers = [buffer.clone() for buffer in training.network.buffers()]
         failure = None
         try:
-            loss = compute_gradients(training, image, labels, annotated=annotated)
+            loss = compute_gradients(training, image, labels, annotated=annotated, weights=weights)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error, smaller=True):
                 raise

@@ -107,7 +107,7 @@ class Run:
         """Begin the run folder, or check that a resumed run goes on with the same cases; say what is trained on.
 
         Args:
-            cases: ids of the cases to "train" on and of those held out, "val".
+            cases: ids of the cases to "train" on, of those held out, "val", and of those with "made" labels.
             how: says how the cases were chosen.
 
         Raises:
@@ -121,7 +121,8 @@ class Run:
             self.folder.start(self.device, cases, self.overwrite)
         processes = f" in {self.group.size} processes" if self.group.size > 1 else ""
         where = f"on {self.device} in {self.training.precision}{processes}"
-        self.say(f"{len(cases['train'])} cases to train on; {how}; {where}")
+        made = f" ({len(cases['made'])} with labels that a network has made)" if cases["made"] else ""
+        self.say(f"{len(cases['train'])} cases to train on{made}; {how}; {where}")
 
     def prepare(self, train_set: Dataset, training_data: dict, fingerprints: dict[str, str]) -> None:
         """Finish what the first step needs: the facts of the data, the memory plan, the output bias.

@@ -210,6 +210,7 @@ class RunFolder:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
             "train_cases": cases["train"],
             "val_cases": cases["val"],
+            "made_cases": cases["made"],
             "config": config_to_dict(self.config),
         }
         write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")

@@ -18,6 +18,7 @@ from core.scans.organ_words import mirrored_ids
 from core.system.processes import Group
 from core.training.losses import Loss
 from core.training.low_memory import is_supported
+from core.training.muon import Muon
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNUSED_CUDNN = (90800, 91500)  # from the first version that torch leaves out in 3-D to the first that it uses again
@@ -98,9 +99,12 @@ class EMA:
                 parameter.data = own[name]
 
 
-def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Return fused Adam with its state: it allocates nothing during a step, and skips it when found_inf is set."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
+def make_optimizer(network: nn.Module, learning_rate: float, name: str = "adam") -> torch.optim.Optimizer:
+    """Return fused Adam or Muon with its state: it allocates no state in a step, and skips it when found_inf is set."""
+    if name == "muon":
+        optimizer = Muon(network, learning_rate)
+    else:
+        optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
     # A step of zero gradients makes the state and changes no weight. Made in the first real step, half of the state
     # would exist after running out of memory there.
     for parameter in network.parameters():
@@ -108,7 +112,8 @@ def make_optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Adam
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for state in optimizer.state.values():
-        state["step"].zero_()
+        if "step" in state:
+            state["step"].zero_()
     return optimizer
 
 

@@ -33,6 +33,7 @@ def training_step(
     check: Callable[[Tensor], None] = lambda loss: None,
     after: Callable[[], None] = lambda: None,
     annotated: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Change the network's weights once, for one batch; on a GPU this launches the step and does not wait for it.
 
@@ -43,11 +44,12 @@ def training_step(
         check: is shown the loss of each micro-batch before its backward pass.
         after: is called after each micro-batch.
         annotated: (B, K) bool on the CPU, the classes that each case's labels annotate; None: all.
+        weights: (B,) on the CPU, of the cases; the loss of a micro-batch counts their mean. None: all 1.
 
     Returns:
         the loss before the change, a scalar on the device; where it is NaN or infinite, no weight has changed.
     """
-    return apply_gradients(training, compute_gradients(training, image, labels, check, after, annotated))
+    return apply_gradients(training, compute_gradients(training, image, labels, check, after, annotated, weights))
 
 
 def apply_gradients(training: Training, loss: Tensor) -> Tensor:
@@ -73,15 +75,17 @@ def compute_gradients(
     check: Callable[[Tensor], None] = lambda loss: None,
     after: Callable[[], None] = lambda: None,
     annotated: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Give the parameters the gradients of the loss, times the scaler's factor, and return the loss.
 
-    `check`, `after` and `annotated` are those of `training_step`.
+    `check`, `after`, `annotated` and `weights` are those of `training_step`.
     """
     training.optimizer.zero_grad(set_to_none=True)
     losses = []
     for part, share in micro_batches(len(image), training.accumulation_steps):
         loss = marginal(training.loss, None if annotated is None else annotated[part])
+        share *= 1.0 if weights is None else weights[part].mean().item()
         losses.append(share * backward(training, loss, image[part], labels[part], check, share))
         after()
     return sum(losses[1:], start=losses[0])

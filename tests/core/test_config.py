@@ -3,11 +3,10 @@
 import argparse
 import dataclasses
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import run_script
 
 from core.config import (
     DEFAULT_CONFIG,
@@ -30,7 +29,7 @@ DEFAULTS = DEFAULT_CONFIG.read_text(encoding="utf-8")
 
 # For every key a value other than its default: as typed on the command line, and as the scripts get it.
 CHANGES = {
-    "data_dir": ("other data", "other data"),
+    "data_dir": ("other data", ("other", "data")),
     "run_dir": ("runs/2024-01-01", "runs/2024-01-01"),
     "cache_dir": ("null", None),
     "val_cases": ("0041 0042", ("0041", "0042")),
@@ -50,6 +49,8 @@ CHANGES = {
     "norm": ("none", "none"),
     "epochs": ("3", 3),
     "batch_size": ("2", 2),
+    "made_per_labelled": ("2.5", 2.5),
+    "optimizer": ("muon", "muon"),
     "learning_rate": ("1e-3", 0.001),
     "loss": ("focal", "focal"),  # the rule takes any name: core/training/losses.py has the losses
     "schedule": ("cosine", "cosine"),
@@ -146,7 +147,7 @@ def test_what_a_settings_file_leaves_out_has_its_default(tmp_path):
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, key):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = str(tmp_path / "x")
-    expected = (path,) if key == "val_cases" else path
+    expected = (path,) if key in ("val_cases", "data_dir") else path
     assert getattr(load_config(settings_file(tmp_path, f"{key}: ~/x\n")), key) == expected
     assert getattr(from_command_line(flag(key), "~/x"), key) == expected
 
@@ -241,7 +242,7 @@ REFUSED = [
     ("folds", "1", "got 1, expected 0 or a whole number of 2 or more"),
     ("norm", "null", "got null, expected one of instance, batch, group, none"),
     ("device", "gpu", "got gpu, expected auto, cpu, cuda or cuda:N"),
-    ("data_dir", "''", "got '', expected a folder"),
+    ("data_dir", "''", "got '', expected a folder, or several"),
     ("size", "[64, 64]", "got [64, 64], expected three whole numbers"),
     ("size", "[64, 64, 0]", "got [64, 64, 0], expected three whole numbers"),
     ("size", "[64, 64, 1.5]", "got [64, 64, 1.5], expected three whole numbers"),
@@ -363,8 +364,7 @@ def test_a_missing_file_and_a_folder_are_no_settings(tmp_path):
     ],
 )
 def test_the_script_ends_with_2_and_a_sentence(tmp_path, flags, complaint):
-    command = [sys.executable, ROOT / "train.py", "--run-dir", tmp_path / "run", *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = run_script("train.py", "--run-dir", tmp_path / "run", *flags)
     assert result.returncode == 2
     assert result.stderr.endswith(complaint)
     assert "Traceback" not in result.stderr

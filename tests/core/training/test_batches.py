@@ -14,7 +14,7 @@ from dataset import CaseDataset, find_cases
 
 def test_the_order_depends_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> list[int]:
-        batches = EpochBatches(20, 1, seed)
+        batches = EpochBatches([None] * 20, 1, seed)
         batches.epoch = epoch
         return [case for batch in batches for case in batch]
 
@@ -23,7 +23,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert all(sorted(row) == list(range(20)) for row in orders)
     np.random.seed(3)  # noqa: NPY002 - the global generator must not matter
     torch.manual_seed(3)
-    batches = EpochBatches(20, 3, 2)
+    batches = EpochBatches([None] * 20, 3, 2)
     first = list(batches)
     assert [len(batch) for batch in first] == [3] * 6 + [2]
     batches.epoch = 4
@@ -38,8 +38,8 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 @pytest.mark.parametrize(("length", "batch_size", "processes"), [(5, 1, 2), (5, 2, 2), (9, 2, 3), (4, 1, 2), (1, 1, 3)])
 def test_processes_share_out_the_batches_of_one(length, batch_size, processes):
-    whole = list(EpochBatches(length, batch_size * processes, seed=1))
-    shares = [EpochBatches(length, batch_size, 1, rank, processes) for rank in range(processes)]
+    whole = list(EpochBatches([None] * length, batch_size * processes, seed=1))
+    shares = [EpochBatches([None] * length, batch_size, 1, rank, processes) for rank in range(processes)]
     assert {len(share) for share in shares} == {len(whole)}
     rows = [list(share) for share in shares]
     for step, expected in enumerate(whole):
@@ -53,12 +53,29 @@ def test_processes_share_out_the_batches_of_one(length, batch_size, processes):
             assert not weight or len(row[step]) == len(share.positions(step))
 
 
+def test_cases_with_a_weight_are_drawn_beside_the_others():
+    weights = [None, 0.1, None, 1.0, 1.0, 0.1]
+    epochs = [EpochBatches(weights, 1, 0, made_per_labelled=0.5 * k) for k in (1, 2, 4)]
+    assert [len(each) for each in epochs] == [3, 4, 6]
+    drawn = np.zeros(6, int)
+    for epoch in range(300):
+        epochs[0].epoch = epoch
+        order = list(chain(*epochs[0]))
+        assert set(order) >= {0, 2}
+        drawn[order] += 1
+    # One of four by its weight: 0.1 of 2.2 and 1 of 2.2.
+    np.testing.assert_allclose(drawn / 300, [1, 1 / 22, 1, 10 / 22, 10 / 22, 1 / 22], atol=0.08)
+    assert sorted(chain(*epochs[2])) == list(range(6))
+    halves = [EpochBatches(weights, 1, 0, rank, 2) for rank in (0, 1)]
+    assert sorted(chain(*halves[0], *halves[1])) == sorted(chain(*epochs[1]))
+
+
 def test_workers_change_nothing(tmp_path):
     cases = find_cases(make_data(tmp_path / "data", tuple("abcde")))
     config = settings(cache_dir=str(tmp_path / "cache"))
 
     def epochs(workers: int, batch_size: int = 1) -> list[dict]:
-        batches_of = EpochBatches(len(cases), batch_size, seed=1)
+        batches_of = EpochBatches([None] * len(cases), batch_size, seed=1)
         loader = DataLoader(
             CaseDataset(cases, config),
             batch_sampler=batches_of,

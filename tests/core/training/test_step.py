@@ -27,7 +27,14 @@ from core.training.setup import (
     make_optimizer,
     to_channels_last,
 )
-from core.training.step import NotFiniteError, PendingLoss, micro_batches, training_step, validation_step
+from core.training.step import (
+    NotFiniteError,
+    PendingLoss,
+    compute_gradients,
+    micro_batches,
+    training_step,
+    validation_step,
+)
 from vnet import NORMS, VNet
 
 CPU = torch.device("cpu")
@@ -169,6 +176,24 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(plan, loss, pieces):
     assert found.item() == pytest.approx(expected.item(), rel=1e-9)
     for (name, a), b in zip(whole.named_parameters(), cut.parameters(), strict=True):
         assert (a.grad - b.grad).norm() <= 1e-9 * a.grad.norm(), name
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_cases_weight_is_that_of_its_gradient(plan):
+    torch.manual_seed(0)
+    network = VNet(5, channels=3, down_convs=(1, 2), up_convs=(1,)).double()
+    image, labels = torch.rand(2, 1, 8, 8, 12, dtype=torch.double), torch.randint(5, (2, 8, 8, 12))
+    training = start(network, plan=plan, loss="dice_cross_entropy")
+    expected, losses = [torch.zeros_like(parameter) for parameter in network.parameters()], []
+    for case, weight in ((0, 0.25), (1, 1.0)):
+        losses.append(weight * compute_gradients(training, image[case : case + 1], labels[case : case + 1]) / 2)
+        for total, parameter in zip(expected, network.parameters(), strict=True):
+            total += weight * parameter.grad / 2
+    training.accumulation_steps = 2
+    loss = compute_gradients(training, image, labels, weights=torch.tensor([0.25, 1.0], dtype=torch.double))
+    assert loss.item() == pytest.approx(sum(losses).item(), rel=1e-9)
+    for total, parameter in zip(expected, network.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, total, rtol=1e-9, atol=1e-12)
 
 
 def test_micro_batches_of_a_batch():
@@ -318,14 +343,16 @@ def test_step_whose_loss_is_not_finite_is_left_out(plan, bad, scaled):
     assert all(state["step"] == 2 for state in training.optimizer.state.values())
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_step_never_waits_for_a_value(plan, norm, scaled):
+def test_step_never_waits_for_a_value(plan, norm, scaled, optimizer):
     # These tensors have no values: whatever asks for one, and on a GPU would have to wait for it, raises.
     with FakeTensorMode():
         network = VNet(5, channels=4, down_convs=(1, 2), up_convs=(1,), norm=norm)
         training = start(network, plan=plan, loss="dice_cross_entropy", scaled=scaled)
+        training.optimizer = make_optimizer(network, 1e-2, optimizer)
         training.precision = torch.bfloat16
         image, labels = torch.zeros(2, 1, 8, 8, 8), torch.zeros(2, 8, 8, 8, dtype=torch.uint8)
         for _ in range(2):

@@ -1,0 +1,84 @@
+"""Muon: an optimizer that turns a convolution's whole step at once, and learns from few steps what Adam takes many for.
+
+K. Jordan and others: Muon, an optimizer for hidden layers in neural networks, 2024, kellerjordan.github.io/posts/muon.
+J. Liu and others: Muon is scalable for LLM training, 2025, arXiv 2502.16982 (the size of the step).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+# Five steps of this polynomial bring singular values between about 0.01 and 1 to between 0.7 and 1.2 (Jordan 2024).
+NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights of hidden convolutions, fused Adam for all other parameters.
+
+    A hidden convolution has several channels in and a kernel of more than one voxel. The root mean square of its step
+    is the learning rate, as it is of Adam's first step. It keeps one moment of these weights where Adam keeps two. Like
+    fused Adam it skips the step when found_inf is set, and does not wait for the GPU.
+
+    Args:
+        network: the network.
+        learning_rate: of both.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf
+
+    def __init__(self, network: nn.Module, learning_rate: float):
+        hidden = [module.weight for module in network.modules() if is_hidden(module)]
+        ids = set(map(id, hidden))
+        others = [parameter for parameter in network.parameters() if id(parameter) not in ids]
+        self.adam = torch.optim.Adam(others, lr=learning_rate, fused=True)
+        super().__init__([{**self.adam.param_groups[0]}, {"params": hidden}], {"lr": learning_rate})
+        for weight in hidden:
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
+        self.share()
+
+    def share(self) -> None:
+        """Let Adam work on the first group and the state of this optimizer."""
+        self.adam.param_groups, self.adam.state = self.param_groups[:1], self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state that `state_dict` has given."""
+        super().load_state_dict(state_dict)
+        self.share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        """Change all parameters that have a gradient."""
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self.adam.grad_scale, self.adam.found_inf = scale, skip
+        self.adam.step()
+        group = self.param_groups[1]
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            gradient = weight.grad if scale is None else weight.grad / scale
+            momentum = self.state[weight]["momentum"]
+            moved = momentum.lerp(gradient, 1 - MOMENTUM)
+            direction = orthogonalise(gradient.lerp(moved, MOMENTUM).flatten(1))  # Nesterov's look ahead
+            change = direction.view_as(weight) * (group["lr"] * max(direction.shape) ** 0.5)
+            if skip is not None:
+                moved, change = torch.where(skip > 0, momentum, moved), torch.where(skip > 0, 0.0, change)
+            momentum.copy_(moved)
+            weight.sub_(change)
+
+
+def is_hidden(module: nn.Module) -> bool:
+    """Return True for a convolution of several channels with a kernel of more than one voxel."""
+    return isinstance(module, nn.Conv3d) and min(module.weight.shape[:2]) > 1 and module.weight[0, 0].numel() > 1
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix to (M, N) whose singular values are all about 1."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-12)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x

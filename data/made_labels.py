@@ -1,0 +1,170 @@
+"""A data set of made labels: what `data.pseudo_label` writes, one scan at a time, and finds again after a break.
+
+pseudo_labels.csv   a row for each scan (organ is empty) and each of its organs, with every criterion and the reason
+annotated.csv       the organs of each case that can be trusted
+weights.csv         the weight of each case
+
+One process at a time changes the tables, and replaces them whole. A scan is done when its row is there and, unless it
+was left out, its files are.
+"""
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from core.scans.annotated import write_annotated
+from core.scans.files import listed
+from core.scans.geometry import Geometry
+from core.scans.volumes import NIFTI_SUFFIXES, save_label_map
+from core.scans.weights import write_weights
+from core.system.files import locked, open_text, whole_file
+from data.converted import place, remove, suffix_of
+from data.judging import Judgement, Limits
+
+TABLE, LOCK = "pseudo_labels.csv", ".pseudo_labels.lock"
+COLUMNS = [
+    "case", "organ", "taken", "reason", "agreement", "ml", "largest_piece", "touches_edge", "weight", "made_by",
+]  # fmt: skip
+
+
+class MadeLabels:
+    """The folder of a data set of made labels.
+
+    Args:
+        path: the folder.
+        organs: names by id, background first.
+        fingerprint: of the networks.
+        limits: what is asked of a label map.
+        copy: whether to copy the scans instead of linking them.
+    """
+
+    def __init__(self, path: Path, organs: Sequence[str], fingerprint: str, limits: Limits, copy: bool):
+        self.path, self.organs, self.copy = path, organs, copy
+        # All that decides what a row says.
+        self.made_by = f"{fingerprint} {limits.agreement:g} {limits.trusted:g}"
+
+    def begin(self, cases: Mapping[str, Path]) -> dict[str, Path]:
+        """Make the folder; return the scans that are left.
+
+        Raises:
+            OSError, ValueError: when it cannot be written, holds other things, or labels of other networks or limits.
+        """
+        for case, scan in cases.items():
+            if scan.resolve().is_relative_to(self.path.resolve()):
+                raise ValueError(f"--output: {self.path} holds the scan {scan} of case {case}; choose another folder")
+        if (self.path / "labels").is_dir() and not (self.path / TABLE).is_file():
+            raise ValueError(f"--output: {self.path} holds a data set that this command has not made; choose another")
+        for name in ("images", "labels"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+        rows = self.read()
+        others = {row["case"] for row in rows if row["made_by"] != self.made_by}
+        if others:
+            raise ValueError(
+                f"--output: {self.path / TABLE} has {len(others)} cases of other networks or limits "
+                f"({listed(sorted(others))}); choose another folder, or remove it"
+            )
+        taken = {row["case"]: row["taken"] == "yes" for row in rows if not row["organ"]}
+        done = {case for case in cases if case in taken and (not taken[case] or self.has_files(case))}
+        return {case: scan for case, scan in cases.items() if case not in done}
+
+    def has_files(self, case: str) -> bool:
+        """Return True when the label map and the scan of a case are there."""
+        return self.label_map(case).is_file() and any(self.scan(case, suffix).exists() for suffix in NIFTI_SUFFIXES)
+
+    def label_map(self, case: str) -> Path:
+        """Return the path of a case's label map."""
+        return self.path / "labels" / f"{case}.nii.gz"
+
+    def scan(self, case: str, suffix: str) -> Path:
+        """Return the path of a case's scan."""
+        return self.path / "images" / f"{case}_0000{suffix}"
+
+    def add(self, case: str, scan: Path, labels: np.ndarray, geometry: Geometry, judgement: Judgement) -> None:
+        """Write what came of a scan: its rows and, unless it is left out, its label map and a link to it.
+
+        Args:
+            case: its id.
+            scan: its file.
+            labels: (X, Y, Z) ids; those of organs that are not trusted become background, in place.
+            geometry: of the scan.
+            judgement: of the labels.
+
+        Raises:
+            OSError, ValueError: when a file cannot be written or read.
+        """
+        with locked(self.path / LOCK):
+            rows = [row for row in self.read() if row["case"] != case] + self.rows_of(case, judgement)
+            self.write(rows)
+        if judgement.reason:
+            return
+        trusted = np.array([False, *(not organ.reason for organ in judgement.organs.values())])
+        labels *= trusted[labels]
+        remove([self.scan(case, suffix) for suffix in NIFTI_SUFFIXES])
+        place(scan, self.scan(case, suffix_of(scan)), self.copy)
+        save_label_map(labels, geometry, self.label_map(case), self.organs)
+
+    def rows_of(self, case: str, judgement: Judgement) -> list[dict[str, str]]:
+        """Return the rows of a case."""
+        about = {"case": case, "made_by": self.made_by}
+        taken = {"taken": "no" if judgement.reason else "yes", "reason": judgement.reason}
+        rows = [dict.fromkeys(COLUMNS, "") | about | taken | {"weight": cell(judgement.weight)}]
+        for name, organ in judgement.organs.items():
+            rows.append(
+                dict.fromkeys(COLUMNS, "")
+                | about
+                | {"organ": name, "taken": "no" if organ.reason or judgement.reason else "yes", "reason": organ.reason}
+                | {"agreement": cell(organ.agreement), "ml": cell(organ.ml), "largest_piece": cell(organ.largest_piece)}
+                | {"touches_edge": " ".join(organ.cut)}
+            )
+        return rows
+
+    def read(self) -> list[dict[str, str]]:
+        """Return the rows of pseudo_labels.csv; none when there is no such file.
+
+        Raises:
+            OSError, ValueError: when it cannot be read, or is another kind of table.
+        """
+        path = self.path / TABLE
+        if not path.is_file():
+            return []
+        with open_text(path) as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        if reader.fieldnames != COLUMNS or any(None in row or None in row.values() for row in rows):
+            raise ValueError(f"{path}: is another kind of table, expected the columns {', '.join(COLUMNS)}")
+        return rows
+
+    def write(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Write the three tables, ordered by case."""
+        rows = sorted(rows, key=lambda row: row["case"])  # a case's rows keep their order
+        annotated = {row["case"]: [] for row in rows if row["taken"] == "yes"}
+        for row in rows:
+            if row["organ"] and row["taken"] == "yes":
+                annotated[row["case"]].append(row["organ"])
+        write_annotated(self.path, annotated)
+        taken = [row for row in rows if row["taken"] == "yes" and not row["organ"]]
+        write_weights(self.path, {row["case"]: float(row["weight"]) for row in taken})
+        with whole_file(self.path / TABLE) as temporary, open_text(temporary, "w") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def summary(self, cases: Collection[str]) -> list[str]:
+        """Say in lines how many scans were taken, how often each organ is trusted, and why scans were left out."""
+        rows = [row for row in self.read() if row["case"] in cases]
+        scans = [row for row in rows if not row["organ"]]
+        taken = [row for row in scans if row["taken"] == "yes"]
+        organs = Counter(row["organ"] for row in rows if row["organ"] and row["taken"] == "yes")
+        lines = [f"{len(taken)} of {len(cases)} scans taken into {self.path}; {TABLE} says why"]
+        if taken:
+            lines.append(f"organs in so many: {', '.join(f'{organ} {organs[organ]}' for organ in self.organs[1:])}")
+        return lines
+
+
+def cell(value: float) -> str:
+    """Return a number as a cell; empty for NaN."""
+    return "" if math.isnan(value) else f"{value:.4g}"

@@ -1,0 +1,122 @@
+"""Muon: its step worked out with the singular value decomposition, what it leaves out, and what it keeps."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from core.training.muon import Muon, orthogonalise
+from core.training.setup import make_optimizer
+from vnet import VNet
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
+
+
+def give_gradients(network: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("shape", [(4, 50), (50, 4), (6, 6)])
+def test_singular_values_come_close_to_one_and_vectors_stay(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(*shape) @ torch.diag(torch.linspace(0.2, 1, shape[1])) * 1e-3
+    result = orthogonalise(matrix)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    between = u.T @ result @ v.T  # the singular vectors are the matrix's own: nothing off the diagonal
+    assert (between - torch.diag(between.diagonal())).abs().max() < 0.05
+    assert torch.equal(orthogonalise(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_the_step_of_hidden_convolutions_is_the_learning_rate_and_others_are_adams():
+    network = small_network()
+    twin = copy.deepcopy(network)
+    muon, adam = make_optimizer(network, 0.01, "muon"), make_optimizer(twin, 0.01)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    for each in (network, twin):
+        give_gradients(each, 1)
+    muon.step()
+    adam.step()
+    hidden = {"down_stages.0.convs.0.weight", "up_stages.0.convs.0.weight", "downs.0.conv.weight"}
+    assert hidden < before.keys()
+    for (name, parameter), (_, of_adam) in zip(network.named_parameters(), twin.named_parameters(), strict=True):
+        change = parameter.detach() - before[name]
+        if name in hidden:
+            # All singular values are about 1, so the mean square of an (M, N) matrix is min(M, N) / (M N).
+            assert 0.7 < change.square().mean().sqrt() / 0.01 < 1.2
+            u, _, v = np.linalg.svd(parameter.grad.flatten(1).numpy(), full_matrices=False)
+            along = (change.flatten(1).numpy() * (u @ v)).sum() / np.linalg.norm(change) / np.linalg.norm(u @ v)
+            assert along < -0.97
+        else:
+            assert torch.equal(parameter, of_adam)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    network = small_network()
+    optimizer = make_optimizer(network, 0.01, "muon")
+    give_gradients(network, 1)
+    optimizer.step()
+    kept = copy.deepcopy((network.state_dict(), optimizer.state_dict()["state"]))
+    for parameter in network.parameters():
+        parameter.grad.fill_(torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    for one, other in zip(kept[0].values(), network.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    for number, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, kept[1][number][name])
+
+
+def test_the_scale_of_fp16_makes_no_difference():
+    networks = [small_network(), small_network()]
+    optimizers = [make_optimizer(network, 0.01, "muon") for network in networks]
+    for scale in (1024.0, 512.0):
+        for network, optimizer, by in zip(networks, optimizers, (1.0, scale), strict=True):
+            give_gradients(network, 1)
+            for parameter in network.parameters():
+                parameter.grad *= by
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(by), torch.zeros(())
+            optimizer.step()
+    for one, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_its_state_is_loaded_and_smaller_than_adams():
+    network = small_network()
+    optimizer = make_optimizer(network, 0.01, "muon")
+    give_gradients(network, 1)
+    optimizer.step()
+    twin = copy.deepcopy(network)
+    again = make_optimizer(twin, 0.5, "muon")
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((network, optimizer), (twin, again)):
+        give_gradients(each, 2)
+        its.step()
+    assert all(torch.equal(one, other) for one, other in zip(network.parameters(), twin.parameters(), strict=True))
+    size = {name: state_size(make_optimizer(small_network(), 0.01, name)) for name in ("adam", "muon")}
+    assert size["muon"] < 0.6 * size["adam"]
+
+
+def state_size(optimizer: torch.optim.Optimizer) -> int:
+    return sum(value.numel() for state in optimizer.state.values() for value in state.values())
+
+
+def test_a_network_without_hidden_convolutions_has_adam():
+    network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.PReLU(), nn.Conv3d(2, 3, 1))
+    twin = copy.deepcopy(network)
+    assert Muon(network, 0.1).param_groups[1]["params"] == []
+    optimizers = make_optimizer(network, 0.01, "muon"), make_optimizer(twin, 0.01)
+    for each, optimizer in zip((network, twin), optimizers, strict=True):
+        give_gradients(each, 1)
+        optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(network.parameters(), twin.parameters(), strict=True))

@@ -1,0 +1,201 @@
+"""Scans without labels turned into a data set, and trained on beside labelled cases, by the real commands."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, files_in
+from torch import nn
+from warm import run_script
+
+import train
+from core.checkpoint import load_checkpoint, load_network, save_checkpoint
+from core.scans.annotated import read_annotated
+from core.scans.weights import read_weights
+from data import made_labels, pseudo_label
+from data.agreement import inverse, predict_and_compare, views
+from dataset import find_cases
+
+ORGANS = ["background", "liver", "right kidney", "spleen", "left kidney"]
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_data, tmp_path_factory) -> Path:
+    """Return the run folder of a network that knows phantoms: 40 epochs of 5 cases on a small grid."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*TINY, "--channels", "4", "--epochs", "40", "--optimizer", "muon", "--val-interval", "40"]
+    where = ["--data-dir", phantom_data, "--run-dir", folder / "run", "--cache-dir", folder / "cache"]
+    done = run_script("train.py", *where, *flags, "--checkpoint-minutes", "10", "--val-fraction", "0")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(run_main):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        return run_main(pseudo_label, *arguments, "--device", "cpu")
+
+    return run
+
+
+def rows_of(folder: Path) -> list[dict]:
+    with open(folder / "pseudo_labels.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_scans_become_a_data_set_that_trains(run, run_main, trained, phantom_data, tmp_path):
+    scans, made = phantom_data / "images", tmp_path / "made"
+    (tmp_path / "noise").mkdir()
+    broken = tmp_path / "noise" / "broken_0000.nii.gz"
+    broken.write_bytes((scans / "phantom_0001_0000.nii.gz").read_bytes()[:2000])
+    flags = ["--checkpoint", trained / "last.pt", "--output", made, "--min-agreement", "0.5", "--min-organs", "0.2"]
+    code, out, err = run(scans, tmp_path / "noise", *flags, "--cases", "phantom_0001", "phantom_0002", "broken")
+    assert code == 1
+    assert "error: failed: broken" in err
+    assert "2 of 3 scans taken" in out
+    weights, annotated = read_weights(made), read_annotated(made)
+    assert set(weights) == set(annotated) == {"phantom_0001", "phantom_0002"}
+    names = load_checkpoint(trained / "last.pt")["config"].organs
+    for case, organs in annotated.items():
+        mine = {row["organ"]: row for row in rows_of(made) if row["case"] == case}
+        assert {name for name, row in mine.items() if name and row["taken"] == "yes"} == set(organs)
+        assert all(row["reason"] for name, row in mine.items() if name and name not in organs)
+        agreement = [float(mine[name]["agreement"]) for name in organs]
+        assert weights[case] == pytest.approx(np.mean(agreement), abs=1e-3) == float(mine[""]["weight"])
+        labels = np.asarray(nib.load(made / "labels" / f"{case}.nii.gz").dataobj)
+        assert {names[i] for i in np.unique(labels) if i} == set(organs)
+        scan = made / "images" / f"{case}_0000.nii.gz"
+        assert scan.samefile(scans / f"{case}_0000.nii.gz")
+        # It is worth something: the liver is found.
+        truth = np.asarray(nib.load(phantom_data / "labels" / f"{case}.nii.gz").dataobj)
+        assert 2 * ((labels == 1) & (truth == 1)).sum() / ((labels == 1).sum() + (truth == 1).sum()) > 0.7
+
+    # The same again has nothing to do; a label map that is lost is made again; other limits are refused.
+    before = files_in(made)
+    assert run(scans, *flags, "--cases", "phantom_0001", "phantom_0002")[0] == 0
+    (made / "labels" / "phantom_0002.nii.gz").unlink()
+    code, out, _ = run(scans, *flags, "--cases", "phantom_0001", "phantom_0002")
+    assert (code, files_in(made)) == (0, before)
+    code, _, err = run(scans, *flags, "--min-agreement", "0.6")
+    assert code == 2
+    assert "has 2 cases of other networks or limits (phantom_0001, phantom_0002); choose another folder" in err
+
+    # Both train together; only a case that people have labelled is held out.
+    labelled = tmp_path / "labelled"
+    for part, name in (("images", "phantom_000{}_0000.nii.gz"), ("labels", "phantom_000{}.nii.gz")):
+        (labelled / part).mkdir(parents=True)
+        for number in (3, 4):
+            shutil.copy(phantom_data / part / name.format(number), labelled / part)
+    where = ["--data-dir", labelled, made, "--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
+    code, out, err = run_main(train, *where, *TINY, "--epochs", "1", "--val-fraction", "0.5")
+    assert code == 0, err
+    assert "3 cases to train on (2 with labels that a network has made)" in out
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["made_cases"] == ["phantom_0001", "phantom_0002"]
+    assert facts["val_cases"][0] in ("phantom_0003", "phantom_0004")
+    code, _, err = run_main(train, *where, *TINY, "--val-cases", "phantom_0001", "--overwrite")
+    assert (code, "val_cases: phantom_0001 in weights.csv: a network's labels" in err) == (2, True)
+    code, _, err = run_main(train, "--data-dir", made, *where[3:], *TINY, "--overwrite")
+    assert (code, "all 2 cases are in weights.csv" in err) == (2, True)
+    code, _, err = run_main(train, "--data-dir", phantom_data, made, *where[3:], *TINY, "--overwrite")
+    assert code == 1
+    assert f"case phantom_0001: is in {phantom_data} and in {made}, expected in one; rename it" in err
+
+
+def test_untrusted_scans_leave_rows_alone(run, trained, phantom_data, tmp_path):
+    made = tmp_path / "made"
+    flags = ["--checkpoint", trained / "last.pt", "--output", made, "--min-agreement", "1"]
+    code, out, _ = run(phantom_data, *flags, "--cases", "phantom_0001")
+    assert (code, "0 of 1 scans taken" in out) == (0, True)
+    assert not any((made / name).iterdir() for name in ("images", "labels") if list((made / name).iterdir()))
+    (scan, *_), rows = rows_of(made)[:1], rows_of(made)
+    assert (scan["taken"], scan["weight"]) == ("no", "0")
+    assert scan["reason"].endswith("organs can be trusted")
+    assert {row["taken"] for row in rows} == {"no"}
+    assert (read_weights(made), read_annotated(made)) == ({}, {})
+
+
+def test_what_cannot_be_used_is_refused(run, trained, phantom_data, tmp_path):
+    flags = ["--checkpoint", trained / "last.pt", "--output", tmp_path / "made"]
+    for more, words in (
+        (["--min-agreement", "2"], "--min-agreement: got 2, expected a number from 0 to 1"),
+        (["--min-organs", "-1"], "--min-organs: got -1, expected a number from 0 to 1"),
+        (["--cases", "nobody"], "nobody"),
+        (["--output", phantom_data], "holds the scan"),
+    ):
+        code, _, err = run(phantom_data, *flags, *more)
+        assert (code, words in err, err.count("\n")) == (2, True, 1), err
+    (tmp_path / "made" / "labels").mkdir(parents=True)
+    assert "holds a data set that this command has not made" in run(phantom_data, *flags)[2]
+    shutil.rmtree(tmp_path / "made")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "pseudo_labels.csv").write_text("a,b\n1,2\n")
+    assert "is another kind of table, expected the columns case, organ" in run(phantom_data, *flags)[2]
+
+
+def test_a_break_costs_no_scan_that_is_done(run, trained, phantom_data, tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    flags = ["--checkpoint", trained / "last.pt", "--output", made, "--min-agreement", "0.5", "--min-organs", "0.2"]
+    with monkeypatch.context() as broken:
+        written = []
+
+        def fails_at_the_second(*arguments):
+            written.append(arguments)
+            if len(written) == 2:
+                raise OSError(28, "No space left on device")
+            return save(*arguments)
+
+        save = made_labels.save_label_map
+        broken.setattr(made_labels, "save_label_map", fails_at_the_second)
+        assert run(phantom_data, *flags, "--cases", "phantom_0001", "phantom_0002", "phantom_0003")[0] == 1
+    first = (made / "labels" / "phantom_0001.nii.gz").stat().st_mtime_ns
+    assert not (made / "labels" / "phantom_0002.nii.gz").exists()
+    assert run(phantom_data, *flags, "--cases", "phantom_0001", "phantom_0002", "phantom_0003")[0] == 0
+    assert (made / "labels" / "phantom_0001.nii.gz").stat().st_mtime_ns == first
+    assert len(find_cases(made)) == 3
+    assert os.listdir(made / "labels") != []
+
+
+def test_two_networks_are_compared_with_their_mean(run, trained, phantom_data, tmp_path):
+    network, content = load_network(trained / "last.pt")
+    with torch.no_grad():
+        network.classify.bias[1] += 0.5  # another network, which finds more liver
+    save_checkpoint(tmp_path / "other.pt", network, content["config"], training_data=content["training_data"])
+    networks = ["--checkpoint", trained / "last.pt", tmp_path / "other.pt"]
+    code, _, _ = run(phantom_data, *networks, "--output", tmp_path / "made", "--cases", "phantom_0001")
+    assert code == 0
+    liver = next(row for row in rows_of(tmp_path / "made") if row["organ"] == "liver")
+    assert 0.5 < float(liver["agreement"]) < 1
+
+
+class Halves(nn.Module):
+    """Knows the organ by its HU alone, so that every view agrees."""
+
+    def forward(self, x):
+        return torch.cat([0.5 - x, x - 0.5], dim=1)
+
+
+def test_a_network_without_a_sense_of_place_agrees_with_itself():
+    image = torch.zeros(1, 1, 32, 32, 32)
+    image[:, :, 8:24, 10:22, 12:20] = 1
+    logits, agreement = predict_and_compare([Halves()], image, torch.float32)
+    assert torch.equal(logits[1] > 0, image[0, 0] > 0.5)
+    assert agreement[1] > 0.9  # but for voxels at the surface
+    everywhere = predict_and_compare([Halves(), Halves()], image, torch.float32)[1]
+    assert everywhere.tolist() == [1, 1]
+    nothing = predict_and_compare([Halves()], torch.zeros(1, 1, 16, 16, 16), torch.float32)[1]
+    assert np.isnan(nothing[1])
+
+
+def test_views_have_their_inverse():
+    for matrix in views():
+        both = torch.cat([matrix, torch.tensor([[0.0, 0, 0, 1]])]) @ torch.cat(
+            [inverse(matrix), torch.tensor([[0.0, 0, 0, 1]])]
+        )
+        torch.testing.assert_close(both, torch.eye(4))
