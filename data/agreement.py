@@ -1,6 +1,6 @@
 """How far a prediction can be trusted, organ by organ: networks, or views of a scan by one network, compared."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -34,13 +34,18 @@ def predict_and_compare(
     """
     if len(networks) == 1:
         logits = predict_logits(networks[0], image, precision)[0]
-        agreed = largest_class(logits)
         others = (labels_of_view(networks[0], image, precision, matrix) for matrix in views())
     else:
-        every = [predict_logits(network, image, precision)[0] for network in networks]
-        others = [largest_class(logits) for logits in every]
-        logits = mean_logits(iter(every), len(every))
-        agreed = largest_class(logits)
+        others = []
+
+        def logits_of_each() -> Iterator[Tensor]:
+            for network in networks:
+                logits = predict_logits(network, image, precision)[0]
+                others.append(largest_class(logits))
+                yield logits
+
+        logits = mean_logits(logits_of_each(), len(networks))
+    agreed = largest_class(logits)
     dice = [organ_scores(confusion_matrix(agreed, labels, len(logits)))["dice"] for labels in others]
     counted = np.isfinite(dice).sum(axis=0)
     return logits, np.where(counted > 0, np.nansum(dice, axis=0) / np.maximum(counted, 1), np.nan)
