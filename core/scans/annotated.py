@@ -7,16 +7,13 @@ Where an organ is annotated, background means that it is not there. Where it is 
 about it.
 """
 
-import csv
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from core.scans.files import listed
+from core.scans.case_table import read_case_table, write_case_table
 from core.scans.organ_words import mirrored_ids, same_name
-from core.system.exits import print_warning
-from core.system.files import open_text, whole_file
 
 ANNOTATED = "annotated.csv"
 COLUMNS = ["case", "organs"]
@@ -32,32 +29,14 @@ def read_annotated(data_dir: str | Path, ids: Collection[str] | None = None) -> 
     Raises:
         ValueError: when the file has other columns, or names a case twice.
     """
-    path = Path(data_dir) / ANNOTATED
-    if not path.is_file():
-        return {}
-    try:
-        with open_text(path) as file:
-            header, *rows = csv.reader(file)
-        if header != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
-            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-    except (ValueError, csv.Error) as error:  # ValueError: also for a file without a line
-        raise ValueError(f"{path}: is no list of annotated organs ({error}); write it again, or remove it") from error
-    found = {case: tuple(name for name in organs.split(SEPARATOR) if name) for case, organs in rows}
-    if len(found) < len(rows):
-        raise ValueError(f"{path}: names a case twice")
-    unknown = [] if ids is None else [case for case in found if case not in ids]
-    if unknown:
-        print_warning(f"{path}: lists {listed(unknown)}, expected ids of the {len(ids)} cases; such lines do nothing")
-    return found
+    found = read_case_table(Path(data_dir) / ANNOTATED, COLUMNS, "annotated organs", ids) or {}
+    return {case: tuple(name for name in organs.split(SEPARATOR) if name) for case, organs in found.items()}
 
 
 def write_annotated(data_dir: str | Path, organs: Mapping[str, Sequence[str]]) -> None:
     """Write the names of the annotated organs by case id, whole."""
-    path = Path(data_dir) / ANNOTATED
-    with whole_file(path) as temporary, open_text(temporary, "w") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(COLUMNS)
-        rows.writerows([case, SEPARATOR.join(names)] for case, names in organs.items())
+    joined = {case: SEPARATOR.join(names) for case, names in organs.items()}
+    write_case_table(Path(data_dir) / ANNOTATED, COLUMNS, joined)
 
 
 def annotated_classes(names: Sequence[str] | None, organs: Sequence[str]) -> np.ndarray:

@@ -19,7 +19,7 @@ def test_what_is_written_is_read(tmp_path, capsys):
     [
         ("", "is no list of weights"),
         ("case;weight\na;1\n", "its columns are not case, weight"),
-        ("case,weight\na,heavy\n", "is no list of weights"),
+        ("case,weight\na,heavy\n", "the weight of a is heavy, expected a number above 0 and at most 1"),
         ("case,weight\na,1\na,1\n", "names a case twice"),
         ("case,weight\na,0\n", "the weight of a is 0, expected a number above 0 and at most 1"),
         ("case,weight\na,1.5\n", "the weight of a is 1.5"),
