@@ -830,6 +830,23 @@ def test_dicom_segments_and_contours_beside_the_label_map(run, series, tmp_path)
     assert set(files_in(out)) == {"p1.nii.gz", "p1_seg.dcm.old", "p1_rtstruct.dcm.old", *TABLES}
 
 
+def test_what_fails_beside_a_label_map_leaves_all_earlier_files_as_old(run, series, tmp_path, monkeypatch):
+    pytest.importorskip("highdicom")
+    out = tmp_path / "out"
+    assert run(series, "--dicom-seg", "--rtstruct")[0] == 0
+    earlier = files_in(out)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(output_folder, "write_structures", full)
+    code, _, err = run(series, "--dicom-seg", "--rtstruct")
+    assert (code, "No space left on device" in err) == (1, True)
+    names = {"p1.nii.gz", "p1_seg.dcm", "p1_rtstruct.dcm"}
+    assert {name: files_in(out)[f"{name}.old"] for name in names} == {name: earlier[name] for name in names}
+    assert set(files_in(out)) == {f"{name}.old" for name in names} | {*TABLES}
+
+
 def test_dicom_results_are_refused_before_the_work_starts(run, scans, series, tmp_path, monkeypatch):
     code, _, err = run(series, scans / "one_0000.nii.gz", "--rtstruct")
     assert (code, err) == (
