@@ -58,14 +58,14 @@ class Muon(torch.optim.Optimizer):
             if weight.grad is None:
                 continue
             gradient = weight.grad if scale is None else weight.grad / scale
+            go = 1.0
+            if skip is not None:  # a step that moves nothing
+                go = (skip == 0).to(gradient.dtype)
+                gradient = torch.where(skip == 0, gradient, 0.0)
             momentum = self.state[weight]["momentum"]
-            moved = momentum.lerp(gradient, 1 - MOMENTUM)
-            direction = orthogonalise(gradient.lerp(moved, MOMENTUM).flatten(1))  # Nesterov's look ahead
-            change = direction.view_as(weight) * (group["lr"] * max(direction.shape) ** 0.5)
-            if skip is not None:
-                moved, change = torch.where(skip > 0, momentum, moved), torch.where(skip > 0, 0.0, change)
-            momentum.copy_(moved)
-            weight.sub_(change)
+            momentum.lerp_(gradient, (1 - MOMENTUM) * go)
+            direction = orthogonalise(gradient.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's look ahead
+            weight.sub_(direction.view_as(weight) * (group["lr"] * max(direction.shape) ** 0.5 * go))
 
 
 def is_hidden(module: nn.Module) -> bool:
@@ -74,11 +74,19 @@ def is_hidden(module: nn.Module) -> bool:
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return the nearest matrix to (M, N) whose singular values are all about 1."""
+    """Return the nearest matrix to (M, N) whose singular values are all about 1.
+
+    The iteration is on X X^T, of which every step is a polynomial, so that the whole matrix is multiplied twice alone.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=1e-12)
+    gram = x @ x.T
+    size = gram.trace().sqrt().clamp(min=1e-12)  # the Frobenius norm, by which X is divided
+    gram = gram / size**2
+    identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    product = identity / size
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        step = a * identity + (b * identity + c * gram) @ gram
+        product, gram = step @ product, gram @ step @ step
+    x = product @ x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
