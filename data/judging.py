@@ -13,7 +13,7 @@ MIN_PIECE = 0.9  # share of an organ in its largest piece
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked of a label map.
+    """Requirements on a label map.
 
     Attributes:
         agreement: of an organ, least mean Dice between single predictions and their mean.
@@ -77,7 +77,7 @@ def judge(
         agreement: of each organ, from `predict_and_compare`.
         taught: the organs that the networks were taught; no other can be trusted, or missed.
         unlike: in words, how the scan differs from the training cases.
-        limits: what is asked of it.
+        limits: requirements on it.
     """
     odd, swapped = dict(odd_volumes(found)), swapped_sides(found)
     judged = {}

@@ -38,7 +38,7 @@ class MadeLabels:
         path: the folder.
         organs: names by id, background first.
         fingerprint: of the networks.
-        limits: what is asked of a label map.
+        limits: requirements on a label map.
         copy: whether to copy the scans instead of linking them.
     """
 

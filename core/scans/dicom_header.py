@@ -87,7 +87,7 @@ class Unfit(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """Why a file was refused, in words that are safe to show."""
+    """Return why a file was refused, in words that are safe to show."""
     return str(error) if isinstance(error, Unfit) else f"its header is damaged: {type(error).__name__}"
 
 
