@@ -1,5 +1,6 @@
 """Small scans, settings and comparisons that several test files share."""
 
+import itertools
 import subprocess
 import time
 from collections.abc import Callable
@@ -25,6 +26,12 @@ SPACING_MM = (2.0, 1.5, 3.0)
 VOXEL_ML = 2.0 * 1.5 * 3.0 / 1000
 AFFINE = np.diag([*SPACING_MM, 1.0])
 AFFINE[:3, 3] = (-30, 12, 500)
+# All 48 orders and directions of a file's axes.
+AXIS_CODES = [
+    "".join(pair[flip] for pair, flip in zip(pairs, flips, strict=True))
+    for pairs in itertools.permutations(("RL", "AP", "SI"))
+    for flips in itertools.product((0, 1), repeat=3)
+]
 TABLES = ("volumes.csv", "organs.ctbl", "organs.label")  # that infer.py writes beside the label maps
 
 

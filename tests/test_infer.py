@@ -24,6 +24,7 @@ import torch
 from dicom_files import REAL, make_series, write
 from helpers import (
     AFFINE,
+    AXIS_CODES,
     SOON,
     SPACING_MM,
     TABLES,
@@ -55,11 +56,6 @@ from dataset import CaseDataset, find_cases
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, WINDOW_HU = (32, 32, 16), (-100.0, 300.0)
 ORGANS = ("background", "liver", "spleen", "left kidney")
-AXIS_CODES = [
-    "".join(pair[flip] for pair, flip in zip(pairs, flips, strict=True))
-    for pairs in itertools.permutations(("RL", "AP", "SI"))
-    for flips in itertools.product((0, 1), repeat=3)
-]
 
 
 @pytest.fixture(scope="module")

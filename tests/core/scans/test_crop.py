@@ -5,7 +5,11 @@ import math
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from helpers import AFFINE, AXIS_CODES, save_scan
+from scipy.spatial.transform import Rotation
 
+from core.inference.restoring import restore_labels
 from core.scans.crop import (
     body_box,
     box_of,
@@ -18,6 +22,7 @@ from core.scans.crop import (
     windows_along_z,
 )
 from core.scans.geometry import Geometry
+from core.scans.volumes import load_labels, load_scan, save_label_map
 
 AIR = -1000.0
 
@@ -67,6 +72,35 @@ def test_the_organs_box_has_a_tenth_around_it_within_the_scan():
     assert crop_box("organs", voxels, labels) == (slice(18, 42), slice(0, 33), slice(23, 40))
     assert crop_box("organs", voxels, np.zeros_like(labels)) == whole_box(labels.shape)
     assert widened(whole_box((5, 5, 5)), 0.1, (5, 5, 5)) == whole_box((5, 5, 5))
+
+
+def oblique() -> np.ndarray:
+    """Return an affine that turns and shifts, with three spacings."""
+    turn = Rotation.from_euler("xyz", [20, -15, 30], degrees=True).as_matrix()
+    return nib.affines.from_matvec(turn @ np.diag([0.8, 1.3, 2.5]), [-40, 70, -300])
+
+
+@pytest.mark.parametrize("crop", ["body", "organs"])
+@pytest.mark.parametrize("affine", [AFFINE, oblique()], ids=["straight", "oblique"])
+def test_labels_of_a_box_come_back_to_their_voxels_in_every_storage_order(tmp_path, crop, affine):
+    """The network's grid is as large as the box here, so that no voxel is interpolated."""
+    voxels = body_in_air((61, 53, 11))
+    voxels[:] = AIR
+    voxels[9:52, 14:41] = 40
+    labels = np.zeros(voxels.shape, np.uint8)
+    labels[12:30, 20:33, 2:9], labels[31:44, 17:30, 3:10], labels[13, 21, 4] = 1, 2, 2
+    for axes in AXIS_CODES:
+        scan = save_scan(tmp_path / f"{axes}_scan.nii", voxels.astype(np.int16), axes, affine)
+        reference = save_scan(tmp_path / f"{axes}_labels.nii", labels, axes, affine)
+        found, geometry = load_scan(scan)
+        box = crop_box(crop, found, load_labels(reference)[0])
+        assert math.prod(shape_of(box)) < 0.8 * found.size
+        small = torch.from_numpy(load_labels(reference)[0][box]).long()
+        logits = torch.nn.functional.one_hot(small, 3).movedim(-1, 0).float()
+        save_label_map(restore_labels(logits, box, geometry.shape), geometry, tmp_path / "back.nii")
+        back, expected = (nib.load(path) for path in (tmp_path / "back.nii", reference))
+        assert np.array_equal(np.asarray(back.dataobj), np.asarray(expected.dataobj)), axes
+        np.testing.assert_array_equal(back.affine, expected.affine)
 
 
 def test_what_is_found_on_the_coarse_grid_is_scaled_into_the_searched_box():
