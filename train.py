@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from core.config import Config, add_config_flags, config_from_flags
 from core.network import build_network
-from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
+from core.scoring.overlap import mean_defined, organ_scores
 from core.system.exits import REFUSED, USAGE, refusing, run_command
 from core.training.augment import augment
 from core.training.batches import describe_cases
@@ -30,7 +30,7 @@ from core.training.memory_plans import step_that_fits
 from core.training.run import Run
 from core.training.setup import Training, check_settings, choose_precision, fit_network, make_optimizer, seed_torch
 from core.training.splitting import split
-from core.training.step import validation_step
+from core.training.step import count_pairs, validation_step
 from dataset import CaseDataset, find_cases_of_all, find_data, reading_of
 
 
@@ -105,7 +105,7 @@ def validate(run: Run, batches: DataLoader) -> dict[str, float]:
         for place, batch in run.until_stopped(batches):
             image, labels = to_device(batch, run.device)
             loss, predicted = validation_step(run.training, image, labels, batch["annotated"])
-            matrix = confusion_matrix(labels.cpu().numpy(), predicted.cpu().numpy(), len(organs))
+            matrix = count_pairs(labels, predicted, len(organs))
             of_case = np.where(batch["annotated"][0], organ_scores(matrix)["dice"], np.nan)
             rows.append((place, loss, of_case[1:]))
         _, losses, dice = zip(*run.gather(rows), strict=True)

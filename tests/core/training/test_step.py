@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from core.training.step import (
     NotFiniteError,
     PendingLoss,
     compute_gradients,
+    count_pairs,
     micro_batches,
     training_step,
     validation_step,
@@ -647,3 +649,18 @@ def test_clipping_shortens_the_gradient_and_keeps_its_direction(plan, scaled):
     assert whole.norm() > 1e-2
     assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-3)
     assert torch.allclose(clipped, whole * (1e-3 / whole.norm()), rtol=1e-3, atol=1e-9)
+
+
+def test_pairs_are_counted_the_same_on_any_device():
+    torch.manual_seed(0)
+    labels, predicted = (torch.randint(0, 5, (2, 7, 6, 5), dtype=torch.uint8) for _ in range(2))
+    expected = np.zeros((5, 5), int)
+    np.add.at(expected, (labels.numpy(), predicted.numpy()), 1)
+    assert np.array_equal(count_pairs(labels, predicted, 5), expected)
+
+    class Elsewhere(torch.Tensor):
+        """Says that it is on a GPU."""
+
+        device = torch.device("cuda")
+
+    assert np.array_equal(count_pairs(labels.as_subclass(Elsewhere), predicted, 5), expected)
