@@ -56,7 +56,8 @@ class MadeLabels:
         for case, scan in cases.items():
             if scan.resolve().is_relative_to(self.path.resolve()):
                 raise ValueError(f"--output: {self.path} holds the scan {scan} of case {case}; choose another folder")
-        if (self.path / "labels").is_dir() and not (self.path / TABLE).is_file():
+        # A scan's rows come before its files; several processes, or one that was stopped, may have made the folders.
+        if not (self.path / TABLE).is_file() and any((self.path / "labels").glob("*")):
             raise ValueError(f"--output: {self.path} holds a data set that this command has not made; choose another")
         for name in ("images", "labels"):
             (self.path / name).mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -12,7 +14,7 @@ import pytest
 import torch
 from helpers import TINY, files_in
 from torch import nn
-from warm import run_script
+from warm import ROOT, run_script
 
 import train
 from core.checkpoint import load_checkpoint, load_network, save_checkpoint
@@ -108,6 +110,17 @@ def test_scans_become_a_data_set_that_trains(run, run_main, trained, phantom_dat
     assert f"case phantom_0001: is in {phantom_data} and in {made}, expected in one; rename it" in err
 
 
+def test_processes_of_torchrun_share_the_scans_out(trained, phantom_data, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "data.pseudo_label"]
+    flags = ["--checkpoint", trained / "last.pt", "--output", tmp_path / "made", "--device", "cpu"]
+    command = [sys.executable, *launch, phantom_data, *flags, "--min-agreement", "0.5", "--min-organs", "0.2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 of 5 scans taken") == 1
+    assert len(find_cases(tmp_path / "made")) == len(read_weights(tmp_path / "made")) == 5
+
+
 def test_untrusted_scans_leave_rows_alone(run, trained, phantom_data, tmp_path):
     made = tmp_path / "made"
     flags = ["--checkpoint", trained / "last.pt", "--output", made, "--min-agreement", "1"]
@@ -131,7 +144,8 @@ def test_what_cannot_be_used_is_refused(run, trained, phantom_data, tmp_path):
     ):
         code, _, err = run(phantom_data, *flags, *more)
         assert (code, words in err, err.count("\n")) == (2, True, 1), err
-    (tmp_path / "made" / "labels").mkdir(parents=True)
+    (tmp_path / "made" / "labels").mkdir(parents=True, exist_ok=True)  # alone it hinders nobody
+    (tmp_path / "made" / "labels" / "mine.nii.gz").write_text("")
     assert "holds a data set that this command has not made" in run(phantom_data, *flags)[2]
     shutil.rmtree(tmp_path / "made")
     (tmp_path / "made").mkdir()
