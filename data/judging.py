@@ -99,7 +99,7 @@ def judge(
 
 def reason_of(name: str, agreement: float, piece: float, odd: Mapping[str, float], limits: Limits) -> str:
     """Return why an organ that was found is not taught from; empty when it is."""
-    if not agreement >= limits.agreement:
+    if not (agreement >= limits.agreement and agreement > 0):  # also without a limit: a weight is above 0
         return f"agreement {agreement:.2f}"
     if name in odd:
         return f"volume of {odd[name]:.3g} mL"

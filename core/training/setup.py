@@ -200,7 +200,7 @@ def has_right_gradients(precision: torch.dtype) -> bool:
 def check_cudnn(precision: str) -> None:
     """Raise a ValueError for a cuDNN that torch does not use for 3-D convolutions in that precision.
 
-    Some of its kernels gave wrong results. What torch does instead unrolls the volume, which needs tens of GiB
+    Some of its kernels gave wrong results. Without them torch unrolls the volume, which needs tens of GiB
     (pytorch issues 163539, 166643 and 174051).
     """
     version = torch.backends.cudnn.version()

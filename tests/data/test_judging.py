@@ -65,6 +65,13 @@ def test_scans_that_are_left_out():
     assert judge({}, dict.fromkeys(ORGANS, math.nan), ORGANS, (), Limits(trusted=0)).reason != ""
 
 
+def test_without_limits_a_scan_on_which_nothing_agrees_is_left_out():
+    nothing = judge(HEALTHY, dict.fromkeys(ORGANS, 0.0), ORGANS, (), Limits(0, 0))
+    assert (nothing.reason, nothing.weight) == ("0 of 4 organs can be trusted", 0)
+    little = judge(HEALTHY, dict.fromkeys(ORGANS, 0.0) | {"liver": 1e-4}, ORGANS, (), Limits(0, 0))
+    assert (little.trusted, little.weight) == (["liver"], pytest.approx(1e-4))
+
+
 def test_organs_that_the_networks_were_never_taught_are_not_missed():
     seen = {name: HEALTHY[name] for name in ("liver", "spleen")}
     agreement = AGREED | dict.fromkeys(("right kidney", "left kidney"), np.nan)
