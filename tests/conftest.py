@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a script's main run in this process, and a small data set."""
 
+import gc
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +14,13 @@ from data.make_phantom import write_phantom
 
 # Started in the background of a script, the tests would pass on to every command that Ctrl-C is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_collections() -> None:
+    """Take what is loaded out of Python's garbage collections: a million objects of torch, half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
