@@ -893,6 +893,7 @@ def test_any_number_of_workers_gives_the_same_files(ten_cases, tmp_path):
     assert len(files[0]) == 6
 
 
+@pytest.mark.slow
 def test_a_kill_loses_no_finished_case(slow_cases, run, tmp_path):
     command = start(*slow_cases, "--workers=2")
     wait_for(lambda: len(lines_of(tmp_path / "scores")) > 13)
@@ -909,6 +910,7 @@ def test_a_kill_loses_no_finished_case(slow_cases, run, tmp_path):
     assert not list((tmp_path / "scores").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_all_processes_in_one_sentence(slow_cases, tmp_path, workers, early):
@@ -923,6 +925,7 @@ def test_ctrl_c_ends_all_processes_in_one_sentence(slow_cases, tmp_path, workers
     assert (len(lines_of(tmp_path / "scores")) - 1) % 13 == 0
 
 
+@pytest.mark.slow
 def test_a_killed_worker_stops_the_run_in_one_sentence(slow_cases, tmp_path):
     command = start(*slow_cases, "--workers=2")
     wait_for(lambda: len(lines_of(tmp_path / "scores")) > 13)
@@ -939,6 +942,7 @@ def test_a_killed_worker_stops_the_run_in_one_sentence(slow_cases, tmp_path):
     assert not (tmp_path / "scores" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_what_is_under_way_is_not_waited_for():
     """A task of ten minutes beside one that is done, after which the loop is left."""
     code = (

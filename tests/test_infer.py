@@ -773,6 +773,7 @@ def test_a_full_or_read_only_disk_is_found_before_the_network_is_read(scans, tmp
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="needs unshare -rm, which this machine does not allow")
 def test_a_disk_that_fills_up(checkpoint, scans, large, tmp_path):
     """The large label map has no place on it, those of the others do."""
@@ -1120,6 +1121,7 @@ def test_interrupted_while_a_label_map_is_written(run, many, tmp_path, monkeypat
     assert {case for case, _ in read_volumes(tmp_path / "out")} == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_command_cleanly(checkpoint, tmp_path):
     scan = save_scan(tmp_path / "scan.nii.gz", make_voxels((36, 36, 20)))
     (tmp_path / "scans").mkdir()
@@ -1284,6 +1286,7 @@ def test_networks_that_do_not_go_together_are_refused(run, scans, config, checkp
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="torchrun over Gloo")
 def test_processes_of_torchrun_share_the_scans_out(run, checkpoint, tmp_path):
     for number in range(5):

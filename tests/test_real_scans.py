@@ -67,6 +67,7 @@ def test_every_real_file_has_its_verdict(path):
         assert words in sentence
 
 
+@pytest.mark.slow
 def test_copies_in_other_axis_orders_give_the_same_voxels_back(checkpoint, tmp_path):
     original = nib.load(REAL / "labelled" / "images" / "ts_example_0000.nii.gz")
     (tmp_path / "scans").mkdir()
@@ -91,6 +92,7 @@ def test_copies_in_other_axis_orders_give_the_same_voxels_back(checkpoint, tmp_p
         np.testing.assert_array_equal(np.asarray(nib.as_closest_canonical(labels).dataobj), expected)
 
 
+@pytest.mark.slow
 def test_thick_slices_and_padding_are_segmented_with_a_warning(checkpoint, tmp_path):
     # 512x512x99 in LPS, padded with -3024 HU; the training cases above are smaller in Z or of other contrast.
     scan = REAL / "unlabelled" / "acrin_abdomen_0000.nii.gz"
@@ -102,6 +104,7 @@ def test_thick_slices_and_padding_are_segmented_with_a_warning(checkpoint, tmp_p
     assert np.asarray(labels.dataobj).max() <= 13
 
 
+@pytest.mark.slow
 def test_truth_against_itself_is_perfect(tmp_path):
     labels = REAL / "labelled" / "labels"
     done = run("evaluate.py", "--predictions", labels, "--labels", labels, "--output", tmp_path)

@@ -163,6 +163,7 @@ def test_resuming_gives_the_same_weights_and_log_as_never_stopping(run, tmp_path
     assert (code, "all 4 epochs are done" in out) == (0, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "optimizer"), [("off", "muon"), ("lowest", "adam")])
 def test_resuming_with_an_average_and_pieces(run, tmp_path, plan, optimizer):
     flags = ["--epochs", "3", "--ema-decay", "0.8", "--batch-size", "2", "--accumulation-steps", "2", "--memory", plan]
@@ -357,6 +358,7 @@ def test_resuming_a_run_whose_optimizer_was_not_fused(run, tmp_path):
     assert same_weights(tmp_path / "whole" / "last.pt", path)
 
 
+@pytest.mark.slow
 def test_channels_last_learns_the_same_and_resumes(run, tmp_path):
     for folder, flags in {"plain": [], "last": ["--channels-last"]}.items():
         assert run("--epochs", "3", *flags, folder=folder)[0] == 0
@@ -598,6 +600,7 @@ def test_label_beyond_the_organ_list_is_refused_by_case(run, data, tmp_path, wor
     assert "phantom_0002.nii.gz: ids outside the organ list: 14 (3 voxels); expected 0 to 13" in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_sentence(data, tmp_path):
     where = ["--data-dir", data, "--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
     process = subprocess.Popen(

@@ -46,6 +46,7 @@ def answer(run_main, module: ModuleType, *flags: object) -> tuple[list[str], dic
 # ---- Data loading ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_data_loading_times_raw_and_cached_samples(run_main, small):
     flags = ["--shape", 32, 32, 24, "--size", *SIZE, "--repeats", 2]
     lines, result = answer(run_main, data_loading, *flags)
@@ -69,6 +70,7 @@ def test_data_loading_times_raw_and_cached_samples(run_main, small):
     assert len(lines) > 8
 
 
+@pytest.mark.slow
 def test_data_loading_takes_a_users_data(run_main, small, tmp_path):
     write_phantom(tmp_path / "data", 4, (32, 32, 24), seed=0)
     flags = ["--data-dir", tmp_path / "data", "--size", *SIZE, "--repeats", 1, "--json"]

@@ -39,6 +39,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_model_gives_the_label_map_of_infer_py_and_says_what_it_needs(checkpoint, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -154,6 +154,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sick", [False, True])
 def test_real_command_downloads_unpacks_and_checks(server, to, is_sick):
     server.content = zip_of(FILES | {SCAN: FILES[SCAN][:5000]}) if is_sick else PAYLOAD
@@ -230,6 +231,7 @@ def test_no_server_stops_the_run(get, server):
     assert_ends(get(), STOPPED, server.url, "refused", "same command")
 
 
+@pytest.mark.slow
 def test_interrupted_download_continues(get, server, to):
     server.ends, server.stalls = [HALF], True
     command = [*COMMAND, "--to", to, "--url", server.url, "--no-doctor"]

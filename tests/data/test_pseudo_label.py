@@ -130,6 +130,7 @@ def test_made_and_labelled_cases_train_together_and_only_the_labelled_are_held_o
     assert f"case phantom_0001: is in {phantom_data} and in {made}, expected in one; rename it" in err
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_share_the_scans_out(trained, phantom_data, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "data.pseudo_label"]
     flags = ["--checkpoint", trained / "last.pt", "--output", tmp_path / "made", "--device", "cpu"]

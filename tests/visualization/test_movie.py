@@ -119,6 +119,7 @@ def test_no_organ_and_specks_have_no_mesh():
     assert organ_mesh(specks, 1, np.eye(4), (1.5, 3.0)) is None  # the viewer's steps
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LABELLED.is_dir(), reason="the real labelled scans are not at hand")
 def test_real_organs_are_closed_and_within_five_per_cent_of_their_voxels():
     labels, geometry = load_labels(LABELLED / "labels" / "ts_example.nii.gz", 14)
@@ -274,6 +275,7 @@ def test_the_legend_has_the_volumes_of_the_organs_that_are_there(case, tmp_path,
     np.testing.assert_allclose([row[2] for row in rows], [[ml[0]] * 2, [ml[1]] * 2], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["mp4", "gif"])
 def test_a_movie_that_does_not_fit_on_the_disk_leaves_the_old_one(case, tmp_path, suffix):
     resource = pytest.importorskip("resource")

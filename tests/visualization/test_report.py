@@ -290,6 +290,7 @@ def test_a_report_that_is_none_is_left_out_of_the_list(compared, tmp_path, capsy
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_text_gets_a_report(checkpoint, tmp_path, run_main):
     name = os.fsdecode(b"sc\xe4n")
     scan = save(make_voxels(), tmp_path / f"{name}.nii.gz")

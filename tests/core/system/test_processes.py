@@ -73,6 +73,7 @@ def log(folder: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_at_the_whole_batch(data, two, tmp_path):
     alone = subprocess.run(
         [sys.executable, *flags(data, tmp_path, "--batch-size", "2")], cwd=ROOT, capture_output=True, text=True

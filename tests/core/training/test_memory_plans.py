@@ -41,6 +41,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(1, 1, 8, 8, 8), torch.randint(5, (1, 8, 8, 8), dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_default_network_fits_small_cards():
     # The figures of README: the whole V-Net on 256x256x128 voxels.
     needs = [count_step(load_config(), plan, torch.bfloat16) for plan in PLANS]
@@ -57,12 +58,14 @@ def test_default_network_fits_small_cards():
     assert off.flops == pytest.approx(3 * forward, rel=0.02)
 
 
+@pytest.mark.slow
 def test_count_grows_with_the_settings():
     base = count_step(SMALL, "off", torch.float32)
     assert count_step(replace(SMALL, batch_size=2), "off", torch.float32).flops == 2 * base.flops
     assert count_step(replace(SMALL, size=(64, 32, 32)), "off", torch.float32).peak_gib > 1.5 * base.peak_gib
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_batch_in_pieces_takes_the_memory_of_a_piece(plan):
     alone, whole, cut = (
@@ -342,6 +345,7 @@ def run_train(monkeypatch, *flags: object) -> int:
     return train.main()
 
 
+@pytest.mark.slow
 def test_plan_prints_the_table_and_what_a_card_would_get(monkeypatch, capsys, tmp_path):
     small = ["--size", 32, 32, 32, "--channels", 4, "--down-convs", 1, 1, 1, "--up-convs", 1, 1]
     flags = [*small, "--run-dir", tmp_path / "run", "--plan"]

@@ -173,6 +173,7 @@ SIGNALS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_to_all_processes_stops_after_a_step_and_resumes(data, whole, tmp_path, number, code):
     process = start(data, tmp_path, "--workers", "2")
@@ -209,6 +210,7 @@ def test_a_signal_during_validation_is_acted_on_and_the_validation_done_later(ru
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_second_signal_quits_at_once(data, tmp_path):
     slow = ["--size", "64", "64", "48", "--channels", "8", "--batch-size", "4", "--accumulation-steps", "4"]
     process = start(data, tmp_path, *slow)
