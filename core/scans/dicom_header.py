@@ -144,6 +144,12 @@ def read_header(path: Path) -> "Dataset":
     return header
 
 
+def is_compressed(header: "Dataset") -> bool:
+    """Return True when a file's pixels, or all of its elements, are compressed."""
+    syntax = header.file_meta.TransferSyntaxUID
+    return syntax.is_compressed or syntax == DEFLATED
+
+
 def check_inflated_size(path: Path) -> None:
     """Refuse a deflated file that would take too much memory before it is inflated; others pass.
 

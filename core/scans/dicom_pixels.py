@@ -1,4 +1,4 @@
-"""Decode the pixels of DICOM files in a process of its own; core/scans/dicom_series.py starts it.
+"""Decode the pixels of DICOM files; core/scans/dicom_series.py starts it as a process for compressed ones.
 
     python -m core.scans.dicom_pixels < request.json > frames
 
@@ -51,6 +51,12 @@ def decode_errors() -> tuple[type[Exception], ...]:
         *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError),
         *(OSError, EOFError, MemoryError, struct.error, zlib.error, BytesLengthException, InvalidDicomError),
     )
+
+
+def reason_of(error: Exception) -> str:
+    """Return why pixels cannot be decoded, in ASCII: the first line of what a decoder says."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return ascii(lines[0][:REASON_CHARACTERS])[1:-1]
 
 
 def dataset_start(head: bytes) -> int | None:
@@ -111,7 +117,7 @@ def name_transfer_syntax(dataset: "Dataset") -> None:
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
 
 
-def decode(path: str, frames: int) -> Iterator[np.ndarray]:
+def decode(path: str | os.PathLike, frames: int) -> Iterator[np.ndarray]:
     """Return the stored values of a file's frames, (rows, columns) int32 each.
 
     Raises:
@@ -166,8 +172,7 @@ def main() -> None:
                 answer.flush()
                 set_alarm(FRAME_SECONDS)
     except decode_errors() as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        answer.write(FAILURE + ascii(lines[0][:REASON_CHARACTERS])[1:-1].encode())
+        answer.write(FAILURE + reason_of(error).encode())
     set_alarm(0)
     answer.close()
 

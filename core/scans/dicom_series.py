@@ -27,15 +27,15 @@ from core.scans.dicom_acquisitions import Acquisition, acquisitions_in_turn, acq
 from core.scans.dicom_folders import files_of_series, listed
 from core.scans.dicom_geometry import NIFTI_EXTENT, geometry_of, sort_slices
 from core.scans.dicom_header import (
-    DEFLATED,
     description_of,
+    is_compressed,
     kind_of,
     number_of_frames,
     printable,
     read_header,
     text,
 )
-from core.scans.dicom_pixels import FAILURE, FRAME, FRAME_SECONDS
+from core.scans.dicom_pixels import FAILURE, FRAME, FRAME_SECONDS, decode, decode_errors, reason_of
 from core.scans.dicom_slice import Slice, slices_of
 from core.scans.geometry import Geometry
 from core.scans.nifti import MAX_GIB
@@ -244,8 +244,7 @@ def check_sizes(folder: Path, slices: Sequence[Slice], series: Series, max_gib: 
         )
     for path, header in series.headers.items():
         needed = header.Rows * header.Columns * header.BitsAllocated // 8 * number_of_frames(header)
-        syntax = header.file_meta.TransferSyntaxUID
-        if not syntax.is_compressed and syntax != DEFLATED and path.stat().st_size < needed:
+        if not is_compressed(header) and path.stat().st_size < needed:
             raise ValueError(f"{path}: has {path.stat().st_size} bytes, expected {needed} for the pixels; cut off?")
 
 
@@ -270,12 +269,19 @@ def to_hu(stored: np.ndarray, one: Slice) -> np.ndarray:
 def decoded_frames(slices: Sequence[Slice]) -> Iterator[tuple[Path, int, np.ndarray]]:
     """Return the stored values of all frames of the slices' files: file, frame and (rows, columns) int32.
 
-    Another process decodes (core/scans/dicom_pixels.py says why).
+    Another process decodes what is compressed (core/scans/dicom_pixels.py says why).
 
     Raises:
         ValueError: naming the file whose pixels cannot be decoded.
     """
     files = {one.path: one.frames for one in slices}
+    if not any(one.compressed for one in slices):
+        for path, frames in files.items():
+            try:
+                yield from ((path, frame, stored) for frame, stored in enumerate(decode(path, frames)))
+            except decode_errors() as error:
+                raise ValueError(f"{path}: its pixels cannot be decoded ({reason_of(error)})") from error
+        return
     request = json.dumps({"files": [[str(path.resolve()), frames] for path, frames in files.items()]})
     shape = (slices[0].rows, slices[0].columns)
     # By its path, so that it is found from any folder; -P keeps the files beside it from hiding packages.

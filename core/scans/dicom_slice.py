@@ -19,6 +19,7 @@ from core.scans.dicom_header import (
     INSTALL,
     MARKS,
     Unfit,
+    is_compressed,
     number_of_frames,
     printable,
     reason,
@@ -40,6 +41,7 @@ class Slice:
         path: its file.
         frame: its number in the file, from 0.
         frames: how many the file has.
+        compressed: True when a decoder in C must read the file's pixels.
         rows: extent down the columns, in pixels.
         columns: extent along the rows, in pixels.
         position: (3,), ImagePositionPatient: the centre of the first pixel.
@@ -55,6 +57,7 @@ class Slice:
     path: Path
     frame: int
     frames: int
+    compressed: bool
     rows: int
     columns: int
     position: np.ndarray
@@ -104,6 +107,7 @@ def slice_of(path: Path, header: "Dataset", frame: int, frames: int) -> Slice:
         path=path,
         frame=frame,
         frames=frames,
+        compressed=is_compressed(header),
         rows=int(header.Rows),
         columns=int(header.Columns),
         position=numbers(header, frame, "ImagePositionPatient", 3),

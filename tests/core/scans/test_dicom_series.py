@@ -519,12 +519,22 @@ def test_a_deflated_file_that_inflates_without_end_is_refused(tmp_path, monkeypa
 @pytest.mark.parametrize(("end", "words"), [("kill -SEGV $$", "ended by SIGSEGV"), ("exit 1", "ended with code 1")])
 def test_a_decoder_that_crashes_is_a_refusal(tmp_path, monkeypatch, end, words):
     # A stand-in for Python, since no file is known to crash every version of a decoder.
-    folder = write(tmp_path / "scan", make_series())
+    slices = make_series()
+    for one in slices:
+        one.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    folder = write(tmp_path / "scan", slices)
     crashing = tmp_path / "python"
     crashing.write_text(f"#!/bin/sh\n{end}\n")
     crashing.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(crashing))
     assert words in refusal(folder)
+
+
+def test_uncompressed_pixels_need_no_process(tmp_path, monkeypatch):
+    folder = write(tmp_path / "scan", make_series())
+    expected = load(folder)[0]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no such Python"))
+    assert np.array_equal(load(folder)[0], expected)
 
 
 def test_without_pydicom_the_message_says_what_to_install(tmp_path, monkeypatch):
