@@ -10,8 +10,9 @@ DEMO_TRAINING := --size 64 64 48 --channels 8 --down-convs 1 1 1 1 1 --up-convs 
 	--loss dice_cross_entropy --learning-rate 5e-3 --schedule poly --augment --epochs 24 --val-interval 4 --workers 0
 
 # One thread per process: tests that compare bits need it. --dist loadfile keeps the tests of a file in one process, where
-# they share their fixtures.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
+# they share their fixtures. One process more than cores, as tests wait for scripts that they start; 8 at most.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --dist loadfile \
+	-n $$($(PYTHON) -c "import os; print(min(8, os.cpu_count() + 1))")
 
 .DEFAULT_GOAL := help
 .PHONY: help demo style test test-all test-long
