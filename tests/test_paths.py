@@ -39,6 +39,7 @@ def done(run_main):
     return done
 
 
+@pytest.mark.slow
 def test_every_path_of_the_scripts_may_begin_with_the_home_folder(home, done, monkeypatch):
     done(make_phantom, "~/data", "--cases", "3", "--shape", "40", "36", "28")
     done(doctor, "~/data", "--output=~/doctor", "--workers=1")

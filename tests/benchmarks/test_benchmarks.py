@@ -53,6 +53,7 @@ def run(monkeypatch, capsys, module, *flags: object) -> tuple[list[str], dict]:
     return lines, json.loads(lines[-1])
 
 
+@pytest.mark.slow
 def test_memory_answers_in_json_with_the_numbers_of_the_plans(monkeypatch, capsys, without_monai):
     lines, result = run(monkeypatch, capsys, memory, "--size", 32, 32, 16, "--json")
     assert len(lines) == 1
@@ -80,6 +81,7 @@ def test_traffic_by_hand():
     assert (traffic.bytes, traffic.operations) == (54 + 36 + 18, 3)
 
 
+@pytest.mark.slow
 def test_memory_prints_a_table_above_the_json(monkeypatch, capsys, with_a_peer):
     lines, result = run(monkeypatch, capsys, memory, "--size", 32, 32, 16)
     assert any(line.startswith("project_lowest_gib: ") for line in lines)
@@ -106,6 +108,7 @@ def test_predecessor_answers_at_twice_the_size():
     assert len(network.down_blocks) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--json"], ["--channels-last"]])
 def test_train_step_times_every_contender(monkeypatch, capsys, with_a_peer, flags):
     lines, result = run(monkeypatch, capsys, train_step, "--size", 16, 16, 16, "--repeats", 2, *flags)
@@ -119,6 +122,7 @@ def test_train_step_times_every_contender(monkeypatch, capsys, with_a_peer, flag
     assert set(result["arithmetic"]) == {"project", "MONAI"}
 
 
+@pytest.mark.slow
 def test_train_step_without_monai_has_no_ratios(monkeypatch, capsys, without_monai):
     lines, result = run(monkeypatch, capsys, train_step, "--size", 16, 16, 16, "--repeats", 1)
     assert list(result["contenders"]) == list(PLANS)

@@ -177,6 +177,7 @@ def flip(path: Path, whole: bytes, position: int, bit: int = 0) -> None:
     path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found_or_harmless(path):
     """In weights, pickle and lists of members; one in padding or in dates that nobody reads may stay."""
     whole, expected = path.read_bytes(), load_checkpoint(path)

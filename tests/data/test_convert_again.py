@@ -202,6 +202,7 @@ def test_simpleitk_formats_are_read(phantoms, run, tmp_path):
         np.testing.assert_allclose(nib.load(case.labels).affine, nib.load(labels).affine, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_doctor(phantoms, tmp_path, run_main):
     source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
     done = run_script("-m", "data.convert", source, tmp_path / "data")

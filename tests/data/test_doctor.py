@@ -307,6 +307,7 @@ def test_ids_of_another_list_are_said_once_for_the_data_set(data):
     assert "python -m data.convert remaps ids by name" in said
 
 
+@pytest.mark.slow
 def test_a_case_name_that_is_not_utf8(data):
     for path in (scan_of(data, 1), labels_of(data, 1)):
         path.rename(path.with_name(path.name.replace("phantom_0001", "M\udcfcller")))

@@ -145,6 +145,7 @@ def test_the_heat_map_has_the_lowest_case_on_top_and_says_what_is_not_defined():
     assert axes.images[0].to_rgba(shown)[0, -1][:3] == pytest.approx(gray)
 
 
+@pytest.mark.slow
 def test_a_single_bad_case_of_a_thousand_is_seen(tmp_path):
     table = np.full((1000, 13), 0.9)
     path = write_metrics(tmp_path / "metrics.csv", table)
@@ -174,6 +175,7 @@ def test_long_names_are_cut_in_the_middle():
     assert all(len(label) <= 22 and label[:6] == "1.2.84" and "…" in label for label in labels)
 
 
+@pytest.mark.slow
 def test_a_hundred_organs_are_drawn(tmp_path):
     organs = ("background", *(f"a structure with a long name {i}" for i in range(1, 118)))
     draw_scores(write_metrics(tmp_path / "metrics.csv", table_of(20, 117), organs), tmp_path / "scores.png")

@@ -126,6 +126,7 @@ def test_a_signal_to_torchrun_stops_all_at_the_same_step(data, two, tmp_path):
     assert same_weights(tmp_path / "run" / "last.pt", two / "last.pt")
 
 
+@pytest.mark.slow
 def test_batch_norm_is_refused(data, tmp_path):
     process = torchrun(data, tmp_path, "--norm", "batch")
     out, _ = process.communicate(timeout=240)

@@ -490,6 +490,7 @@ def test_a_scan_that_vanishes_is_named(run, data, tmp_path, monkeypatch):
     assert "no such file" in err
 
 
+@pytest.mark.slow
 def test_extending_a_run_is_the_longer_run(run, tmp_path):
     constant = ["--schedule", "constant"]
     assert run(*constant, "--run-dir", tmp_path / "long")[0] == 0
