@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from core.inference.inputs import read_scan
 from core.scans.annotated import write_annotated
 from core.scans.files import listed
 from core.scans.geometry import Geometry
-from core.scans.volumes import NIFTI_SUFFIXES, save_label_map
+from core.scans.nifti import Reading
+from core.scans.volumes import NIFTI_SUFFIXES, save_label_map, save_scan
 from core.scans.weights import write_weights
 from core.system.files import locked, open_text, whole_file
 from data.converted import place, remove, suffix_of
@@ -85,11 +87,13 @@ class MadeLabels:
         return self.path / "images" / f"{case}_0000{suffix}"
 
     def add(self, case: str, scan: Path, labels: np.ndarray, geometry: Geometry, judgement: Judgement) -> None:
-        """Write what came of a scan: its rows and, unless it is left out, its label map and a link to it.
+        """Write what came of a scan: its rows and, unless it is left out, its label map and the scan.
+
+        The scan is a link to its file, or made of its DICOM series, as training reads NIfTI.
 
         Args:
             case: its id.
-            scan: its file.
+            scan: its file, or the folder of its series.
             labels: (X, Y, Z) ids; those of organs that are not trusted become background, in place.
             geometry: of the scan.
             judgement: of the labels.
@@ -105,7 +109,10 @@ class MadeLabels:
         trusted = np.array([False, *(not organ.reason for organ in judgement.organs.values())])
         labels *= trusted[labels]
         remove([self.scan(case, suffix) for suffix in NIFTI_SUFFIXES])
-        place(scan, self.scan(case, suffix_of(scan)), self.copy)
+        if scan.is_dir():
+            save_scan(*read_scan(scan, Reading()), self.scan(case, NIFTI_SUFFIXES[0]))
+        else:
+            place(scan, self.scan(case, suffix_of(scan)), self.copy)
         save_label_map(labels, geometry, self.label_map(case), self.organs)
 
     def rows_of(self, case: str, judgement: Judgement) -> list[dict[str, str]]:

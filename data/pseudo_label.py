@@ -2,11 +2,12 @@
 
     python -m data.pseudo_label UNLABELLED --checkpoint FILE [FILE ...] --output DATA_DIR
 
-UNLABELLED is a NIfTI file or a folder of them. The predictions of several networks, as of all folds, are averaged and
-compared; a single network is compared with itself on shifted and scaled views. Writes images/CASE_0000.nii.gz (links;
---copy copies), labels/CASE.nii.gz, annotated.csv (the organs of each case that can be trusted; the others are
-background that says nothing), weights.csv and pseudo_labels.csv (every criterion of every organ and scan, and why it
-was left out). `python train.py --data-dir LABELLED DATA_DIR` trains on both.
+UNLABELLED is a NIfTI file, a folder of them, or the folder of a DICOM series. The predictions of several networks, as
+of all folds, are averaged and compared; a single network is compared with itself on shifted and scaled views. Writes
+images/CASE_0000.nii.gz (links; --copy copies; DICOM becomes NIfTI), labels/CASE.nii.gz, annotated.csv (the organs of
+each case that can be trusted; the others are background that says nothing), weights.csv and pseudo_labels.csv (every
+criterion of every organ and scan, and why it was left out). `python train.py --data-dir LABELLED DATA_DIR` trains on
+both.
 The same command again goes on with the scans that are left. `torchrun --nproc-per-node N -m data.pseudo_label ...`
 splits them over several GPUs, `--cases` over several jobs.
 Exit code 0: done, 1: some scan could not be read (the others are done), 2: wrong usage.
@@ -136,7 +137,6 @@ def main() -> int:
         check("precision", arguments.precision, "--precision")
         group = join_group(torch.device("cpu"))  # the processes exchange only names
         cases, refused = choose_scans(arguments.inputs, arguments.cases, None, show=group.first)
-        check_nifti(cases)
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device)
             locator = Locator.load(arguments.locate, checkpoint, device)
@@ -168,18 +168,11 @@ def share(value: float, flag: str) -> float:
     return value
 
 
-def check_nifti(cases: dict[str, Path]) -> None:
-    """Raise a ValueError for a DICOM series: training reads NIfTI."""
-    for case, scan in cases.items():
-        if scan.is_dir():
-            raise ValueError(f"case {case}: {scan} is a DICOM series, expected NIfTI, which training reads")
-
-
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Turn scans without labels into a data set to train on.")
     text = partial(parser.add_argument, type=user_path)
-    text("inputs", nargs="+", metavar="UNLABELLED", help="a NIfTI file, or a folder of them")
+    text("inputs", nargs="+", metavar="UNLABELLED", help="a NIfTI file, a folder of them, a series' folder")
     text("--checkpoint", required=True, nargs="+", metavar="FILE", help="best.pt of a run, or of several, as all folds")
     text("--locate", metavar="FILE", help="the network that finds the box for crop: organs")
     text("--output", required=True, metavar="DATA_DIR", help="folder for the data set")

@@ -242,6 +242,18 @@ def save_label_map(
     save_volume(stored, header, path)
 
 
+def save_scan(voxels: np.ndarray, geometry: Geometry, path: str | Path) -> None:
+    """Write HU, (X, Y, Z) in RAS+ order, as a scan in its own geometry: int16 where that holds them, else float32."""
+    limits = np.iinfo(np.int16)
+    whole = limits.min <= voxels.min() and voxels.max() <= limits.max and np.array_equal(voxels, np.rint(voxels))
+    header = geometry.header.copy()
+    header.set_data_dtype(np.int16 if whole else np.float32)
+    header.set_intent("none")
+    stored = np.empty(geometry.stored_shape, dtype=header.get_data_dtype(), order="F")
+    copy_by_planes(geometry.from_ras(voxels), stored)
+    save_volume(stored, header, path)
+
+
 def save_probabilities(logits: Tensor, geometry: Geometry, box: Box, path: str | Path) -> None:
     """Write the classes' probabilities, from logits (K, X, Y, Z) of a box, as (X, Y, Z, K) in the scan's own geometry.
 

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dicom_files import make_slice, write
 from helpers import TINY, files_in
 from torch import nn
 from warm import ROOT, run_script
@@ -19,6 +20,7 @@ from warm import ROOT, run_script
 import train
 from core.checkpoint import load_checkpoint, load_network, save_checkpoint
 from core.scans.annotated import read_annotated
+from core.scans.volumes import load_labels, load_scan
 from core.scans.weights import read_weights
 from data import made_labels, pseudo_label
 from data.agreement import inverse, predict_and_compare, views
@@ -80,6 +82,26 @@ def test_scans_become_a_data_set_of_the_organs_that_are_trusted(made, trained, p
         # It is worth something: the liver is found.
         truth = np.asarray(nib.load(phantom_data / "labels" / f"{case}.nii.gz").dataobj)
         assert 2 * ((labels == 1) & (truth == 1)).sum() / ((labels == 1).sum() + (truth == 1).sum()) > 0.7
+
+
+def test_a_dicom_series_becomes_nifti_and_gets_the_same_labels(made, run, trained, phantom_data, tmp_path):
+    voxels, geometry = load_scan(phantom_data / "images" / "phantom_0001_0000.nii.gz")
+    x_mm, y_mm, z_mm = geometry.spacing_mm
+    stored = (voxels[::-1, ::-1] + 1024).astype(np.uint16).transpose(2, 1, 0)  # (Z, backwards, leftwards)
+    look = {"Rows": stored.shape[1], "Columns": stored.shape[2], "PixelSpacing": [y_mm, x_mm]}
+    slices = [make_slice(k, PixelData=rows.tobytes(), **look) for k, rows in enumerate(stored)]
+    for k, one in enumerate(slices):
+        one.ImagePositionPatient = [0, 0, z_mm * k]
+    write(tmp_path / "series", slices)
+    flags = ["--checkpoint", trained / "last.pt", "--output", tmp_path / "of_dicom"]
+    code, out, err = run(tmp_path / "series", *flags, *LENIENT)
+    assert (code, "1 of 1 scans taken" in out) == (0, True), err
+    (case,) = find_cases(tmp_path / "of_dicom")
+    copy, grid = load_scan(case.scan)
+    assert (case.id, np.array_equal(copy, voxels), nib.load(case.scan).get_data_dtype()) == ("series", True, np.int16)
+    assert grid.spacing_mm == pytest.approx(geometry.spacing_mm)
+    expected, _ = load_labels(made / "labels" / "phantom_0001.nii.gz")
+    assert np.array_equal(load_labels(case.labels)[0], expected)
 
 
 def test_the_same_again_makes_what_is_missing_and_other_limits_are_refused(run, made, trained, phantom_data):
