@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.scans.anatomy import Organ, odd_volumes, swapped_sides
+from core.scans.anatomy import Organ, far_apart, odd_volumes, swapped_sides
 
 MIN_PIECE = 0.9  # share of an organ in its largest piece
 
@@ -79,7 +79,8 @@ def judge(
         unlike: in words, how the scan differs from the training cases.
         limits: requirements on it.
     """
-    odd, swapped = dict(odd_volumes(found)), swapped_sides(found)
+    odd = {name: f"{gap:.0f} mm from the {other}" for name, other, gap in far_apart(found)}
+    odd |= {name: f"volume of {ml:.3g} mL" for name, ml in odd_volumes(found)}
     judged = {}
     for name, agreed in agreement.items():
         organ = found.get(name)
@@ -90,17 +91,17 @@ def judge(
         judged[name] = OrganJudgement(agreed, organ.ml, piece, organ.cut, reason_of(name, agreed, piece, odd, limits))
     trusted = [organ.agreement for organ in judged.values() if not organ.reason]
     reasons = [f"unlike the training cases: {', '.join(unlike)}"] if unlike else []
-    reasons += [f"{right} to the left of {left}" for right, left in swapped]
+    reasons += [f"{right} to the left of {left}" for right, left in swapped_sides(found)]
     if len(trusted) < limits.trusted * len(taught) or not trusted:
         reasons.append(f"{len(trusted)} of {len(taught)} organs can be trusted")
     reason = "; ".join(reasons)
     return Judgement(judged, reason, 0.0 if reason else float(np.mean(trusted)))
 
 
-def reason_of(name: str, agreement: float, piece: float, odd: Mapping[str, float], limits: Limits) -> str:
-    """Return why an organ that was found is not taught from; empty when it is."""
+def reason_of(name: str, agreement: float, piece: float, odd: Mapping[str, str], limits: Limits) -> str:
+    """Return why an organ that was found is not taught from; empty when it is. `odd` gives faults of its anatomy."""
     if not (agreement >= limits.agreement and agreement > 0):  # also without a limit: a weight is above 0
         return f"agreement {agreement:.2f}"
     if name in odd:
-        return f"volume of {odd[name]:.3g} mL"
+        return odd[name]
     return f"{piece:.0%} in its largest piece" if piece < MIN_PIECE else ""

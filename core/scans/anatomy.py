@@ -1,8 +1,9 @@
-"""Check a label map of the abdomen for anatomy: the side of each organ, its volume, its pieces.
+"""Check a label map of the abdomen for anatomy: the side of each organ, its neighbour, its volume, its pieces.
 
 Everything goes by the organs' names, so that data with other ids or fewer organs are checked as far as they go.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,17 @@ RIGHT_OF = (
     ("right kidney", "left kidney"),
     ("right adrenal gland", "left adrenal gland"),
 )
+# The first lies at the second. Their boxes overlapped in fifteen real cases, vena cava and aorta within 4 mm.
+NEIGHBOURS = (
+    ("gallbladder", "liver"),
+    ("pancreas", "aorta"),
+    ("duodenum", "pancreas"),
+    ("right adrenal gland", "right kidney"),
+    ("left adrenal gland", "left kidney"),
+    ("inferior vena cava", "aorta"),
+    ("esophagus", "aorta"),
+)
+MAX_GAP_MM = 30.0  # between the boxes of neighbours
 # Organs without gas and with little fat, and the HU that they and their vessels have with and without contrast medium.
 SOLID_ORGANS = ("liver", "right kidney", "spleen", "left kidney")
 SOLID_HU = (-100.0, 400.0)
@@ -60,12 +72,14 @@ class Organ:
         right_mm: position of its centre along the patient's right, from the origin of world coordinates.
         cut: the ends of the scan that it touches, where it may go on outside: some of ENDS.
         pieces_ml: volumes of the pieces that hang together (by face, edge or corner), the largest first.
+        box_mm: where it begins and ends along X, Y, Z in RAS+ order, from the scan's first voxel.
     """
 
     ml: float
     right_mm: float
     cut: tuple[str, ...]
     pieces_ml: tuple[float, ...]
+    box_mm: tuple[tuple[float, float], ...]
 
 
 def organs_in(labels: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> dict[str, Organ]:
@@ -80,7 +94,9 @@ def organs_in(labels: np.ndarray, geometry: Geometry, organs: Sequence[str]) -> 
         right_mm = float((geometry.ras_affine @ [*centre, 1])[0])
         pieces = np.bincount(ndimage.label(mask, np.ones((3, 3, 3)))[0].ravel())[1:]
         pieces_ml = tuple(float(voxels * geometry.voxel_ml) for voxels in sorted(pieces, reverse=True))
-        found[name] = Organ(float(pieces.sum() * geometry.voxel_ml), right_mm, ends_of(box, labels.shape), pieces_ml)
+        box_mm = tuple((part.start * mm, part.stop * mm) for part, mm in zip(box, geometry.spacing_mm, strict=True))
+        ml, cut = float(pieces.sum() * geometry.voxel_ml), ends_of(box, labels.shape)
+        found[name] = Organ(ml, right_mm, cut, pieces_ml, box_mm)
     return found
 
 
@@ -99,6 +115,20 @@ def swapped_sides(found: dict[str, Organ]) -> list[tuple[str, str]]:
     names = {standard_name(name): name for name in found}
     pairs = [(names[right], names[left]) for right, left in RIGHT_OF if right in names and left in names]
     return [(right, left) for right, left in pairs if found[right].right_mm <= found[left].right_mm]
+
+
+def far_apart(found: Mapping[str, Organ]) -> list[tuple[str, str, float]]:
+    """Return the pairs of NEIGHBOURS whose boxes are more than MAX_GAP_MM apart, with the gap in mm."""
+    names = {standard_name(name): name for name in found}
+    pairs = [(names[one], names[other]) for one, other in NEIGHBOURS if one in names and other in names]
+    gaps = [(one, other, gap_mm(found[one], found[other])) for one, other in pairs]
+    return [(one, other, gap) for one, other, gap in gaps if gap > MAX_GAP_MM]
+
+
+def gap_mm(one: Organ, other: Organ) -> float:
+    """Return the distance in mm between the boxes of two organs; 0 where they overlap."""
+    along = zip(one.box_mm, other.box_mm, strict=True)
+    return math.hypot(*(max(0.0, a[0] - b[1], b[0] - a[1]) for a, b in along))
 
 
 def plausible_ml(name: str) -> tuple[float, float] | None:
@@ -160,6 +190,7 @@ def remarks(found: dict[str, Organ], organs: Sequence[str]) -> list[str]:
         f"{right} lies to the patient's left of the {left}: mirrored, or taken for one another"
         for right, left in swapped_sides(found)
     ]
+    said += [f"{one} {gap:.0f} mm from the {other}, expected beside it" for one, other, gap in far_apart(found)]
     for name in organs[1:]:
         if name not in found:
             said.append(f"{name} not found")

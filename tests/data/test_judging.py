@@ -12,7 +12,8 @@ ORGANS = ("liver", "spleen", "right kidney", "left kidney")
 
 
 def organ(ml: float, right_mm: float, *, apart: float = 0.0, cut: tuple[str, ...] = ()) -> Organ:
-    return Organ(ml, right_mm, cut, ((1 - apart) * ml, apart * ml))
+    box_mm = ((right_mm, right_mm + 60), (0, 60), (0, 60))
+    return Organ(ml, right_mm, cut, ((1 - apart) * ml, apart * ml), box_mm)
 
 
 # Millilitres and places of a healthy adult; +x is the patient's right here.
@@ -50,6 +51,15 @@ def test_an_organ_that_cannot_be_trusted_says_why_and_the_scan_is_taken_without_
     assert judgement.organs["spleen"].reason == reason
     assert ("spleen" in judgement.trusted) == (reason == "")
     assert (judgement.reason, judgement.weight) == ("", pytest.approx(0.9))
+
+
+def test_a_gallbladder_far_from_the_liver_is_not_taught_from():
+    organs, agreement = (*ORGANS, "gallbladder"), AGREED | {"gallbladder": 0.9}
+    beside = judge(HEALTHY | {"gallbladder": organ(30, 149)}, agreement, organs, (), Limits())  # the liver ends at 120
+    assert beside.organs["gallbladder"].reason == ""
+    far = judge(HEALTHY | {"gallbladder": organ(30, 151)}, agreement, organs, (), Limits())
+    assert (far.organs["gallbladder"].reason, far.reason) == ("31 mm from the liver", "")
+    assert far.trusted == list(ORGANS)
 
 
 def test_scans_that_are_left_out():

@@ -1,6 +1,13 @@
 """Anatomy of a data set: most cases odd in the same organ."""
 
-from core.scans.anatomy import Organ, comparable_ml, odd_organs
+import nibabel as nib
+import numpy as np
+import pytest
+
+from core.scans.anatomy import Organ, comparable_ml, far_apart, odd_organs, organs_in, remarks
+from core.scans.volumes import load_labels
+
+HERE = ((0.0, 50.0),) * 3  # a box in mm
 
 
 def test_most_cases_odd_in_the_same_organ_are_ids_of_another_list():
@@ -27,6 +34,24 @@ def test_unknown_organs_are_never_odd():
 
 
 def test_an_organ_cut_by_the_scan_is_not_too_small():
-    found = {name: Organ(ml, 0.0, ("top",), (ml,)) for name, ml in (("liver", 50.0), ("aorta", 900.0), ("lung", 1.0))}
+    found = {
+        name: Organ(ml, 0.0, ("top",), (ml,), HERE) for name, ml in (("liver", 50.0), ("aorta", 900.0), ("lung", 1.0))
+    }
     assert comparable_ml(found) == {"aorta": 900.0, "lung": 1.0}
     assert odd_organs([comparable_ml({"liver": found["liver"]})] * 3) is None
+
+
+def test_neighbours_that_are_far_apart_are_named_with_their_distance(tmp_path):
+    labels = np.zeros((20, 12, 16), np.uint8)
+    labels[14:, 3:, :5] = 1  # stored from right to left: the patient's right is the first voxel
+    labels[1:4, 2:4, 13:15] = 2
+    nib.save(nib.Nifti1Image(labels, np.diag([-5.0, 3.0, 2.0, 1.0])), tmp_path / "labels.nii.gz")
+    organs = ["background", "Liver", "gall_bladder"]
+    found = organs_in(*load_labels(tmp_path / "labels.nii.gz"), organs)
+    # Ten voxels of 5 mm lie between them along X, none along Y, eight of 2 mm along Z.
+    gap = (50**2 + 16**2) ** 0.5
+    assert far_apart(found) == [("gall_bladder", "Liver", pytest.approx(gap))]
+    assert "gall_bladder 52 mm from the Liver, expected beside it" in remarks(found, organs)
+    labels[4:10, 2:4, 13:15] = 2
+    nib.save(nib.Nifti1Image(labels, np.diag([-5.0, 3.0, 2.0, 1.0])), tmp_path / "labels.nii.gz")
+    assert far_apart(organs_in(*load_labels(tmp_path / "labels.nii.gz"), organs)) == []

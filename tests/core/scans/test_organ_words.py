@@ -10,6 +10,8 @@ from core.scoring.flare22 import TOLERANCES_MM, compared_box, tolerance_mm
 
 RIGHT = ("right kidney", "kidney_right", "Right-Kidney", "kidney (right)", "RIGHT KIDNEY", "right_kidney")
 
+HERE = ((0.0, 50.0),) * 3  # a box in mm
+
 
 @pytest.mark.parametrize("right", RIGHT)
 def test_sides_are_found_however_a_name_is_spelled(right):
@@ -17,7 +19,7 @@ def test_sides_are_found_however_a_name_is_spelled(right):
     assert standard_name(right) == "right kidney"
     assert mirrored_ids(["background", right, "liver", left]) == [0, 3, 2, 1]
     assert plausible_ml(left) == plausible_ml("left kidney") == (30, 700)
-    found = {right: Organ(150, -40, (), (150,)), left: Organ(150, 40, (), (150,))}  # mirrored
+    found = {right: Organ(150, -40, (), (150,), HERE), left: Organ(150, 40, (), (150,), HERE)}  # mirrored
     assert swapped_sides(found) == [(right, left)]
 
 
