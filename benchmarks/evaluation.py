@@ -34,7 +34,8 @@ from core.config import load_config
 from core.scoring.overlap import confusion_matrix, divide, organ_scores
 from core.scoring.surface import Surfaces, hausdorff_mm, nsd, organ_surfaces, surfaces_of
 from core.system.exits import run_command
-from data.make_phantom import MAX_VOXELS, MIN_SIDE, make_case
+from data.make_phantom import MAX_VOXELS, MIN_SIDE
+from data.phantom import make_case
 
 SHAPE = (512, 512, 100)
 SEED = 0

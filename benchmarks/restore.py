@@ -29,7 +29,8 @@ from core.scans.volumes import load_scan, prepare_image
 from core.system.exits import run_command
 from core.training.memory_plans import GIB
 from core.training.setup import choose_device
-from data.make_phantom import make_case
+from data.make_phantom import DEFAULT_SHAPE
+from data.phantom import make_case
 
 SHAPE = (512, 512, 100)  # voxels of a usual abdominal scan
 LONG_SHAPE = (512, 512, 1000)
@@ -41,7 +42,7 @@ CONTRAST, BLUR_VOXELS, NOISE, NOISE_VOXELS = 12.0, 7, 4.3, 4
 
 def network_like_logits(config: Config) -> Tensor:
     """(K, X, Y, Z) logits as a trained network might give: a phantom's organs, blurred, and smooth noise on top."""
-    labels = resize_labels(make_case(config.seed, number=1)[1], config.size)
+    labels = resize_labels(make_case(config.seed, 1, DEFAULT_SHAPE)[1], config.size)
     random = torch.Generator().manual_seed(config.seed)
     logits = torch.empty(len(config.organs), *config.size)
     for k, scores in enumerate(logits):
