@@ -1,4 +1,4 @@
-"""What the end of an epoch costs the main thread, while a GPU has nothing to do.
+"""Time the main thread at the end of an epoch, while a GPU has nothing to do.
 
     python -m benchmarks.epoch_end [--repeats 3] [--step-seconds 0.1]
 

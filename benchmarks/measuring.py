@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders that take turns, a clock, memory, and how a result is printed."""
+"""Share code between the benchmarks: contenders that take turns, a clock, memory, and how a result is printed."""
 
 import argparse
 import ctypes

@@ -1,4 +1,4 @@
-"""What one training step needs at its peak: this network under each memory plan, and its peers in a plain loop.
+"""Count the memory of one training step at its peak: this network under each memory plan, and peers in a plain loop.
 
     python -m benchmarks.memory             # the table, and one line of JSON
     python -m benchmarks.memory --json      # the line alone

@@ -1,1 +1,1 @@
-"""What the scripts share."""
+"""Share code between the scripts."""

@@ -110,7 +110,9 @@ class MadeLabels:
         labels *= trusted[labels]
         remove([self.scan(case, suffix) for suffix in NIFTI_SUFFIXES])
         if scan.is_dir():
-            save_scan(*read_scan(scan, Reading()), self.scan(case, NIFTI_SUFFIXES[0]))
+            # Read once more: to keep the voxels of all scans on their way would take GiBs. Its warnings were printed.
+            voxels, _ = read_scan(scan, Reading(warn=lambda _: None))
+            save_scan(voxels, geometry, self.scan(case, NIFTI_SUFFIXES[0]))
         else:
             place(scan, self.scan(case, suffix_of(scan)), self.copy)
         save_label_map(labels, geometry, self.label_map(case), self.organs)

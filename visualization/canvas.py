@@ -1,4 +1,4 @@
-"""What all pictures of one scan's slices need: a figure laid out in inches, and what stands in it.
+"""Lay out a figure in inches for pictures of one scan's slices.
 
 `counts` below are those of `count_by_slice`, and `spacing_mm` is the distance of neighbouring voxels along X, Y, Z.
 """

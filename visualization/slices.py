@@ -1,4 +1,4 @@
-"""What pictures of slices are made of: which slices, how a slice is drawn, and what stands around it.
+"""Choose slices of a scan and draw them, with their labels and scale.
 
 All in mm, so that thick slices are drawn as thick as they are, and by the radiological convention: the patient's right
 is at the picture's left, and the front or the head at its top.

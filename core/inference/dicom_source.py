@@ -1,4 +1,4 @@
-"""What DICOM results copy from the series that they belong to, how they refer to its slices, and how they are saved.
+"""Make DICOM results belong to their series: copy its attributes, refer to its slices, save.
 
 PS3.3 below is a part of the DICOM standard.
 """

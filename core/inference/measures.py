@@ -1,4 +1,4 @@
-"""What is measured of each organ in a segmented scan: volume, HU, pieces, and where the scan's edge cuts it."""
+"""Measure each organ in a segmented scan: volume, HU, pieces, and where the scan's edge cuts it."""
 
 import math
 from collections.abc import Sequence

@@ -96,6 +96,7 @@ def test_a_dicom_series_becomes_nifti_and_gets_the_same_labels(made, run, traine
     flags = ["--checkpoint", trained / "last.pt", "--output", tmp_path / "of_dicom"]
     code, out, err = run(tmp_path / "series", *flags, *LENIENT)
     assert (code, "1 of 1 scans taken" in out) == (0, True), err
+    assert not [line for line in err.splitlines() if err.count(line) > 1]  # each warning once
     (case,) = find_cases(tmp_path / "of_dicom")
     copy, grid = load_scan(case.scan)
     assert (case.id, np.array_equal(copy, voxels), nib.load(case.scan).get_data_dtype()) == ("series", True, np.int16)

@@ -429,7 +429,6 @@ def test_channels_last_reaches_the_volumes(norm):
         assert result.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-@pytest.mark.slow
 @pytest.mark.long  # the compiler takes a minute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_network_gives_the_same_gradients():
