@@ -36,7 +36,7 @@ from core.scans.typical import differences
 from core.scans.volumes import prepare_image
 from core.system.exits import DONE, REFUSED, USAGE, print_stderr, refusing, run_command
 from core.system.processes import join_group, leave_group, own_device
-from core.training.setup import choose_device
+from core.training.device import choose_device
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from core.scoring.overlap import mean_defined, organ_scores
 from core.system.exits import REFUSED, USAGE, refusing, run_command
 from core.training.augment import augment
 from core.training.batches import describe_cases
+from core.training.device import choose_precision
 from core.training.losses import loss_named
 from core.training.memory_plans import step_that_fits
 from core.training.run import Run
-from core.training.setup import Training, check_settings, choose_precision, fit_network, make_optimizer, seed_torch
+from core.training.setup import Training, check_settings, fit_network, make_optimizer, seed_torch
 from core.training.splitting import split
 from core.training.step import count_pairs, validation_step
 from dataset import CaseDataset, find_cases_of_all, find_data, reading_of

@@ -29,8 +29,9 @@ from benchmarks.measuring import machine
 from core.config import Config, load_config
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.training.augment import augment
+from core.training.device import choose_device
 from core.training.memory_count import count_step
-from core.training.setup import PLANS, choose_device
+from core.training.setup import PLANS
 from core.training.step import training_step
 
 ROOT = Path(__file__).resolve().parents[1]

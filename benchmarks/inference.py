@@ -47,7 +47,7 @@ from core.scans.resample import logits_to_labels
 from core.scans.typical import HU_PERCENTILES
 from core.scans.volumes import load_scan, prepare_image, save_label_map
 from core.system.exits import run_command
-from core.training.setup import choose_device
+from core.training.device import choose_device
 from data.make_phantom import write_phantom
 from infer import Inference, finish, predict, prepare
 from vnet import VNet, check_size

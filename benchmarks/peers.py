@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.measuring import installed_version
 from core.config import Config
-from core.training.setup import autocast
+from core.training.device import autocast
 
 NO_MONAI = "MONAI is not installed; pip install -r benchmarks/requirements.txt"
 

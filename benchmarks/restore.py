@@ -27,8 +27,8 @@ from core.config import Config, load_config
 from core.scans.resample import cells_with_boundary, logits_to_labels, resize_labels
 from core.scans.volumes import load_scan, prepare_image
 from core.system.exits import run_command
+from core.training.device import choose_device
 from core.training.memory_plans import GIB
-from core.training.setup import choose_device
 from data.make_phantom import DEFAULT_SHAPE
 from data.phantom import make_case
 

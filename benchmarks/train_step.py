@@ -37,17 +37,10 @@ from benchmarks.memory import count_plain_step
 from core.config import Config, load_config
 from core.network import build_network
 from core.system.exits import run_command
+from core.training.device import choose_device, choose_precision
 from core.training.losses import LOSSES
 from core.training.memory_count import count_step
-from core.training.setup import (
-    PLANS,
-    Training,
-    choose_device,
-    choose_precision,
-    compile_network,
-    make_optimizer,
-    to_channels_last,
-)
+from core.training.setup import PLANS, Training, compile_network, make_optimizer, to_channels_last
 from core.training.step import training_step
 from vnet import check_size
 

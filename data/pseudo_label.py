@@ -40,7 +40,7 @@ from core.scans.volumes import prepare_image
 from core.system.exits import DONE, REFUSED, USAGE, print_stderr, refusing, run_command
 from core.system.files import user_path
 from core.system.processes import join_group, leave_group, own_device
-from core.training.setup import choose_device
+from core.training.device import choose_device
 from data.agreement import predict_and_compare
 from data.judging import Limits, judge
 from data.made_labels import MadeLabels

@@ -18,9 +18,10 @@ import infer
 import train
 from core.config import Config, load_config
 from core.training.augment import augment
+from core.training.device import choose_device
 from core.training.losses import LOSSES
 from core.training.memory_plans import NothingFitsError, blank_batch, choose_plan, step_that_fits, try_step
-from core.training.setup import PLANS, Training, choose_device, make_optimizer, seed_torch
+from core.training.setup import PLANS, Training, make_optimizer, seed_torch
 from core.training.step import PendingLoss, training_step, validation_step
 from vnet import NORMS, VNet
 

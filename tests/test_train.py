@@ -26,8 +26,9 @@ from core.checkpoint import load_checkpoint, load_network
 from core.config import load_config
 from core.network import build_network
 from core.system.processes import ALONE
+from core.training.device import has_right_gradients
 from core.training.run_folder import RunFolder
-from core.training.setup import has_right_gradients, initialise_output_bias
+from core.training.setup import initialise_output_bias
 from core.training.step import PendingLoss
 from core.training.tensorboard import write_scalars
 from dataset import CaseDataset, find_cases

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from core.training.device import autocast, choose_precision
 from core.training.low_memory import convolve, features, is_supported
-from core.training.setup import autocast, choose_precision
 from core.training.slabs import slabs_along_x
 from vnet import VNet
 

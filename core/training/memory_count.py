@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.config import Config
 from core.network import build_network
 from core.system.exits import DONE, STOPPED
+from core.training.device import DTYPES
 from core.training.losses import loss_named
 from core.training.memory_plans import GIB, blank_batch, plans_for
-from core.training.setup import DTYPES, EMA, Training, make_optimizer, to_channels_last
+from core.training.setup import EMA, Training, make_optimizer, to_channels_last
 from core.training.step import training_step
 
 RESERVED_GIB = 1.6  # of a card, for what the count leaves out: context some 0.5, cuDNN's workspaces up to some 1.1

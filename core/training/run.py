@@ -18,9 +18,10 @@ from core.config import Config
 from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
 from core.system.processes import join_group, leave_group, own_device
 from core.training.batches import make_loader, naming_dead_workers
+from core.training.device import choose_device
 from core.training.memory_plans import choose_plan, peak_gib
 from core.training.run_folder import RunFolder, SilentRunFolder
-from core.training.setup import EMA, Training, choose_device, initialise_output_bias
+from core.training.setup import EMA, Training, initialise_output_bias
 from core.training.step import NotFiniteError, PendingLoss
 from core.training.tensorboard import check_tensorboard
 
@@ -60,8 +61,7 @@ class Run:
         overwrite: bool = False,
         extend: bool = False,
     ):
-        self.config = config
-        self.overwrite = overwrite
+        self.config, self.overwrite = config, overwrite
         if config.tensorboard:
             check_tensorboard(config.run_dir)
         self.device = choose_device(own_device(config.device))

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from core.scoring.overlap import confusion_matrix
+from core.training.device import autocast
 from core.training.losses import Loss, in_full_precision, marginal
 from core.training.low_memory import features, is_supported
-from core.training.setup import Training, autocast
+from core.training.setup import Training
 from core.training.slabs import backward_in_slabs, predict_in_slabs
 
 

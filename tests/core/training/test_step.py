@@ -12,22 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.grad import conv3d_weight
 
-from core.training import setup, slabs
+from core.training import device as devices
+from core.training import slabs
 from core.training.activation import moments
+from core.training.device import autocast, choose_device, choose_precision, has_right_gradients
 from core.training.losses import LOSSES, Loss, loss_named
 from core.training.low_memory import features
-from core.training.setup import (
-    EMA,
-    PLANS,
-    Training,
-    autocast,
-    choose_device,
-    choose_precision,
-    compile_network,
-    has_right_gradients,
-    make_optimizer,
-    to_channels_last,
-)
+from core.training.setup import EMA, PLANS, Training, compile_network, make_optimizer, to_channels_last
 from core.training.step import (
     NotFiniteError,
     PendingLoss,
@@ -539,11 +530,13 @@ def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(monkeypatch):
         gradient = conv3d_weight(x, *given, **named)
         return gradient if x.dtype == torch.float32 else gradient.index_fill(0, torch.tensor(3), math.inf)
 
-    monkeypatch.setattr(setup, "conv3d_weight", infinite)
+    monkeypatch.setattr(devices, "conv3d_weight", infinite)
     with pytest.raises(ValueError, match="precision: got bf16 on a CPU whose gradients are wrong in it; expected auto"):
         choose_precision("bf16", CPU)
     monkeypatch.setattr(
-        setup, "conv3d_weight", lambda x, shape, g, padding: conv3d_weight(x.float(), shape, g.float(), padding=2)
+        devices,
+        "conv3d_weight",
+        lambda x, shape, g, padding: conv3d_weight(x.float(), shape, g.float(), padding=2),
     )
     assert choose_precision("bf16", CPU) == torch.bfloat16
 
