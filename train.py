@@ -25,7 +25,7 @@ from core.scoring.overlap import mean_defined, organ_scores
 from core.system.exits import REFUSED, USAGE, refusing, run_command
 from core.training.augment import augment
 from core.training.batches import describe_cases
-from core.training.device import choose_precision
+from core.training.device import training_precision
 from core.training.losses import loss_named
 from core.training.memory_plans import step_that_fits
 from core.training.run import Run
@@ -41,7 +41,7 @@ def start_training(config: Config, device: torch.device, processes: int = 1) -> 
     Raises:
         ValueError: when the settings ask for what the device cannot do, or for what does not go together.
     """
-    precision = choose_precision(config.precision, device)
+    precision = training_precision(config, device)
     seed_torch(config.seed, config.deterministic)  # the same first weights in every process
     network = build_network(config)
     check_settings(config, network, processes)

@@ -1187,7 +1187,7 @@ def test_bf16_finds_the_same_organs(run_main, config, phantom_data, tmp_path):
 @pytest.mark.parametrize(
     ("precision", "complaint"),
     [
-        ("fp16", "error: --precision: got fp16 on a CPU, where it is very slow; expected auto, float32 or bf16\n"),
+        ("fp16", "error: precision: got fp16 on a CPU, where it is very slow; expected auto, float32 or bf16\n"),
         ("half", "error: --precision: got half, expected one of auto, float32, bf16, fp16\n"),
     ],
 )

@@ -15,16 +15,11 @@ def choose_inference_precision(name: str, trained_in: str, device: torch.device)
     """Return the type that convolutions are computed in; "auto" is float32 on a CPU, the training's setting on a GPU.
 
     Raises:
-        ValueError: for fp16 on a CPU.
+        ValueError: when the device does not compute in what was asked for.
     """
-    if device.type != "cpu":
-        # A network that was trained in bf16 runs in fp16 on a card without bf16.
-        as_trained = "auto" if trained_in == "bf16" else trained_in
-        return choose_precision(as_trained if name == "auto" else name, device)
-    if name == "fp16":
-        # Hundreds of times the seconds of float32, on a processor that has bf16 (RESULTS.md).
-        raise ValueError("--precision: got fp16 on a CPU, where it is very slow; expected auto, float32 or bf16")
-    return torch.bfloat16 if name == "bf16" else torch.float32
+    if name == "auto" and device.type != "cpu" and trained_in != "bf16":
+        name = trained_in  # a network that was trained in bf16 runs in fp16 on a card without bf16
+    return choose_precision(name, device)
 
 
 def predict_logits(network: nn.Module, image: Tensor, precision: torch.dtype) -> Tensor:

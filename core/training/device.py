@@ -1,13 +1,18 @@
 """Choose the device and the number type that convolutions are computed in; refuse what does not work there."""
 
+import math
 import os
 import re
+from collections.abc import Sequence
 
 import torch
 from torch.nn.grad import conv3d_weight
 
+from core.config import Config
+
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNUSED_CUDNN = (90800, 91500)  # from the first version that torch leaves out in 3-D to the first that it uses again
+MAX_CHECKED_VOXELS = 4096  # of a stage whose gradients are checked; in larger ones they are right, and take time
 
 
 def choose_device(name: str) -> torch.device:
@@ -48,17 +53,34 @@ def check_kernels(device: torch.device) -> None:
         )
 
 
+def training_precision(config: Config, device: torch.device) -> torch.dtype:
+    """Return the type that training computes convolutions in, as `choose_precision`.
+
+    Raises:
+        ValueError: also when the CPU's gradients are wrong in bf16, in a stage of a network of that size.
+    """
+    precision = choose_precision(config.precision, device)
+    if device.type == "cpu" and precision == torch.bfloat16:
+        stages = [[n // 2**halvings for n in config.size] for halvings in range(len(config.down_convs))]
+        for size in stages:
+            if math.prod(size) <= MAX_CHECKED_VOXELS and not has_right_gradients(precision, size):
+                raise ValueError(
+                    f"precision: got bf16, in which this CPU's gradients are wrong for {' x '.join(map(str, size))} "
+                    f"voxels, where size: {' '.join(map(str, config.size))} leads; expected auto or float32, or a "
+                    "larger size"
+                )
+    return precision
+
+
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
     """Return the type that convolutions are computed in; float32 means no mixed precision.
 
     Raises:
-        ValueError: when the device cannot train in what was asked for.
+        ValueError: when the device does not compute in what was asked for.
     """
     if device.type == "cpu":
-        if precision == "fp16":
-            raise ValueError("precision: got fp16 on a CPU, expected auto, float32 or bf16")
-        if precision == "bf16" and not has_right_gradients(torch.bfloat16):
-            raise ValueError("precision: got bf16 on a CPU whose gradients are wrong in it; expected auto or float32")
+        if precision == "fp16":  # hundreds of times the seconds of float32, on a processor that has bf16 (RESULTS.md)
+            raise ValueError("precision: got fp16 on a CPU, where it is very slow; expected auto, float32 or bf16")
         return DTYPES["float32" if precision == "auto" else precision]
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not has_bf16:
@@ -71,20 +93,17 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
-def has_right_gradients(precision: torch.dtype) -> bool:
-    """Tell whether this CPU works out the weight gradients of 5x5x5 convolutions over few voxels in `precision`.
+def has_right_gradients(precision: torch.dtype, size: Sequence[int]) -> bool:
+    """Tell whether this CPU works out the weight gradient of a 5x5x5 convolution over `size` voxels in `precision`.
 
-    The deepest stages have such. oneDNN (torch 2.13) gives infinities for them in bf16 on processors without AMX.
+    In bf16 on processors without AMX, oneDNN (torch 2.13) gives infinities where no axis is longer than the kernel.
     """
     random = torch.Generator().manual_seed(0)
-    for size in ((2, 2, 2), (3, 2, 2), (4, 4, 3)):
-        x, gradient = (torch.randn(1, 32, *size, generator=random).to(precision) for _ in range(2))
-        shape = (32, 32, 5, 5, 5)
-        got = conv3d_weight(x, shape, gradient, padding=2).float()
-        expected = conv3d_weight(x.float(), shape, gradient.float(), padding=2)
-        if not torch.allclose(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item()):
-            return False
-    return True
+    x, gradient = (torch.randn(1, 32, *size, generator=random).to(precision) for _ in range(2))
+    shape = (32, 32, 5, 5, 5)
+    got = conv3d_weight(x, shape, gradient, padding=2).float()
+    expected = conv3d_weight(x.float(), shape, gradient.float(), padding=2)
+    return torch.allclose(got, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
 def check_cudnn(precision: str) -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.grad import conv3d_weight
 
+from core.config import Config
 from core.training import device as devices
 from core.training import slabs
 from core.training.activation import moments
-from core.training.device import autocast, choose_device, choose_precision, has_right_gradients
+from core.training.device import autocast, choose_device, choose_precision, has_right_gradients, training_precision
 from core.training.losses import LOSSES, Loss, loss_named
 from core.training.low_memory import features
 from core.training.setup import EMA, PLANS, Training, compile_network, make_optimizer, to_channels_last
@@ -519,41 +521,49 @@ def test_features_keep_what_they_say(keep):
 def test_precision_and_device():
     assert choose_precision("auto", CPU) == torch.float32
     assert choose_device("cpu") == CPU
-    with pytest.raises(ValueError, match="precision: got fp16 on a CPU, expected auto, float32 or bf16"):
+    with pytest.raises(ValueError, match="precision: got fp16 on a CPU, where it is very slow; expected auto, float32"):
         choose_precision("fp16", CPU)
     with pytest.raises(ValueError, match=r"device: got cuda:99, but torch sees \d+ GPUs"):
         choose_device("cuda:99")
 
 
-def test_bf16_on_a_cpu_is_refused_where_its_gradients_are_wrong(monkeypatch):
-    def infinite(x, *given, **named):
-        gradient = conv3d_weight(x, *given, **named)
-        return gradient if x.dtype == torch.float32 else gradient.index_fill(0, torch.tensor(3), math.inf)
+def test_bf16_on_a_cpu_is_refused_where_a_stage_has_wrong_gradients(monkeypatch):
+    checked = []
 
-    monkeypatch.setattr(devices, "conv3d_weight", infinite)
-    with pytest.raises(ValueError, match="precision: got bf16 on a CPU whose gradients are wrong in it; expected auto"):
-        choose_precision("bf16", CPU)
-    monkeypatch.setattr(
-        devices,
-        "conv3d_weight",
-        lambda x, shape, g, padding: conv3d_weight(x.float(), shape, g.float(), padding=2),
-    )
-    assert choose_precision("bf16", CPU) == torch.bfloat16
+    def infinite_in_small_volumes(x, *given, **named):
+        checked.append(tuple(x.shape[2:]))
+        gradient = conv3d_weight(x.float(), given[0], given[1].float(), **named)
+        wrong = x.dtype == torch.bfloat16 and max(x.shape[2:]) <= 4
+        return gradient.index_fill(0, torch.tensor(3), math.inf) if wrong else gradient
+
+    monkeypatch.setattr(devices, "conv3d_weight", infinite_in_small_volumes)
+    small = Config(size=[64, 64, 48], precision="bf16")
+    with pytest.raises(
+        ValueError,
+        match="precision: got bf16, in which this CPU's gradients are wrong for 4 x 4 x 3 voxels, where size: 64 64 48 "
+        "leads; expected auto or float32, or a larger size",
+    ):
+        training_precision(small, CPU)
+    assert set(checked) == {(16, 16, 12), (8, 8, 6), (4, 4, 3)}
+    shallow = replace(small, down_convs=[1, 2, 3, 3], up_convs=[3, 2, 1])
+    for right in (shallow, Config(size=[96, 96, 64], precision="bf16"), Config(precision="bf16")):
+        assert training_precision(right, CPU) == torch.bfloat16
+    assert training_precision(replace(small, precision="auto"), CPU) == torch.float32
+    assert choose_precision("bf16", CPU) == torch.bfloat16  # infer.py has no gradients
 
 
-def test_the_gradients_of_this_cpu_in_bf16_are_judged_rightly():
+@pytest.mark.parametrize("size", [(2, 2, 2), (3, 3, 2), (4, 4, 3), (4, 4, 4), (5, 5, 4), (6, 6, 4), (8, 8, 8)])
+def test_the_gradients_of_this_cpu_in_bf16_are_judged_rightly(size):
     torch.manual_seed(1)
-    wrong = 0.0
-    for size in ((2, 2, 2), (3, 3, 2), (4, 4, 3), (1, 2, 2)):
-        conv = torch.nn.Conv3d(48, 48, 5, padding=2, bias=False)
-        x = torch.randn(1, 48, *size)
-        with torch.autocast("cpu", torch.bfloat16):
-            conv(x).sum().backward()
-        # The sum's gradient is 1 everywhere: the middle of each kernel gets the sum of its input channel.
-        sums = x.bfloat16().float().sum((0, 2, 3, 4)).expand(48, 48)
-        wrong = max(wrong, ((conv.weight.grad[:, :, 2, 2, 2] - sums).norm() / sums.norm()).nan_to_num(math.inf).item())
-    assert has_right_gradients(torch.bfloat16) == (wrong < 0.02)
-    assert has_right_gradients(torch.float32)
+    conv = torch.nn.Conv3d(48, 48, 5, padding=2, bias=False)
+    x = torch.randn(1, 48, *size)
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(x).sum().backward()
+    # The sum's gradient is 1 everywhere: the middle of each kernel gets the sum of its input channel.
+    sums = x.bfloat16().float().sum((0, 2, 3, 4)).expand(48, 48)
+    wrong = ((conv.weight.grad[:, :, 2, 2, 2] - sums).norm() / sums.norm()).nan_to_num(math.inf).item()
+    assert has_right_gradients(torch.bfloat16, size) == (wrong < 0.02)
+    assert has_right_gradients(torch.float32, size)
 
 
 @pytest.fixture
