@@ -11,7 +11,6 @@ on. MONAI is left out where it is not installed.
 
 import argparse
 import gc
-import shutil
 import sys
 import tempfile
 import time
@@ -22,7 +21,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from isal import igzip
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,29 +38,19 @@ from benchmarks.measuring import (
     time_each,
     watch_memory,
 )
-from benchmarks.train_step import make_training
 from core.config import Config, load_config
-from core.network import build_network
 from core.scans.resample import resize_labels
 from core.scans.volumes import load_labels, load_scan, prepare_image, save_label_map
 from core.system.exits import run_command
-from core.training.step import training_step
 from data.make_phantom import write_phantom
 from dataset import Case, CaseDataset, find_cases
 
 SHAPE = (512, 512, 100)  # voxels of the phantoms, a usual abdominal scan
 CASES = 3
 WORKERS = (0, 1, 2)
-GROWTH_CASES = (10, 50, 200)  # data sets of these many cases show whether memory or time a sample grows
-GROWTH_SIZE = (64, 64, 48)  # small, so that it takes seconds: 0.4 MiB a case, if it were kept
 MAX_STAGE_REPEATS = 7
 MIB = 2**20
 MIB_PER_GIB = 1024
-# What `make demo` trains, whose step a CPU can do often enough to be timed beside its data.
-DEMO = {
-    **{"size": ["64", "64", "48"], "channels": "8", "loss": "dice_cross_entropy"},
-    **{"down_convs": ["1"] * 5, "up_convs": ["1"] * 4},
-}
 
 
 @dataclass
@@ -187,45 +175,6 @@ def measure_stages(case: Case, config: Config, folder: Path, repeats: int) -> di
     }
 
 
-def measure_growth(case: Case, config: Config, folder: Path) -> dict[str, Any]:
-    """Milliseconds a cached sample and memory gained in three epochs, for data sets of more and more cases (copies)."""
-    config = replace(config, size=GROWTH_SIZE, cache_dir=str(folder / "growth"))
-    copies = []
-    for number in range(max(GROWTH_CASES)):
-        copy = Case(f"case_{number}", *(folder / f"{number}_{path.name}" for path in (case.scan, case.labels)))
-        shutil.copy(case.scan, copy.scan)
-        shutil.copy(case.labels, copy.labels)
-        copies.append(copy)
-    run_epoch(DataLoader(CaseDataset(copies, config)))  # fills the cache
-    rows = {}
-    for count in GROWTH_CASES:
-        before, loader = resident_mib(), DataLoader(CaseDataset(copies[:count], config))
-        ms = time_each({"epoch": lambda loader=loader: run_epoch(loader)}, repeats=3, scale=1000 / count)["epoch"]
-        gained = None if before is None else resident_mib() - before
-        rows[f"{count} cases"] = {"later_epochs_ms": ms, "gained_mib": gained}
-    return rows
-
-
-def measure_demo(case: Case, folder: Path) -> dict[str, Any]:
-    """Time the demo's step on this machine's CPU, and its samples from the cache."""
-    config = replace(load_config(flags=DEMO), cache_dir=str(folder / "demo"), device="cpu")
-    loader = DataLoader(CaseDataset([case], config))
-    torch.manual_seed(config.seed)
-    training = make_training(build_network(config), CPU)
-    batch = next(iter(loader))
-    image = batch["image"].float() / 255
-    step = time_each({"step_ms": lambda: training_step(training, image, batch["labels"])}, repeats=3, scale=1000)
-    sample = time_each({"sample_ms": lambda: run_epoch(loader)}, repeats=10, scale=1000)
-    return {"size": list(config.size), **step, **sample}
-
-
-def copy_gib_per_s() -> float:
-    """Return the rate at which memory is copied, the limit of what comes from a cache."""
-    source = np.ones(64 * MIB, dtype=np.uint8)
-    target = np.empty_like(source)
-    return source.nbytes / 2**30 / time_each({"copy": lambda: np.copyto(target, source)}, repeats=14)["copy"]["median"]
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure on a data set's first cases, or on phantoms."""
     config = load_config(flags={"size": list(map(str, arguments.size))} if arguments.size else {})
@@ -234,17 +183,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.data_dir is None:
             write_phantom(folder / "phantoms", CASES, tuple(arguments.shape), seed=0)
         cases = find_cases(arguments.data_dir or folder / "phantoms")[:CASES]
-        write_phantom(folder / "small", cases=1, shape=GROWTH_SIZE, seed=0)
-        small = find_cases(folder / "small")[0]
         return {
             "size": list(config.size),
             "cases": len(cases),
             "repeats": arguments.repeats,
             "contenders": compete(make_ways(cases, config, folder), len(cases), arguments.repeats),
             **measure_stages(cases[0], config, folder, min(arguments.repeats, MAX_STAGE_REPEATS)),
-            "growth": measure_growth(small, config, folder),
-            "demo": measure_demo(small, folder),
-            "copy_gib_per_s": copy_gib_per_s(),
             "notes": peers.monai_notes(),
         }
 

@@ -1,9 +1,7 @@
 """From logits to label maps on a scan's grid: logits_to_labels against plain interpolation and MONAI's transforms.
 
-    python -m benchmarks.restore                                                # logits as a network gives, and random
-    python -m benchmarks.restore --checkpoint runs/vnet/best.pt --scan SCAN     # those of a trained network instead
-    python -m benchmarks.restore --long                                         # a scan of 512x512x1000 as well
-    python -m benchmarks.restore --json                                         # only the line of JSON
+    python -m benchmarks.restore            # logits as a network gives, and random ones
+    python -m benchmarks.restore --json     # only the line of JSON
 
 Logits (14, 256, 256, 128) to labels (512, 512, 100). Plain is F.interpolate (trilinear) of all classes and argmax.
 Ratios are taken within a turn. The memory is what a way needs above the logits and its answer.
@@ -11,7 +9,6 @@ Ratios are taken within a turn. The memory is what a way needs above the logits 
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +19,8 @@ from torch.nn import functional as F
 
 from benchmarks import peers
 from benchmarks.measuring import Contender, make_parser, measure_and_print, ratios, summarise, take_turns, time_each
-from core.checkpoint import load_network
 from core.config import Config, load_config
 from core.scans.resample import cells_with_boundary, logits_to_labels, resize_labels
-from core.scans.volumes import load_scan, prepare_image
 from core.system.exits import run_command
 from core.training.device import choose_device
 from core.training.memory_plans import GIB
@@ -33,7 +28,6 @@ from data.make_phantom import DEFAULT_SHAPE
 from data.phantom import make_case
 
 SHAPE = (512, 512, 100)  # voxels of a usual abdominal scan
-LONG_SHAPE = (512, 512, 1000)
 TIE = 1e-6  # two classes whose plain scores differ by no more are a tie
 OURS, PLAIN, PEER = "logits_to_labels", "plain", "MONAI"
 # Of the made-up logits: as many cells have a boundary as behind the trained network of RESULTS.md (4.6 %).
@@ -51,14 +45,6 @@ def network_like_logits(config: Config) -> Tensor:
         noise = F.interpolate(noise, size=config.size, mode="trilinear")[0, 0]
         torch.add(CONTRAST * share, noise, alpha=NOISE, out=scores)
     return logits
-
-
-def trained_logits(checkpoint: Path, scan: Path, config: Config) -> Tensor:
-    """(K, X, Y, Z) logits of a trained network for a scan, on the settings' grid."""
-    network, saved = load_network(checkpoint, torch.device("cpu"))
-    image = prepare_image(load_scan(scan)[0], config.size, saved["config"].window_hu)
-    with torch.inference_mode():
-        return network(torch.from_numpy(image)[None, None].float() / 255)[0].float()
 
 
 def restore_plainly(logits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -125,7 +111,7 @@ def time_ways(ways: dict[str, Callable], logits: Tensor, shape: Sequence[int], r
     return rows, labels
 
 
-def measure_kind(logits: Tensor, repeats: int, long: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_kind(logits: Tensor, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the numbers of each way on one kind of logits, and what else is measured on it."""
     ways = {OURS: logits_to_labels, PLAIN: restore_plainly}
     if peers.monai_installed():
@@ -134,44 +120,30 @@ def measure_kind(logits: Tensor, repeats: int, long: bool) -> tuple[dict[str, An
     # Nothing that looks at all logits can beat reading them once.
     one_pass = time_each({"one_pass_s": lambda: logits.sum().item()}, repeats)
     facts = {"boundary_share": boundary_share(logits), **one_pass, **compare(logits, labels)}
-    if long:
-        long_rows, labels = time_ways({OURS: logits_to_labels}, logits, LONG_SHAPE, repeats)
-        row = {"shape": list(LONG_SHAPE), **long_rows[OURS], **compare(logits, labels)}
-        row["slice_ms"] = 1000 * row["seconds"]["median"] / LONG_SHAPE[2]
-        row["plain_slice_ms"] = 1000 * rows[PLAIN]["seconds"]["median"] / SHAPE[2]  # to the usual shape
-        facts["long"] = row
     return rows, facts
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure on a network's logits and on random ones.
+    """Measure on logits as of a network and on random ones.
 
     Raises:
-        ValueError: when the flags do not fit each other, or the checkpoint or the scan cannot be used.
+        ValueError: when there is no such device.
     """
-    checkpoint, scan = arguments.checkpoint, arguments.scan
-    if (checkpoint is None) != (scan is None):
-        raise ValueError("--checkpoint and --scan: got one of them, expected both or none")
     config = load_config(flags={"device": arguments.device})
     device = choose_device(config.device)
-    first = "network-like" if checkpoint is None else "trained"
-    logits = network_like_logits(config) if checkpoint is None else trained_logits(checkpoint, scan, config)
+    logits = network_like_logits(config)
     random = torch.randn(logits.shape, generator=torch.Generator().manual_seed(config.seed))
     result = {"logits": list(logits.shape), "shape": list(SHAPE), "device": str(device), "repeats": arguments.repeats}
     ways, facts = {}, {}
-    for kind, each in ((first, logits), ("random", random)):
-        rows, facts[kind] = measure_kind(each.to(device), arguments.repeats, arguments.long)
+    for kind, each in (("network-like", logits), ("random", random)):
+        rows, facts[kind] = measure_kind(each.to(device), arguments.repeats)
         ways |= {f"{kind}, {name}": row for name, row in rows.items()}
     return {**result, "ways": ways, "kinds": facts, "notes": peers.monai_notes()}
 
 
 def main() -> int:
     """Measure, and print."""
-    parser = make_parser(__doc__, repeats=5, device=True)
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained network, instead of made-up logits")
-    parser.add_argument("--scan", type=Path, metavar="SCAN", help="what the trained network is to see")
-    parser.add_argument("--long", action="store_true", help="restore to 512x512x1000 as well (8 GiB of memory)")
-    return measure_and_print(parser, measure)
+    return measure_and_print(make_parser(__doc__, repeats=5, device=True), measure)
 
 
 if __name__ == "__main__":
