@@ -141,6 +141,11 @@ class CaseDataset(Dataset):
         return [case.weight for case in self.cases]
 
     @property
+    def untaught(self) -> torch.Tensor:
+        """(K,) bool, the classes that no case annotates."""
+        return torch.from_numpy(~np.any(self.annotated, axis=0))
+
+    @property
     def ids(self) -> list[str]:
         """The ids of the cases, in their order."""
         return [case.id for case in self.cases]

@@ -155,6 +155,8 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[nn.Module], dict]:
     """Load several networks; return them and the first one's content, with the ranges of all their cases.
 
+    Its training_data name the organs that all of them were taught.
+
     `fingerprint` in it is a hash of all weights, whatever the order of the networks: 12 hexadecimal digits.
 
     Raises:
@@ -174,6 +176,9 @@ def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[nn.M
             "min": np.min([each["min"] for each in ranges], axis=0).tolist(),
             "max": np.max([each["max"] for each in ranges], axis=0).tolist(),
         }
+    if "organs" in merged:  # older checkpoints do not say it
+        taught = [content["training_data"].get("organs", merged["organs"]) for content in contents]
+        merged["organs"] = [organ for organ in merged["organs"] if all(organ in names for names in taught)]
     weights = sorted(hash_of(network) for network in networks)
     fingerprint = hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
     return list(networks), first | {"training_data": merged, "fingerprint": fingerprint}

@@ -12,6 +12,7 @@ from core.scans.dicom_folders import is_series_folder
 from core.scans.dicom_series import load_series
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
+from core.scans.organ_names import check_organ_names
 from core.scans.resample import resize_image
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import SHIFTED_HU, load_labels, load_scan, looks_too_high, window_hu
@@ -131,8 +132,9 @@ def examine(
         if labels:
             ids, labels_geometry = load_labels(labels, len(organs), reading)
             describe_labels(seen, ids, labels_geometry, organs, annotated.get(case, organs))
+            check_organ_names(labels, organs)
     except (ValueError, OSError, MemoryError) as error:
-        about_ids = "organ ids" in str(error) or "ids outside" in str(error)
+        about_ids = any(words in str(error) for words in ("organ ids", "ids outside", "its header says"))
         seen.find("bad_labels" if about_ids else "unreadable", str(error))
     for message in dict.fromkeys(warnings):
         seen.find("odd_file", message)

@@ -64,7 +64,8 @@ def convert(source: Source, organ_map: OrganMap, folder: DataFolder, copy: bool,
     todo, finished, taken = folder.plan(source.cases, organ_map)
     failures |= taken
     results: list[Converted] = []
-    folder.start(todo)
+    if todo or finished:
+        folder.start(todo)
     try:
         work = partial(convert_case, organ_map=organ_map, organs=folder.organs, data_dir=folder.path, copy=copy)
         with closing(in_processes(work, todo, max(1, min(workers, len(todo))))) as done:
@@ -75,7 +76,8 @@ def convert(source: Source, organ_map: OrganMap, folder: DataFolder, copy: bool,
                     folder.finish(case, organ_map, result.present)
                     results.append(result)
     finally:
-        folder.write_annotated()
+        if todo or finished:
+            folder.write_annotated()
     for line in [*summarise(results, organ_map), *doubts(folder.never_found(source.cases), source, organ_map, folder)]:
         print_warning(line)
     counts = f"{len(results)} cases converted, {len(finished)} were finished before, {len(failures)} failed"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.scans.annotated import write_annotated
+from core.scans.annotated import read_annotated, write_annotated
 from core.scans.files import list_files
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.organ_names import read_organ_names
@@ -113,8 +113,8 @@ def read_label_map(path: Path, organ_map: OrganMap, result: Converted, folder: P
             )
     result.dropped.update({key: int(counts[key]) for key in present if key in organ_map.dropped})
     table = np.zeros(IDS, np.uint8)
-    for key, organ in organ_map.target.items():
-        table[key] = organ
+    for key in present:
+        table[key] = organ_map.target[key]
     return table[ids], geometry
 
 
@@ -218,6 +218,7 @@ class DataFolder:
         self.path, self.organs = path, tuple(organs)
         self.organs_file = path / ORGANS
         self.cases: dict[str, dict] = {}
+        self.converted: list[str] = []  # ids of the cases that were finished now
         record = path / RECORD
         if record.is_file():
             try:
@@ -276,8 +277,11 @@ class DataFolder:
     def finish(self, case: SourceCase, organ_map: OrganMap, present: Sequence[str]) -> None:
         """Note that a case is finished, and which organs occur in it."""
         keys = used_masks(case, organ_map) if case.masks else list(organ_map.names)
+        if case.annotated is not None:
+            keys = [key for key in keys if any(same_organ(organ_map.names[key], name) for name in case.annotated)]
         annotated = [self.organs[organ] for organ in organ_map.annotated(keys)]
         self.cases[case.id] |= {"key": key_of(case, organ_map), "annotated": annotated, "present": list(present)}
+        self.converted.append(case.id)
         self.write_record()
 
     def write_record(self) -> None:
@@ -285,12 +289,18 @@ class DataFolder:
         write_text(self.path / RECORD, json.dumps({"organs": self.organs, "cases": self.cases}, indent=1) + "\n")
 
     def write_annotated(self) -> None:
-        """Write annotated.csv for the finished cases."""
-        write_annotated(self.path, self.annotated)
+        """Write annotated.csv for the finished cases.
+
+        Lines that are there stay, whoever wrote them, but for those of cases that were converted now, or failed.
+        """
+        failed = {case for case, about in self.cases.items() if not about["key"]}
+        there = {case: names for case, names in read_annotated(self.path).items() if case not in failed}
+        write_annotated(self.path, self.annotated | there | {case: self.annotated[case] for case in self.converted})
 
 
 def key_of(case: SourceCase, organ_map: OrganMap) -> str:
     """Return a value that changes when a case's files or the meaning of its ids do."""
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in case.files]
     meaning: list[tuple[Key, int]] = sorted((str(key), organ) for key, organ in organ_map.target.items())
-    return hashlib.sha256(json.dumps([files, meaning]).encode()).hexdigest()[:16]
+    told = [] if case.annotated is None else [case.annotated]
+    return hashlib.sha256(json.dumps([files, meaning, *told]).encode()).hexdigest()[:16]

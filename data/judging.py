@@ -88,7 +88,8 @@ def judge(
             judged[name] = OrganJudgement(agreed, 0.0, math.nan, (), "not found" if name in taught else "not taught")
             continue
         piece = organ.pieces_ml[0] / organ.ml
-        judged[name] = OrganJudgement(agreed, organ.ml, piece, organ.cut, reason_of(name, agreed, piece, odd, limits))
+        reason = reason_of(name, agreed, piece, odd, limits) if name in taught else "not taught"
+        judged[name] = OrganJudgement(agreed, organ.ml, piece, organ.cut, reason)
     trusted = [organ.agreement for organ in judged.values() if not organ.reason]
     reasons = [f"unlike the training cases: {', '.join(unlike)}"] if unlike else []
     reasons += [f"{right} to the left of {left}" for right, left in swapped_sides(found)]

@@ -122,7 +122,8 @@ def read_dataset_json(path: Path) -> dict[int, str]:
         labels = content["labels"]
         pairs = [(k, v) for k, v in labels.items() if not isinstance(v, list) or len(v) == 1]
         pairs = [(k, v[0] if isinstance(v, list) else v) for k, v in pairs]
-        channels = len(content.get("channel_names", content.get("modality", {})))
+        images = content.get("channel_names", content.get("modality", {}))
+        channels = 1 if isinstance(images, str) else len(images)
         names = {int(k): str(v) for k, v in pairs} if by_id(labels) else {int(v): str(k) for k, v in pairs}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"

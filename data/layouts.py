@@ -11,11 +11,13 @@
 import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from core.scans.annotated import read_annotated
 from core.scans.files import case_id, find_files, label_ids, listed
 from core.scans.organ_names import read_organ_names
+from core.scans.weights import WEIGHTS, read_weights
 from data.label_names import Key, known_collections, load_collections, read_dataset_json, same_organ
 from data.other_formats import OTHER_SUFFIXES, is_other_format, stem
 
@@ -45,12 +47,14 @@ class SourceCase:
         scan: the CT.
         labels: its label map; None when it has masks.
         masks: file of each organ's mask, by the file's name.
+        annotated: the organs that are annotated, by the annotated.csv of a data set in our layout; None: all.
     """
 
     id: str
     scan: Path
     labels: Path | None = None
     masks: dict[str, Path] = field(default_factory=dict, hash=False)
+    annotated: tuple[str, ...] | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -114,6 +118,8 @@ def read_source(folder: Path, collection: str | None) -> Source:
         find_masked_cases(source)
     else:
         find_pairs(source)
+    if layout == "flare22":
+        read_tables(source)
     if not source.cases:
         reasons = "; ".join(f"{case}: {reason}" for case, reason in list(source.failures.items())[:3])
         raise ValueError(f"{place}: no case with a scan and labels{f' ({reasons})' if reasons else ''}")
@@ -183,6 +189,21 @@ def find_pairs(source: Source) -> None:
     for images, labels in PAIRS[source.layout]:
         if (source.folder / images).is_dir() and not (source.folder / labels).is_dir():
             source.notes.append(f"{images}: left out, without label maps ({labels})")
+
+
+def read_tables(source: Source) -> None:
+    """Take over what annotated.csv says of the cases.
+
+    Raises:
+        ValueError: when weights.csv says that a network has made labels; they would pass for labels of people.
+    """
+    if read_weights(source.folder):
+        raise ValueError(
+            f"{source.folder}: {WEIGHTS} says that a network has made its labels, which conversion would lose; train "
+            "on the folder itself, as one of several of --data-dir"
+        )
+    annotated = read_annotated(source.folder)
+    source.cases = [replace(case, annotated=annotated.get(case.id)) for case in source.cases]
 
 
 def add_pair(source: Source, case: str, scan: Path | None, labels: Path | None) -> None:

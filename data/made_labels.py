@@ -30,6 +30,7 @@ from data.judging import Judgement, Limits
 TABLE, LOCK = "pseudo_labels.csv", ".pseudo_labels.lock"
 COLUMNS = [
     "case", "organ", "taken", "reason", "agreement", "ml", "largest_piece", "touches_edge", "weight", "made_by",
+    "scan",
 ]  # fmt: skip
 
 
@@ -64,6 +65,7 @@ class MadeLabels:
         for name in ("images", "labels"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         rows = self.read()
+        self.check_same_scans(cases, rows)
         others = {row["case"] for row in rows if row["made_by"] != self.made_by}
         if others:
             raise ValueError(
@@ -73,6 +75,16 @@ class MadeLabels:
         taken = {row["case"]: row["taken"] == "yes" for row in rows if not row["organ"]}
         done = {case for case in cases if case in taken and (not taken[case] or self.has_files(case))}
         return {case: scan for case, scan in cases.items() if case not in done}
+
+    def check_same_scans(self, cases: Mapping[str, Path], rows: Sequence[Mapping[str, str]]) -> None:
+        """Raise a ValueError for a case that was made of another scan; a scan that is gone may have been moved."""
+        for row in rows:
+            scan, before = cases.get(row["case"]), row.get("scan")
+            if scan and before and Path(before).exists() and scan.resolve() != Path(before):
+                raise ValueError(
+                    f"--output: {self.path / TABLE} has case {row['case']} of {before}, and {scan} would be it, too; "
+                    "rename one, or choose another folder"
+                )
 
     def has_files(self, case: str) -> bool:
         """Return True when the label map and the scan of a case are there."""
@@ -102,7 +114,7 @@ class MadeLabels:
             OSError, ValueError: when a file cannot be written or read.
         """
         with locked(self.path / LOCK):
-            rows = [row for row in self.read() if row["case"] != case] + self.rows_of(case, judgement)
+            rows = [row for row in self.read() if row["case"] != case] + self.rows_of(case, scan, judgement)
             self.write(rows)
         if judgement.reason:
             return
@@ -117,9 +129,9 @@ class MadeLabels:
             place(scan, self.scan(case, suffix_of(scan)), self.copy)
         save_label_map(labels, geometry, self.label_map(case), self.organs)
 
-    def rows_of(self, case: str, judgement: Judgement) -> list[dict[str, str]]:
+    def rows_of(self, case: str, scan: Path, judgement: Judgement) -> list[dict[str, str]]:
         """Return the rows of a case."""
-        about = {"case": case, "made_by": self.made_by}
+        about = {"case": case, "made_by": self.made_by, "scan": str(scan.resolve())}
         taken = {"taken": "no" if judgement.reason else "yes", "reason": judgement.reason}
         rows = [dict.fromkeys(COLUMNS, "") | about | taken | {"weight": cell(judgement.weight)}]
         for name, organ in judgement.organs.items():
@@ -144,7 +156,7 @@ class MadeLabels:
         with open_text(path) as file:
             reader = csv.DictReader(file)
             rows = list(reader)
-        if reader.fieldnames != COLUMNS or any(None in row or None in row.values() for row in rows):
+        if reader.fieldnames not in (COLUMNS, COLUMNS[:-1]) or any(None in row or None in row.values() for row in rows):
             raise ValueError(f"{path}: is another kind of table, expected the columns {', '.join(COLUMNS)}")
         return rows
 
@@ -159,7 +171,7 @@ class MadeLabels:
         taken = [row for row in rows if row["taken"] == "yes" and not row["organ"]]
         write_weights(self.path, {row["case"]: float(row["weight"]) for row in taken})
         with whole_file(self.path / TABLE) as temporary, open_text(temporary, "w") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(rows)
 

@@ -150,7 +150,7 @@ def check_organ_names(path: str | Path, organs: Sequence[str]) -> None:
             has = f"ends at id {len(organs) - 1}" if wanted is None else f"says {wanted!r}"
             raise ValueError(
                 f"{path}: its header says that id {organ} is {name!r}, but the organ list {has}; "
-                "give the list of this label map by --config or --checkpoint"
+                "give the list of this label map by --config (data.convert writes organs.yaml) or --checkpoint"
             )
 
 

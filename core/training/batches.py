@@ -19,11 +19,13 @@ from core.config import Config
 from core.scans.anatomy import odd_organs
 from core.scans.annotated import ANNOTATED
 from core.scans.files import listed
+from core.scans.organ_names import check_organ_names
 from core.scans.typical import ranges_of
 from core.system.exits import leave_signals_to_the_command, print_warning
 from core.system.processes import ALONE, Group
 
 SEEN = ("image", "labels", "extent_mm", "annotated")  # what training sees of a sample
+MIN_BOX = 0.5  # share of the usual length of the organs' box, below which a case is warned of
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
 
 
@@ -170,10 +172,15 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
         workers: processes that load cases.
         group: the processes of the run.
         teaches: whether to say how many cases teach each organ.
+
+    Raises:
+        FileNotFoundError, ValueError: when a file cannot be read, or a label map names other organs than the settings.
     """
     found = {"extent_mm": [], "hu_percentiles": [], "volumes_ml": []}  # of each case a row of numbers
     fingerprints, counts = [], []
     share = range(group.rank, len(dataset), group.size)
+    for index in share:
+        check_organ_names(dataset.cases[index].labels, dataset.organs)
     loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
     for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
         for name, values in found.items():
@@ -189,18 +196,20 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
     odd = odd_organs([{organ: ml for organ, ml in case.items() if ml} for case in volumes])
     if odd and group.first:
         print_warning(odd)
-    counts = list(chain(*group.gather(counts)))
+    counts, fingerprints = (list(chain(*group.gather(values))) for values in (counts, fingerprints))
     if teaches and group.first:
         say_what_teaches(counts, dataset.organs)
+        if dataset.crop == "organs":
+            warn_of_small_boxes([case for case, _ in fingerprints], found["extent_mm"], counts)
     taught = [organ for i, organ in enumerate(dataset.organs) if i and any(present[i] for _, present in counts)]
-    return Description(ranges_of(found) | {"organs": taught}, dict(chain(*group.gather(fingerprints))))
+    return Description(ranges_of(found) | {"organs": taught}, dict(fingerprints))
 
 
 def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor, ml: torch.Tensor) -> np.ndarray:
-    """Return (2, K) bool: the classes that a case annotates, and those that it holds."""
+    """Return (2, K) bool: the classes that a case annotates, and those of them that it holds."""
     # The network's grid may have lost a small organ, and volumes are unknown of organs that the scan cuts.
     on_grid = np.bincount(labels.numpy().ravel(), minlength=len(annotated)) > 0
-    return np.stack([annotated.numpy(), on_grid | (ml.numpy() > 0)])
+    return np.stack([annotated.numpy(), annotated.numpy() & (on_grid | (ml.numpy() > 0))])
 
 
 def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str]) -> None:
@@ -214,6 +223,26 @@ def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str]) -> None:
         print_warning(
             f"in none of the {len(counts)} cases to train on: {listed(absent)}; if one is there but not annotated, "
             f"say so in {ANNOTATED} (docs/data.md)"
+        )
+
+
+def warn_of_small_boxes(cases: Sequence[str], extents_mm: Sequence, counts: Sequence[np.ndarray]) -> None:
+    """Warn of cases whose organs' box is much shorter than where more organs are annotated.
+
+    Args:
+        cases: their ids.
+        extents_mm: (N, 3), of the boxes.
+        counts: of each case, as `annotated_and_present` gives them.
+    """
+    annotated = np.array([count[0].sum() for count in counts])
+    extents = np.array(extents_mm)
+    usual = np.median(extents[annotated == annotated.max()], axis=0)
+    short = (extents < MIN_BOX * usual).any(axis=1) & (annotated < annotated.max())
+    if short.any():
+        names = [case for case, is_short in zip(cases, short, strict=True) if is_short]
+        print_warning(
+            f"crop: organs: {listed(names)}: the box of the organs that are annotated is less than {MIN_BOX:.0%} as "
+            "long as where more are; the network sees these cases enlarged; leave them out, or take crop: body"
         )
 
 

@@ -135,6 +135,7 @@ class Run:
         self.facts |= {"training_data": training_data, "fingerprints": fingerprints}
         self.folder.compare_data((self.resumed or {}).get("fingerprints"), fingerprints)
         training, config = self.training, self.config
+        training.untaught = train_set.untaught
         training.plan = choose_plan(training, config, self.device, self.group, self.folder)
         if config.compile and training.plan != "off":
             self.say(f"compile has no effect under the memory plan {training.plan}")
@@ -293,8 +294,7 @@ class Run:
         folder = self.folder
         row = dict.fromkeys(folder.log_columns) | {"epoch": self.epoch, "train_loss": float(np.mean(self.losses))}
         row |= scores | {"seconds": time.perf_counter() - self.epoch_started, "data_seconds": self.waited}
-        row["peak_gib"] = peak_gib(self.device)
-        row["learning_rate"] = self.training.optimizer.param_groups[0]["lr"]  # of the last step
+        row |= {"peak_gib": peak_gib(self.device), "learning_rate": self.training.optimizer.param_groups[0]["lr"]}
         val_dice = row["val_dice"]
         if val_dice is not None:
             self.bar.set_postfix(dice=f"{val_dice:.4f}")

@@ -37,6 +37,8 @@ class Training:
         any_process: tells whether a value is true in any process of the run; asked once a step.
         has_freed_memory: True after memory ran out once and the same plan was tried again.
         ema: exponential moving average of the weights, or None.
+        untaught: (K,) bool on the CPU, the classes that no training case annotates: the loss takes them as absent from
+            every case, or nothing would tell them from the background. None: there are none.
         average_gradients: (network, loss) -> loss; where several processes share a batch, it replaces gradients and
             loss by those of the whole batch.
     """
@@ -52,6 +54,7 @@ class Training:
     any_process: Callable[[bool], bool] = bool
     has_freed_memory: bool = False
     ema: "EMA | None" = None
+    untaught: Tensor | None = None
     average_gradients: Callable[[nn.Module, Tensor], Tensor] = lambda network, loss: loss
 
     def ema_weights(self) -> AbstractContextManager:

@@ -87,11 +87,18 @@ def compute_gradients(
     training.optimizer.zero_grad(set_to_none=True)
     losses = []
     for part, share in micro_batches(len(image), training.accumulation_steps):
-        loss = marginal(training.loss, None if annotated is None else annotated[part])
+        loss = loss_of(training, None if annotated is None else annotated[part])
         share *= 1.0 if weights is None else weights[part].mean().item()
         losses.append(share * backward(training, loss, image[part], labels[part], check, share))
         after()
     return sum(losses[1:], start=losses[0])
+
+
+def loss_of(training: Training, annotated: Tensor | None) -> Loss:
+    """Return the loss of cases that annotate the classes `annotated` (B, K); None: all."""
+    if annotated is not None and training.untaught is not None:
+        annotated = annotated | training.untaught
+    return marginal(training.loss, annotated)
 
 
 def micro_batches(cases: int, steps: int) -> list[tuple[slice, float]]:
@@ -133,7 +140,7 @@ def validation_step(
 
     For V-Net this takes less memory than any training step.
     """
-    network, criterion = training.network, marginal(training.loss, annotated)
+    network, criterion = training.network, loss_of(training, annotated)
     if is_supported(network):
         h = features(network, image, training.precision, keep=False)
         loss, predicted = predict_in_slabs(network.classify, criterion, h, labels)

@@ -21,6 +21,7 @@ from foreign_layouts import (
     write_labels,
     write_pairs,
 )
+from helpers import files_in
 from warm import run_script
 
 from data import doctor
@@ -143,6 +144,49 @@ def test_a_second_run_follows_changes_and_touches_nothing_of_others(phantoms, ru
     assert (code, "from elsewhere" in err) == (1, True)
     assert (foreign / "labels" / "img0001.nii.gz").read_bytes() == b"mine"
     assert sorted(path.name for path in (foreign / "images").iterdir()) == ["img0002_0000.nii.gz"]
+
+
+def test_lines_of_annotated_csv_that_somebody_has_changed_stay(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    _, _, _, data = run(source)
+    table = data / "annotated.csv"
+    table.write_text("case,organs\nimg0001,liver\nmine,spleen\n")
+    (data / "labels" / "img0002.nii.gz").unlink()
+    code, out, _, _ = run(source)
+    assert (code, "1 cases converted, 1 were finished before" in out) == (0, True)
+    assert annotated(data) == {"img0001": ["liver"], "mine": ["spleen"], "img0002": ALL_BUT_DUODENUM}
+    # Nothing is written where nothing is converted.
+    other = tmp_path / "other"
+    shutil.copytree(data / "images", other / "images")
+    shutil.copytree(data / "labels", other / "labels")
+    shutil.copy(table, other)
+    before = files_in(other)
+    code, _, err, _ = run(source, to=other)
+    assert (code, err.count("from elsewhere")) == (1, 2)
+    assert files_in(other) == before
+
+
+def test_our_own_layout_keeps_what_is_annotated_and_made_labels_are_refused(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    _, _, _, ours = run(source)
+    (ours / "annotated.csv").write_text("case,organs\nimg0001,liver;left kidney\n")
+    code, _, _, data = run(ours, "--organs", "spleen", "left kidney", to=tmp_path / "two")
+    assert code == 0
+    assert annotated(data) == {"img0001": ["left kidney"], "img0002": ["spleen", "left kidney"]}
+    (ours / "weights.csv").write_text("case,weight\nimg0001,0.9\n")
+    code, _, err, _ = run(ours, to=tmp_path / "three")
+    assert (code, "weights.csv says that a network has made its labels" in err) == (2, True)
+    assert not (tmp_path / "three").exists()
+
+
+def test_dataset_json_may_name_ids_that_no_voxel_has(phantoms, run, tmp_path):
+    names = "case_{:04d}.nii.gz"
+    source = write_pairs(phantoms, tmp_path / "s", "imagesTr", "labelsTr", names, names, {1: 1})
+    table = {"modality": "CT", "labels": {"background": 0, "liver": 1, "unknown": 999}}
+    (source / "dataset.json").write_text(json.dumps(table))
+    code, _, err, data = run(source)
+    assert code == 0, err
+    assert annotated(data)["case_0001"] == ["liver"]
 
 
 def test_organs_in_no_case_are_doubted(phantoms, run, tmp_path):

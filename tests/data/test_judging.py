@@ -53,6 +53,12 @@ def test_an_organ_that_cannot_be_trusted_says_why_and_the_scan_is_taken_without_
     assert (judgement.reason, judgement.weight) == ("", pytest.approx(0.9))
 
 
+def test_an_organ_that_was_not_taught_is_not_trusted_where_it_is_found():
+    judgement = judge(HEALTHY | {"bladder": organ(90, 0)}, AGREED | {"bladder": 0.95}, ORGANS, (), Limits())
+    assert judgement.organs["bladder"].reason == "not taught"
+    assert (judgement.trusted, judgement.weight) == (list(ORGANS), pytest.approx(0.9))
+
+
 def test_a_gallbladder_far_from_the_liver_is_not_taught_from():
     organs, agreement = (*ORGANS, "gallbladder"), AGREED | {"gallbladder": 0.9}
     beside = judge(HEALTHY | {"gallbladder": organ(30, 149)}, agreement, organs, (), Limits())  # the liver ends at 120

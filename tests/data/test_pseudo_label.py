@@ -119,6 +119,25 @@ def test_the_same_again_makes_what_is_missing_and_other_limits_are_refused(run, 
     assert "has 2 cases of other networks or limits (phantom_0001, phantom_0002); choose another folder" in err
 
 
+def test_another_scan_of_the_same_name_is_refused(run, made, trained, phantom_data, tmp_path):
+    scan = phantom_data / "images" / "phantom_0002_0000.nii.gz"
+    (tmp_path / "more").mkdir()
+    shutil.copy(phantom_data / "images" / "phantom_0003_0000.nii.gz", tmp_path / "more" / scan.name)
+    before, flags = files_in(made), ["--checkpoint", trained / "last.pt", "--output", made, *LENIENT]
+    code, _, err = run(tmp_path / "more", *flags)
+    assert code == 2
+    assert f"has case phantom_0002 of {scan.resolve()}, and {tmp_path / 'more' / scan.name} would be it, too" in err
+    assert files_in(made) == before
+    # A table from before scans were noted is gone on with.
+    rows = rows_of(made)
+    with open(made / "pseudo_labels.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "scan"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    code, out, err = run(phantom_data, *flags, *CASES)
+    assert (code, "2 of 2 scans taken" in out) == (0, True), err
+
+
 def test_a_scan_that_cannot_be_read_costs_itself_alone(run, trained, phantom_data, tmp_path):
     for number in (1, 2):
         scan = phantom_data / "images" / f"phantom_000{number}_0000.nii.gz"
