@@ -11,7 +11,6 @@ Exit code 0: done, 1: some input or scan was refused (the others are done), 2: w
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from core.scans.nifti import Reading
 from core.scans.typical import differences
 from core.scans.volumes import prepare_image
 from core.system.exits import DONE, REFUSED, USAGE, print_stderr, refusing, run_command
+from core.system.files import user_path
 from core.system.processes import join_group, leave_group, own_device
 from core.training.device import choose_device
 
@@ -138,7 +138,7 @@ def write_reports(inference: Inference, cases: dict[str, Path], paths: Sequence[
     quiet = replace(inference.reading, warn=lambda _: None)  # the warnings were printed when it was segmented
     made_by = report.provenance_of(paths, checkpoint) | {"computed in": str(inference.precision).removeprefix("torch.")}
     read = partial(read_scan, reading=quiet, series_uid=inference.series_uid)
-    return report.write_reports(inference.output.path, cases, read, inference.config.organs, made_by)
+    return report.write_reports(inference.output.path, cases, read, inference.config.organs, made_by, quiet)
 
 
 def list_reports(folder: Path) -> None:
@@ -152,7 +152,7 @@ def list_reports(folder: Path) -> None:
 def main() -> int:
     """Segment the scans that the command line names; return the exit code."""
     arguments = parse_arguments()
-    output = OutputFolder(Path(arguments.output), arguments.extras)
+    output = OutputFolder(Path(arguments.output), arguments.extras, arguments.report)
     with refusing(USAGE):
         device = choose_device(own_device(check("device", arguments.device, "--device")))
         check("precision", arguments.precision, "--precision")
@@ -169,11 +169,12 @@ def main() -> int:
     if not cases:
         leave_group(group)
         return REFUSED
+    to_report = {}
     if arguments.skip_existing:
+        to_report = output.without_report(cases)
         cases = output.unfinished(cases, checkpoint["fingerprint"], warn=group.first)
     group.wait()  # all processes have listed the same cases before the first one is segmented
-    own = dict(list(cases.items())[group.rank :: group.size])
-
+    own, to_report = (dict(list(each.items())[group.rank :: group.size]) for each in (cases, to_report))
     config, training_data, fingerprint = (checkpoint[key] for key in ("config", "training_data", "fingerprint"))
     options = output, reading, arguments.series, fingerprint, locator, arguments.largest_piece
     inference = Inference(networks, config, training_data, device, precision, *options)
@@ -181,9 +182,7 @@ def main() -> int:
     done = {case: file for case, file in own.items() if case not in failed}
     with refusing(REFUSED):
         if arguments.report:
-            unreported = write_reports(inference, done, arguments.checkpoint, checkpoint)
-        else:
-            output.set_aside_reports(done)
+            unreported = write_reports(inference, done | to_report, arguments.checkpoint, checkpoint)
         failed, unreported = (sorted(chain(*group.gather(names))) for names in (failed, unreported))
         names = [*failed, *map(str, refused), *(f"{case} (its report)" for case in unreported)]
         if group.first:
@@ -198,22 +197,23 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments; ~ in paths is expanded."""
-    path = os.path.expanduser
     parser = argparse.ArgumentParser(description="Segment CT scans with a trained V-Net.")
     parser.add_argument(
-        "inputs", nargs="+", type=path, metavar="INPUT", help="a NIfTI file, a folder of them, or a DICOM series"
+        "inputs", nargs="+", type=user_path, metavar="INPUT", help="a NIfTI file, a folder of them, or a DICOM series"
     )
     parser.add_argument(
         "--checkpoint",
         required=True,
         nargs="+",
-        type=path,
+        type=user_path,
         metavar="FILE",
         help="best.pt or last.pt of a run; of several, as of all folds, the probabilities are averaged",
     )
-    parser.add_argument("--locate", type=path, metavar="FILE", help="the network that finds the box for crop: organs")
     parser.add_argument(
-        "--output", required=True, type=path, metavar="DIR", help="folder for label maps and volumes.csv"
+        "--locate", type=user_path, metavar="FILE", help="the network that finds the box for crop: organs"
+    )
+    parser.add_argument(
+        "--output", required=True, type=user_path, metavar="DIR", help="folder for label maps and volumes.csv"
     )
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

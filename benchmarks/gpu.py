@@ -143,7 +143,7 @@ def measure(part: str, flags: dict[str, Any]) -> dict[str, Any]:
     if part in PEERS:
         module, *more = PEERS[part]
         grid = ["--size", *flags["size"]] if "size" in flags else ["--size", *map(str, load_config().size)]
-        return json.loads(run_module(module, *more, *grid, "--json").splitlines()[-1])
+        return json.loads(run_module(module, *more, *grid, "--device", flags["device"], "--json").splitlines()[-1])
     config = load_config(flags=flags | VARIANTS.get(part, {}))
     device = choose_device(config.device)
     if part in PLANS:

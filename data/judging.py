@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.scans.anatomy import Organ, far_apart, odd_volumes, swapped_sides
+from core.scans.anatomy import Organ, far_apart, odd_volumes, rounded, swapped_sides
 
 MIN_PIECE = 0.9  # share of an organ in its largest piece
 
@@ -80,7 +80,7 @@ def judge(
         limits: requirements on it.
     """
     odd = {name: f"{gap:.0f} mm from the {other}" for name, other, gap in far_apart(found)}
-    odd |= {name: f"volume of {ml:.3g} mL" for name, ml in odd_volumes(found)}
+    odd |= {name: f"volume of {rounded(ml)} mL" for name, ml in odd_volumes(found)}
     judged = {}
     for name, agreed in agreement.items():
         organ = found.get(name)

@@ -211,6 +211,9 @@ def test_validation_cases_by_id_or_file(tmp_path):
         split_cases(cases_of(*"abcd"), ["x"], 0.2, 0)
     with pytest.raises(ValueError, match="val_cases: holds out all 2 cases"):
         split_cases(cases_of(*"ab"), ["a", "b"], 0.2, 0)
+    made = [replace(case, weight=0.9) for case in cases_of("m")]
+    with pytest.raises(ValueError, match="holds out all 2 cases that people have labelled, so that none is left"):
+        split_cases([*cases_of(*"ab"), *made], ["a", "b"], 0.2, 0)
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,6 @@ def test_an_empty_path_is_not_the_current_folder(home, run_main):
     code, _, err = run_main(evaluate, "--predictions=", "--labels=x", "--output=y")
     assert code == 2
     assert "--predictions: got an empty path" in err
+    for given in (["", "--output=y"], ["x", "--output="]):
+        code, _, err = run_main(infer, *given, "--checkpoint=z")
+        assert (code, "got an empty path" in err) == (2, True)

@@ -21,6 +21,7 @@ BLUR = 1.0  # standard deviation, in steps, that takes what is left of the voxel
 TAUBIN = (0.5, -0.53)  # one step forward, one back; Taubin's weights
 TAUBIN_ROUNDS = 20
 MOST_MOVE_MM = 0.3  # along the normals; farther, a surface of few voxels would turn inside out
+CLOSED_UP = 0.01  # share of an organ's volume in its smoothed mesh, below which the mesh is no surface of it
 CONTEXT_STEP_MM = (3.0, 4.0)  # of skin and bones, which are seen faintly
 SKIN_HU, BONE_HU = -300.0, 200.0  # what is denser is no air; is bone, or metal
 IN_PLANE = ndimage.generate_binary_structure(2, 1)[:, :, None]  # neighbours within an axial slice
@@ -88,7 +89,10 @@ def organ_mesh(
     field, voxels_a_step = resampled(signed_distance(mask, spacing_mm), spacing_mm, step_mm)
     field = ndimage.gaussian_filter(field, BLUR)
     level = level_of_volume(field, step_mm, np.count_nonzero(mask) / np.prod(voxels_a_step))
-    places, faces, *_ = marching_cubes(field, level, gradient_direction="ascent", allow_degenerate=False)
+    try:
+        places, faces, *_ = marching_cubes(field, level, gradient_direction="ascent", allow_degenerate=False)
+    except RuntimeError:  # no surface at that level
+        return None
     if not len(faces):
         return None
     voxels = places * voxels_a_step + first
@@ -187,10 +191,15 @@ def smoothed(mesh: Mesh) -> Mesh:
     return Mesh(vertices, mesh.faces)
 
 
-def grown_to(mesh: Mesh, volume_ml: float) -> Mesh:
-    """Move a mesh along its normals by one distance everywhere, then scale it, so that it encloses a volume."""
+def grown_to(mesh: Mesh, volume_ml: float) -> Mesh | None:
+    """Move a mesh along its normals by one distance everywhere, then scale it, so that it encloses a volume.
+
+    None for a speck that smoothing has closed up: to scale it would blow it up, or turn it inside out.
+    """
     area_mm2 = np.linalg.norm(mesh.face_normals, axis=1).sum() / 2
     move_mm = np.clip((volume_ml - mesh.volume_ml) * 1000 / area_mm2, -MOST_MOVE_MM, MOST_MOVE_MM)
     mesh = Mesh(mesh.vertices + move_mm * mesh.normals, mesh.faces)
+    if not mesh.volume_ml > CLOSED_UP * volume_ml:
+        return None
     centre = mesh.vertices.mean(axis=0)
     return Mesh(centre + (mesh.vertices - centre) * np.cbrt(volume_ml / mesh.volume_ml), mesh.faces)

@@ -27,7 +27,15 @@ from core.system.files import user_path, whole_file
 from visualization.fonts import drawable, drawable_organs, font_file
 from visualization.meshes import context_meshes, organ_mesh
 from visualization.render import Scene, Veil, View, backdrop, fitting_scale, render, view_at
-from visualization.shown import add_organ_flags, label_map_paths, organs_of, print_written, read_label_maps, title_of
+from visualization.shown import (
+    add_common_flags,
+    label_map_paths,
+    organs_of,
+    print_written,
+    read_label_maps,
+    reading_of,
+    title_of,
+)
 from visualization.style import INK, rgb_of
 
 FRAMES, SIZE, FRAMES_A_SECOND = 120, (1280, 720), 24
@@ -243,8 +251,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with refusing(USAGE):
         chosen = choose_ids(args.organs, organs)
     with refusing(REFUSED):
-        voxels, geometry = load_scan(args.scan) if args.context else (None, read_geometry(args.scan))
-        label_maps = read_label_maps(paths, geometry, organs)
+        reading = reading_of(args)
+        voxels = None
+        if args.context:
+            voxels, geometry = load_scan(args.scan, reading)
+        else:
+            geometry = read_geometry(args.scan, reading)
+        label_maps = read_label_maps(paths, geometry, organs, reading)
         turn = (args.output, organs, chosen, args.frames, tuple(args.size), voxels)
         make_movie(title_of(case_id(args.scan)), geometry, label_maps, *turn)
     print_written(args.output, note)
@@ -264,7 +277,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, nargs=2, default=SIZE, metavar=("W", "H"), help="pixels (default: 1280 720)"
     )
-    add_organ_flags(parser)
+    add_common_flags(parser)
     return parser.parse_args(arguments)
 
 

@@ -34,7 +34,7 @@ from visualization.canvas import (
     volume_column,
 )
 from visualization.comparison import draw_comparison
-from visualization.shown import add_organ_flags, label_map_paths, print_written, read_shown
+from visualization.shown import add_common_flags, label_map_paths, print_written, read_shown, reading_of
 from visualization.slices import (
     AROUND,
     LEGEND_LINE,
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--contact: got {args.contact}, expected 1 or more")
         given = load_given(args.config, args.checkpoint)
     with refusing(REFUSED):
-        shown, note = read_shown(args.scan, label_map_paths(args), given)
+        shown, note = read_shown(args.scan, label_map_paths(args), given, reading_of(args))
         about = (shown.geometry.spacing_mm, shown.organs, shown.title)
         if args.truth:
             figure = draw_comparison(shown.voxels, *shown.label_maps.values(), *about, shown.geometry.voxel_ml)
@@ -213,7 +213,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--truth", type=user_path, metavar="LABELS", help="reference to draw beside it, and where the two differ"
     )
     parser.add_argument("--contact", type=int, metavar="N", help="draw a sheet of N axial slices instead")
-    add_organ_flags(parser)
+    add_common_flags(parser)
     return parser.parse_args(arguments)
 
 

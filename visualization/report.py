@@ -24,9 +24,10 @@ from tqdm import tqdm
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
 from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
-from core.scans.anatomy import organs_in, plausible_ml, remarks
+from core.scans.anatomy import organs_in, plausible_ml, remarks, rounded
 from core.scans.geometry import Geometry
-from core.scans.volumes import load_labels
+from core.scans.nifti import Reading
+from core.scans.volumes import DEFAULT_READING, load_labels
 from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
@@ -38,7 +39,15 @@ from visualization.comparison import draw_comparison
 from visualization.movie import make_movie
 from visualization.overlay import draw_contact_sheet, draw_overlay
 from visualization.page import data_url, escaped, make_page, write_page
-from visualization.shown import Shown, add_organ_flags, label_map_paths, print_written, read_shown, title_of
+from visualization.shown import (
+    Shown,
+    add_common_flags,
+    label_map_paths,
+    print_written,
+    read_shown,
+    reading_of,
+    title_of,
+)
 from visualization.style import organ_rules
 from visualization.viewer import make_viewer
 
@@ -137,7 +146,7 @@ not wrong.</p>"""
 def describe_scan(shown: Shown) -> str:
     """Return the scan's size, in words."""
     voxels, spacing_mm, extent_mm = (
-        " x ".join(f"{n:.3g}" for n in numbers)
+        " x ".join(map(rounded, numbers))
         for numbers in (shown.voxels.shape, shown.geometry.spacing_mm, shown.geometry.extent_mm)
     )
     return f"CT of {voxels} voxels of {spacing_mm} mm: {extent_mm} mm"
@@ -205,13 +214,14 @@ def picture(figure: Figure) -> str:
 
 def movie(shown: Shown) -> str:
     """Return the movie of the organs, or a sentence that there are none."""
-    if not any(labels.any() for labels in shown.label_maps.values()):
-        return "<p>No organ to show.</p>"
     label_maps = shown.label_maps if len(shown.label_maps) > 1 else {"": next(iter(shown.label_maps.values()))}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "organs.mp4"
         chosen = range(1, len(shown.organs))
-        make_movie(shown.title, shown.geometry, label_maps, path, shown.organs, chosen, FRAMES, SIZE)
+        try:
+            make_movie(shown.title, shown.geometry, label_maps, path, shown.organs, chosen, FRAMES, SIZE)
+        except ValueError:  # no organ, or only specks without a surface
+            return "<p>No organ to show.</p>"
         content = path.read_bytes()
     return (
         f'<video controls loop muted autoplay playsinline width="{SIZE[0]}" height="{SIZE[1]}" '
@@ -228,6 +238,7 @@ def write_reports(
     read: Callable[[Path], tuple[np.ndarray, Geometry]],
     organs: Sequence[str],
     provenance: dict[str, str],
+    reading: Reading = DEFAULT_READING,
 ) -> list[str]:
     """Write the reports of predictions, for `write_index` to list.
 
@@ -237,6 +248,7 @@ def write_reports(
         read: reads a scan.
         organs: names by id, background first.
         provenance: origin of the label maps, common to all cases.
+        reading: options for reading the label maps.
 
     Returns:
         the cases without a report; each is named on stderr with the reason.
@@ -245,7 +257,7 @@ def write_reports(
     for case, file in tqdm(cases.items(), desc="reports", disable=None):
         try:
             voxels, geometry = read(file)
-            labels, _ = load_labels(label_map_path(output, case), len(organs))
+            labels, _ = load_labels(label_map_path(output, case), len(organs), reading)
             shown = Shown(title_of(case), voxels, geometry, {"prediction": labels}, organs)
             write_report(shown, output / REPORTS / case, {"scan": file.name} | provenance)
         except (ValueError, OSError, MemoryError) as error:
@@ -318,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.output.exists() and not args.output.is_dir():
             raise ValueError(f"{args.output}: is a file, expected a folder to write the report into")
     with refusing(REFUSED):
-        shown, note = read_shown(args.scan, label_map_paths(args), given)
+        shown, note = read_shown(args.scan, label_map_paths(args), given, reading_of(args))
         page = write_report(shown, args.output, provenance)
     print_written(page, note)
     return DONE
@@ -333,7 +345,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=user_path, required=True, metavar="DIR", help="folder to write the report into"
     )
     parser.add_argument("--truth", type=user_path, metavar="LABELS", help="compare with this reference")
-    add_organ_flags(parser)
+    add_common_flags(parser)
     return parser.parse_args(arguments)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from core.config import Config
 from core.scans.files import case_id
 from core.scans.geometry import Geometry, check_same_grid
+from core.scans.nifti import MAX_GIB, Reading
 from core.scans.organ_names import check_organ_names
-from core.scans.volumes import load_labels, load_scan
+from core.scans.volumes import DEFAULT_READING, load_labels, load_scan
 from core.scoring.organ_list import choose_organs
 from core.system.files import user_path
 
@@ -35,13 +36,16 @@ class Shown:
     organs: Sequence[str]
 
 
-def read_shown(scan: Path, label_maps: dict[str, Path], given: Config | None) -> tuple[Shown, str | None]:
+def read_shown(
+    scan: Path, label_maps: dict[str, Path], given: Config | None, reading: Reading = DEFAULT_READING
+) -> tuple[Shown, str | None]:
     """Read a scan and its label maps.
 
     Args:
         scan: a NIfTI file.
         label_maps: files by title, from `label_map_paths`.
         given: the settings whose organ names count, from `load_given`; None: the label maps' own.
+        reading: options for reading the files.
 
     Returns:
         what to look at, and a note for the user when the organ names are the default ones.
@@ -50,8 +54,8 @@ def read_shown(scan: Path, label_maps: dict[str, Path], given: Config | None) ->
         OSError, ValueError: when a file cannot be read, is not on the scan's grid, or holds other organs.
     """
     organs, note = organs_of(label_maps, given)
-    voxels, geometry = load_scan(scan)
-    found = read_label_maps(label_maps, geometry, organs)
+    voxels, geometry = load_scan(scan, reading)
+    found = read_label_maps(label_maps, geometry, organs, reading)
     return Shown(title_of(case_id(scan)), voxels, geometry, found, organs), note
 
 
@@ -65,7 +69,9 @@ def title_of(case: str) -> str:
     return case.encode(errors="replace").decode()
 
 
-def read_label_maps(paths: dict[str, Path], geometry: Geometry, organs: Sequence[str]) -> dict[str, np.ndarray]:
+def read_label_maps(
+    paths: dict[str, Path], geometry: Geometry, organs: Sequence[str], reading: Reading = DEFAULT_READING
+) -> dict[str, np.ndarray]:
     """Read label maps of a scan, (X, Y, Z) uint8 in RAS+ order, by the same titles.
 
     Raises:
@@ -73,7 +79,7 @@ def read_label_maps(paths: dict[str, Path], geometry: Geometry, organs: Sequence
     """
     label_maps = {}
     for name, path in paths.items():
-        label_maps[name], grid = load_labels(path, len(organs))
+        label_maps[name], grid = load_labels(path, len(organs), reading)
         check_same_grid(geometry, grid, path.name)
         check_organ_names(path, organs)
     return label_maps
@@ -87,11 +93,18 @@ def in_mm(geometry: Geometry, voxel: Sequence[int]) -> list[float]:
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
-def add_organ_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the two flags that name the organs."""
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the organs, and those that say which files are accepted."""
     text = "settings that name the organs (default: the label map does)"
     parser.add_argument("--config", type=user_path, metavar="FILE", help=text)
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="network whose settings name the organs")
+    parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest scan, as float32")
+    parser.add_argument("--assume-ras", action="store_true", help="take files without a place in the patient as RAS+")
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """Return the options for reading files that a command line gives."""
+    return Reading(args.max_gib, args.assume_ras)
 
 
 def label_map_paths(args: argparse.Namespace) -> dict[str, Path]:

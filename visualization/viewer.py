@@ -28,7 +28,7 @@ from visualization.meshes import Mesh, organ_mesh
 from visualization.overlay import draw_overlay
 from visualization.page import FOLDER, Data, data_url, escaped, make_page, write_page
 from visualization.render import Scene, render, view_at
-from visualization.shown import Shown, add_organ_flags, in_mm, label_map_paths, print_written, read_shown
+from visualization.shown import Shown, add_common_flags, in_mm, label_map_paths, print_written, read_shown, reading_of
 from visualization.slices import choose_slices, count_by_slice
 from visualization.style import rgb_of
 
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.output}: a page's name must end with .html")
         given = load_given(args.config, args.checkpoint)
     with refusing(REFUSED):
-        shown, note = read_shown(args.scan, label_map_paths(args), given)
+        shown, note = read_shown(args.scan, label_map_paths(args), given, reading_of(args))
         write_page(args.output, make_viewer(shown, args.full))
     print_written(args.output, note, f", {args.output.stat().st_size / 1e6:.1f} MB")
     return DONE
@@ -204,7 +204,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=user_path, required=True, help="page to write: .html")
     parser.add_argument("--truth", type=user_path, metavar="LABELS", help="reference, to switch to")
     parser.add_argument("--full", action="store_true", help="hold every voxel and HU, however large the page gets")
-    add_organ_flags(parser)
+    add_common_flags(parser)
     return parser.parse_args(arguments)
 
 

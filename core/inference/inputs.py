@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,10 @@ def divided_series(scans: Collection[Path]) -> dict[Path, str]:
     Copies of a series are no parts.
     """
     folders = {scan: Path(os.path.abspath(scan)) for scan in scans if scan.is_dir()}
-    parts = {scan: places_of_input(folder) for scan, folder in folders.items()} if len(folders) > 1 else {}
+    parts = {}
+    for scan, folder in folders.items() if len(folders) > 1 else ():
+        with suppress(OSError):  # what cannot be opened fails when it is read
+            parts[scan] = places_of_input(folder)
     divided = {}
     for one, other in pairs(list(parts)):
         here, there = folders[one], folders[other]

@@ -63,10 +63,12 @@ class OutputFolder:
     Attributes:
         path: the folder; `prepare` makes it.
         extras: the flags of what is written beside the label maps, of EXTRAS.
+        report: whether the cases get reports, after the label maps.
     """
 
     path: Path
     extras: Collection[str] = ()
+    report: bool = False
 
     def prepare(self, cases: dict[str, Path], refused: Sequence[Path]) -> None:
         """Make the folder and check it before the work starts; without cases nothing is made.
@@ -170,6 +172,7 @@ class OutputFolder:
                     rename_old(path, f"case {scan.case}: without {flag}")
             save_label_map(labels, scan.geometry, label_map, organs, network)
             self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
+            self.retire_report(scan.case)
 
     def write_extra(
         self,
@@ -233,15 +236,24 @@ class OutputFolder:
         for case in {named_case(path) for path in refused} - set(cases):
             self.set_aside(case)
 
-    def set_aside_reports(self, cases: Iterable[str]) -> None:
-        """Rename earlier reports of cases to *.old, which were made of earlier label maps.
+    def retire_report(self, case: str) -> None:
+        """Rename a case's report of an earlier label map to *.old; remove it if it is going to be written anew.
 
         Raises:
-            OSError: when one cannot be renamed.
+            OSError: when that fails.
         """
-        for case in cases:
-            for path in report_files(self.path, case):
+        for path in report_files(self.path, case):
+            if self.report and path.is_file():
+                path.unlink()
+            else:
                 rename_old(path, f"{case}: segmented without --report")
+
+    def without_report(self, cases: dict[str, Path]) -> dict[str, Path]:
+        """Return the cases that are finished but for the report that is asked for."""
+        finished = [case for case in cases if self.report and self.is_finished(case)]
+        return {
+            case: cases[case] for case in finished if not all(path.is_file() for path in report_files(self.path, case))
+        }
 
 
 # ---- Checks before the work starts -----------------------------------------------------------------------------------
@@ -314,7 +326,7 @@ def check_paths_are_free(output: Path, cases: dict[str, Path]) -> None:
         for path in (label_map_path(output, case), *(extra_path(output, case, flag) for flag in EXTRAS)):
             if path.is_dir():
                 raise ValueError(f"{path}: is a folder where case {case} is to be written; move it away")
-            if path.exists() and path.samefile(scan):
+            if path.exists() and scan.exists() and path.samefile(scan):
                 raise ValueError(f"--output: {path} is the scan {scan} itself (a link); choose another folder")
     with locked(output / VOLUMES_LOCK):
         read_volumes(output)

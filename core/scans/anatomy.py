@@ -203,8 +203,13 @@ def remarks(found: dict[str, Organ], organs: Sequence[str]) -> list[str]:
             said.append(f"{name} in {len(organ.pieces_ml)} pieces, {apart:.0%} of it apart from the largest")
     for name, ml in odd_volumes(found):
         low, high = plausible_ml(name)
-        said.append(f"{name} of {ml:.3g} mL, expected {low:g} to {high:g} in an adult")
+        said.append(f"{name} of {rounded(ml)} mL, expected {low:g} to {high:g} in an adult")
     return said
+
+
+def rounded(value: float) -> str:
+    """Return a number as text, with three digits or all before the point: 0.0123, 12.3, 1230."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def share_off_tissue(voxels: np.ndarray, labels: np.ndarray, organs: Sequence[str]) -> float:

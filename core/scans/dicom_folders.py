@@ -207,8 +207,10 @@ def places_in(folders: Collection[Path]) -> Places:
 def places_of(files: Collection[Path]) -> Places:
     """Return those of the files that are CT slices by series and place; others are skipped."""
     found: Places = defaultdict(dict)
-    for path in filter(is_dicom, files):
+    for path in files:
         with suppress(ValueError, OSError):
+            if not is_dicom(path):
+                continue
             header = read_header(path)
             identity = [text(header, key) for key in ("SeriesInstanceUID", "FrameOfReferenceUID", "PatientID")]
             if not identity[0]:  # removed to protect the patient

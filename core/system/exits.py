@@ -152,3 +152,12 @@ def leave_signals_to_the_command(_worker: int = 0) -> None:
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def how_it_ended(error: BaseException | None) -> str:
+    """Describe how a run ended: with this error, or without one."""
+    if error is None:
+        return "done"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"stopped by {error}" if isinstance(error, Stopped) else one_line(error)

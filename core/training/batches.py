@@ -99,12 +99,13 @@ class EpochBatches(Sampler):
         return len(self.positions(step)) / min(self.together, self.length - step * self.together)
 
 
-def make_loader(dataset: Dataset, config: Config, device: torch.device, group: Group, train: bool) -> DataLoader:
+def make_loader(
+    dataset: Dataset, config: Config, workers: int, device: torch.device, group: Group, train: bool
+) -> DataLoader:
     """Return the loader of this process's share: shuffled batches for training, single cases for validation.
 
     `dataset` is a CaseDataset.
     """
-    workers = workers_that_fit(config)
     if train:
         processes = group.rank, group.size
         batches = EpochBatches(dataset.weights, config.batch_size, config.seed, *processes, config.made_per_labelled)

@@ -34,7 +34,8 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device: got {name}, but torch sees {torch.cuda.device_count()} GPUs; expected auto or cpu")
     check_kernels(device)
     torch.cuda.set_device(device)
-    torch.backends.cudnn.allow_tf32 = False  # or float32 would be computed with 10 bits of precision
+    # Or float32 would be computed with 10 bits of precision. Some containers switch it on; Muon would diverge.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 

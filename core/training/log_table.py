@@ -2,10 +2,10 @@
 
 import csv
 import math
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from core.system.exits import print_warning
 from core.system.files import open_text, whole_file
 
 
@@ -25,15 +25,30 @@ class LogTable:
             OSError: when the file cannot be read or written.
         """
         if self.rows is None:
-            self.rows = []
-            with suppress(FileNotFoundError), open_text(self.path) as file:
-                self.rows = list(csv.DictReader(file))
+            self.rows = self.read(row)
         self.rows = [old for old in self.rows if int(old["epoch"]) < row["epoch"]]
         self.rows.append({key: format_cell(value) for key, value in row.items()})
         with whole_file(self.path) as temporary, open_text(temporary, "w") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
+
+    def read(self, like: dict[str, Any]) -> list[dict[str, str]]:
+        """Return the rows of the file; none, with a warning, when another program has made another table of it."""
+        if not self.path.is_file():
+            return []
+        with open_text(self.path) as file:
+            rows = list(csv.DictReader(file))
+        if all(row.keys() <= like.keys() and row.get("epoch", "").isdecimal() for row in rows):
+            return rows
+        print_warning(f"{self.path}: is no log of this run any more; it starts anew")
+        return []
+
+
+def summary_line(row: dict, epochs: int) -> str:
+    """Return one epoch in one line."""
+    scores = "" if row["val_dice"] is None else f"  validation loss {row['val_loss']:.4f}  Dice {row['val_dice']:.4f}"
+    return f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.4f}{scores}  {row['seconds']:.1f} s"
 
 
 def format_cell(value: float | int | None) -> str:

@@ -17,8 +17,9 @@ from core.checkpoint import load_checkpoint, load_optimizer, load_weights, load_
 from core.config import Config
 from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
 from core.system.processes import join_group, leave_group, own_device
-from core.training.batches import make_loader, naming_dead_workers
+from core.training.batches import make_loader, naming_dead_workers, workers_that_fit
 from core.training.device import choose_device
+from core.training.log_table import summary_line
 from core.training.memory_plans import choose_plan, peak_gib
 from core.training.run_folder import RunFolder, SilentRunFolder
 from core.training.setup import EMA, Training, initialise_output_bias
@@ -69,7 +70,8 @@ class Run:
         self.folder = RunFolder(config, draw_curves) if self.group.first else SilentRunFolder(config)
         self.folder.lock()
         self.resumed = self.folder.find_run(resume, overwrite, extend)  # the checkpoint to go on from, or None
-        self.facts: dict = {}  # of the data, for every checkpoint
+        self.workers = workers_that_fit(config)  # processes that load cases
+        self.facts: dict = {"processes": self.group.size}  # for every checkpoint
         self.epoch, self.losses, self.best_dice = 1, [], -1.0
         self.pending: PendingLoss | None = None
         self.signals, self.saved = StopSignals(), time.monotonic()
@@ -117,8 +119,9 @@ class Run:
         self.facts["cases"] = cases
         if self.resumed:
             self.folder.check_same_cases(self.resumed["cases"], cases)
+            self.folder.check_same_processes(self.resumed.get("processes"), self.group.size)
         else:
-            self.folder.start(self.device, cases, self.overwrite)
+            self.folder.start(self.device, cases)
         processes = f" in {self.group.size} processes" if self.group.size > 1 else ""
         where = f"on {self.device} in {self.training.precision}{processes}"
         made = f" ({len(cases['made'])} with labels that a network has made)" if cases["made"] else ""
@@ -137,6 +140,8 @@ class Run:
         training, config = self.training, self.config
         training.untaught = train_set.untaught
         training.plan = choose_plan(training, config, self.device, self.group, self.folder)
+        if self.overwrite:  # only now: a run that is refused leaves the earlier one
+            self.folder.clear()
         if config.compile and training.plan != "off":
             self.say(f"compile has no effect under the memory plan {training.plan}")
         if config.init_output_bias and not self.keeps_last_layer:
@@ -146,7 +151,7 @@ class Run:
 
     def loader(self, dataset: Dataset, train: bool) -> DataLoader:
         """Return the loader of this process's share of the cases."""
-        return make_loader(dataset, self.config, self.device, self.group, train)
+        return make_loader(dataset, self.config, self.workers, self.device, self.group, train)
 
     # ---- Epochs and steps ----
 
@@ -342,9 +347,3 @@ class Run:
         """Print a line, in the first process only."""
         if self.group.first:
             print(line, flush=True)
-
-
-def summary_line(row: dict, epochs: int) -> str:
-    """Return one epoch in one line."""
-    scores = "" if row["val_dice"] is None else f"  validation loss {row['val_loss']:.4f}  Dice {row['val_dice']:.4f}"
-    return f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.4f}{scores}  {row['seconds']:.1f} s"

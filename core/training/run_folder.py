@@ -26,7 +26,7 @@ from torch import nn
 from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.scans.files import format_case_ids, listed
-from core.system.exits import Stopped, one_line, print_warning
+from core.system.exits import how_it_ended, one_line, print_warning
 from core.system.files import lock_file, open_text, read_text, remove_left_over, whole_file, write_text
 from core.system.provenance import git_commit, versions
 from core.training.log_table import LogTable
@@ -34,22 +34,14 @@ from core.training.tensorboard import write_scalars
 
 # Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
 MAY_CHANGE = (
-    "run_dir",
-    "data_dir",
-    "cache_dir",
-    "init_from",
-    "max_gib",
-    "workers",
-    "device",
-    "memory",
-    "compile",
-    "checkpoint_minutes",
-    "tensorboard",
-)
+    "run_dir", "data_dir", "cache_dir", "init_from", "max_gib", "workers", "device", "memory", "compile",
+    "checkpoint_minutes", "tensorboard",
+)  # fmt: skip
 # From one drawing of curves.png, or writing of best.pt, to the next: an epoch on a GPU takes seconds, and each of them
 # takes one. Both are up to date whenever last.pt is, and at the end.
 DRAW_SECONDS = BEST_SECONDS = 60
-RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", "log.csv", "curves.png", "last.pt", "previous.pt", "best.pt")
+RESULTS = ("log.csv", "curves.png", "last.pt", "previous.pt", "best.pt")
+RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", *RESULTS)
 
 
 class RunFolder:
@@ -191,14 +183,18 @@ class RunFolder:
                     f"{', '.join(changed[:5])}; start anew in another --run-dir"
                 )
 
-    def start(self, device: torch.device, cases: dict[str, list[str]], overwrite: bool) -> None:
-        """Make the folder, clear it if asked to, and write config.yaml, val_cases.txt and run.json."""
+    def check_same_processes(self, before: int | None, now: int) -> None:
+        """Check that the run so far had as many processes: each step takes a batch of each. None: not known."""
+        if before not in (None, now):
+            raise ValueError(
+                f"{self.path}: cannot go on in {now} process(es), the run had {before}, and so many cases in a step "
+                "for each of one; start it by torchrun as before, or anew with --init-from in another --run-dir"
+            )
+
+    def start(self, device: torch.device, cases: dict[str, list[str]]) -> None:
+        """Make the folder, and write config.yaml, val_cases.txt and run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
-        if overwrite:
-            for name in RUN_FILES:
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.scalars, ignore_errors=True)
         save_config(self.config, self.path / "config.yaml")
         with whole_file(self.val_cases) as temporary:
             temporary.write_bytes(format_case_ids(cases["val"]))
@@ -214,6 +210,12 @@ class RunFolder:
             "config": config_to_dict(self.config),
         }
         write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+
+    def clear(self) -> None:
+        """Remove what an earlier run has reached."""
+        for name in RESULTS:
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.scalars, ignore_errors=True)
 
     def compare_data(self, before: dict[str, str] | None, now: dict[str, str]) -> None:
         """Note the cases' fingerprints in run.json; warn of cases that had other ones `before`, as far as known."""
@@ -325,6 +327,9 @@ class SilentRunFolder(RunFolder):
     def note(self, **_: object) -> None:
         """Do nothing."""
 
+    def clear(self) -> None:
+        """Do nothing."""
+
     def compare_data(self, *_: object) -> None:
         """Do nothing; the first process warns."""
 
@@ -336,12 +341,3 @@ class SilentRunFolder(RunFolder):
 
     def log_epoch(self, *_: object) -> None:
         """Do nothing."""
-
-
-def how_it_ended(error: BaseException | None) -> str:
-    """Describe how a run ended: with this error, or without one."""
-    if error is None:
-        return "done"
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return f"stopped by {error}" if isinstance(error, Stopped) else one_line(error)

@@ -50,8 +50,9 @@ def split_cases(
     else:
         how = f"{len(set(held_out))} of {len(ids)} held out by {source}"
     train = [case for case in cases if case.id not in held_out]
-    if not train:
-        raise ValueError(f"{source}: holds out all {len(ids)} cases, so that none is left to train on")
+    if not by_people(train):  # an epoch is measured by them
+        which = "cases that people have labelled" if train else "cases"
+        raise ValueError(f"{source}: holds out all {len(ids)} {which}, so that none is left to train on")
     return train, [case for case in cases if case.id in held_out], how
 
 

@@ -15,7 +15,7 @@ from warm import run_script
 
 from core.scans.volumes import load_labels
 from visualization import movie
-from visualization.meshes import Mesh, context_meshes, organ_mesh
+from visualization.meshes import STEP_MM, Mesh, context_meshes, organ_mesh
 from visualization.movie import draw_background, draw_frames, draw_mark, main
 from visualization.render import Scene, Veil, render, view_at
 
@@ -117,6 +117,19 @@ def test_no_organ_and_specks_have_no_mesh():
     assert organ_mesh(np.zeros((4, 4, 4), np.uint8), 1, np.eye(4)) is None
     specks = (np.random.default_rng(0).random((40, 36, 30)) < 0.002).astype(np.uint8)
     assert organ_mesh(specks, 1, np.eye(4), (1.5, 3.0)) is None  # the viewer's steps
+
+
+@pytest.mark.parametrize("steps", [STEP_MM, (1.5, 3.0)])
+@pytest.mark.parametrize("spacing_mm", [(0.5, 0.5, 1), (0.7, 0.7, 5), (0.8, 0.8, 3)])
+def test_an_organ_of_few_voxels_does_not_fill_the_movie(spacing_mm, steps):
+    # Smoothing closes such surfaces up; scaled to their voxels' volume, they were tens of metres long, or of NaN.
+    labels = np.zeros((12, 12, 8), np.uint8)
+    labels[6:8, 6, 3] = 1
+    labels[2:5, 2:5, 2:5] = 2
+    for organ in (1, 2):
+        mesh = organ_mesh(labels, organ, np.diag([*spacing_mm, 1.0]), steps)
+        assert mesh is None or np.ptp(mesh.vertices, axis=0).max() < 40
+    assert mesh.volume_ml == pytest.approx(27 * np.prod(spacing_mm) / 1000, rel=0.05)
 
 
 @pytest.mark.slow

@@ -264,6 +264,50 @@ def test_infer_writes_a_report_a_case_and_a_page_for_all(checkpoint, tmp_path, r
     assert "segmented without --report" in err
 
 
+def test_a_case_of_specks_gets_a_report_without_a_movie(tmp_path, run_main, monkeypatch):
+    monkeypatch.setattr("visualization.movie.organ_mesh", lambda *_: None)
+    scan, labels = tmp_path / "a.nii.gz", np.zeros(make_voxels().shape, np.uint8)
+    labels[10, 10, 6] = 1
+    save(make_voxels(), scan)
+    save(labels, tmp_path / "labels.nii.gz")
+    code, _, err = run_main(report, scan, tmp_path / "labels.nii.gz", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert "No organ to show." in Page(tmp_path / "out" / "index.html").text
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["organ"] for row in facts["organs"] if row["found"]] == [ORGANS[1]]
+
+
+@pytest.mark.slow
+def test_reports_are_made_up_for_and_none_is_older_than_its_label_map(checkpoint, tmp_path, run_main, monkeypatch):
+    flags = [save(make_voxels(), tmp_path / "c_0000.nii.gz"), "--checkpoint", checkpoint, "--output", tmp_path / "out"]
+    page = tmp_path / "out" / "reports" / "c" / "index.html"
+    assert run_main(infer, *flags)[0] == 0
+    code, out, _ = run_main(infer, *flags, "--skip-existing", "--report")
+    assert (code, "0 of 0 scans segmented" in out, page.is_file()) == (0, True, True)
+    # Stopped before the reports: the earlier one is of an earlier label map.
+    monkeypatch.setattr(infer, "write_reports", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(infer, *flags, "--report")
+    assert not page.exists()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_scan_without_a_place_is_shown_when_it_is_assumed(checkpoint, tmp_path, run_main):
+    nowhere = nib.Nifti1Image(make_voxels().astype(np.int16), None)
+    nowhere.header.set_xyzt_units("mm")
+    nib.save(nowhere, tmp_path / "c.nii.gz")
+    flags = ["--checkpoint", checkpoint, "--output", tmp_path / "out", "--assume-ras", "--report"]
+    code, _, err = run_main(infer, tmp_path / "c.nii.gz", *flags)
+    assert code == 0, err
+    shown = [tmp_path / "c.nii.gz", tmp_path / "out" / "c.nii.gz", "--output", tmp_path / "page"]
+    assert run_main(report, *shown)[0] == 1
+    assert run_main(report, *shown, "--assume-ras")[0] == 0
+
+
 def test_a_report_that_cannot_be_written_is_named_and_the_label_map_stays(checkpoint, tmp_path, run_main):
     scan = save(make_voxels(), tmp_path / "c_0000.nii.gz")
     (tmp_path / "out" / "reports").mkdir(parents=True)

@@ -86,6 +86,13 @@ def test_no_output_over_the_scan_itself_by_whatever_name(output, scans, link, na
     assert scans["two"].read_text() == "two"
 
 
+def test_a_scan_whose_link_leads_nowhere_does_not_stop_the_others(output, scans, tmp_path):
+    scans["two"].unlink()
+    scans["two"].symlink_to(tmp_path / "gone")
+    (output.path / "two.nii.gz").write_text("earlier")
+    output.prepare(scans, [])
+
+
 @pytest.mark.parametrize("name", ["two.nii.gz", "two_probabilities.nii.gz", "volumes.csv"])
 def test_a_folder_in_a_results_place_is_refused(output, scans, name):
     (output.path / name).mkdir()

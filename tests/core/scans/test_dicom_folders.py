@@ -11,6 +11,7 @@ from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEG2000Los
 from test_dicom_series import compress
 
 from core.inference.inputs import find_inputs
+from core.scans import dicom_folders
 from core.scans.dicom_folders import is_series_folder
 from core.scans.dicom_series import load_series
 from core.scans.volumes import load_scan
@@ -46,6 +47,22 @@ def test_a_series_is_joined_with_its_part_in_a_folder_within(tmp_path, below):
     np.testing.assert_array_equal(voxels, whole)
     main = tmp_path / "main"
     assert warnings == [f"{main}: read with 6 more slice(s) of the same series in {main / below}"]
+
+
+def test_a_slice_that_cannot_be_opened_costs_its_own_folder_alone(tmp_path, monkeypatch):
+    for n, name in enumerate(("p1", "p2", "p1/below"), start=1):
+        write(tmp_path / name, make_series(4, SeriesInstanceUID=f"1.2.3.{n}", FrameOfReferenceUID=f"1.2.4.{n}"))
+    locked = {sorted((tmp_path / name).glob("*.dcm"))[-1] for name in ("p1", "p1/below")}
+    reads = dicom_folders.is_dicom
+
+    def is_dicom(path):
+        if path in locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return reads(path)
+
+    monkeypatch.setattr(dicom_folders, "is_dicom", is_dicom)
+    found, _ = find_inputs([str(tmp_path / "p1"), str(tmp_path / "p2")])
+    assert list(found) == ["p1", "p2"]
 
 
 def test_a_series_without_its_uid_is_joined_by_its_frame_of_reference(tmp_path):

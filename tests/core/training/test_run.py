@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -468,9 +469,49 @@ def test_too_little_shared_memory_means_no_workers(run, monkeypatch):
     real = os.statvfs
     none_free = os.statvfs_result((1, 1, 1, 1, 1, 1, 1, 1, 1, 1))
     monkeypatch.setattr(loading.os, "statvfs", lambda path: none_free if path == loading.SHARED_MEMORY else real(path))
+    load = CaseDataset.__getitem__
+
+    def alone(self, index):  # also while the cases are prepared
+        assert torch.utils.data.get_worker_info() is None
+        return load(self, index)
+
+    monkeypatch.setattr(CaseDataset, "__getitem__", alone)
     code, _, err = run("--epochs", "1", "--workers", "2")
     assert code == 0
-    assert "/dev/shm: too small for --workers 2" in err
+    assert err.count("/dev/shm: too small for --workers 2") == 1
+
+
+def test_a_run_that_is_refused_leaves_the_earlier_one(run, data, tmp_path):
+    assert run("--epochs", "1")[0] == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("last.pt", "best.pt", "log.csv")}
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    path = broken / "labels" / "phantom_0002.nii.gz"
+    path.write_bytes(path.read_bytes()[:-200])
+    code, _, err = run("--epochs", "1", "--data-dir", broken, "--overwrite")
+    assert (code, "phantom_0002.nii.gz: cannot be read to its end" in err) == (1, True)
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+
+
+def test_another_number_of_processes_is_no_way_to_go_on(run, tmp_path):
+    assert run("--epochs", "1", "--schedule", "constant")[0] == 0
+    last = tmp_path / "run" / "last.pt"
+    content = torch.load(last, weights_only=True)
+    assert content["processes"] == 1
+    torch.save(content | {"processes": 4}, last)
+    code, _, err = run("--epochs", "2", "--schedule", "constant", "--resume", "--extend")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "cannot go on in 1 process(es), the run had 4" in err
+
+
+def test_a_log_that_another_program_has_changed_starts_anew(run, tmp_path):
+    assert run("--epochs", "1", "--schedule", "constant")[0] == 0
+    log = tmp_path / "run" / "log.csv"
+    log.write_text(log.read_text().replace(",", ";"))
+    code, _, err = run("--epochs", "2", "--schedule", "constant", "--resume", "--extend")
+    assert code == 0, err
+    assert f"{log}: is no log of this run any more; it starts anew" in err
+    assert [row["epoch"] for row in csv.DictReader(log.read_text().splitlines())] == ["2"]
 
 
 def test_a_scan_that_vanishes_is_named(run, data, tmp_path, monkeypatch):
