@@ -202,13 +202,9 @@ def parse_arguments() -> argparse.Namespace:
         "inputs", nargs="+", type=user_path, metavar="INPUT", help="a NIfTI file, a folder of them, or a DICOM series"
     )
     parser.add_argument(
-        "--checkpoint",
-        required=True,
-        nargs="+",
-        type=user_path,
-        metavar="FILE",
+        "--checkpoint", required=True, nargs="+", type=user_path, metavar="FILE",
         help="best.pt or last.pt of a run; of several, as of all folds, the probabilities are averaged",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--locate", type=user_path, metavar="FILE", help="the network that finds the box for crop: organs"
     )
