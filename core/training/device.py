@@ -97,7 +97,7 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
 def has_right_gradients(precision: torch.dtype, size: Sequence[int]) -> bool:
     """Tell whether this CPU works out the weight gradient of a 5x5x5 convolution over `size` voxels in `precision`.
 
-    In bf16 on processors without AMX, oneDNN (torch 2.13) gives infinities where no axis is longer than the kernel.
+    In bf16 on processors without AMX, oneDNN (torch 2.13) gives infinities where no axis has more than 4 voxels.
     """
     random = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(1, 32, *size, generator=random).to(precision) for _ in range(2))
