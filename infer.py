@@ -138,7 +138,8 @@ def write_reports(inference: Inference, cases: dict[str, Path], paths: Sequence[
     quiet = replace(inference.reading, warn=lambda _: None)  # the warnings were printed when it was segmented
     made_by = report.provenance_of(paths, checkpoint) | {"computed in": str(inference.precision).removeprefix("torch.")}
     read = partial(read_scan, reading=quiet, series_uid=inference.series_uid)
-    return report.write_reports(inference.output.path, cases, read, inference.config.organs, made_by, quiet)
+    about = inference.config.organs, made_by, quiet, inference.training_data.get("organs")
+    return report.write_reports(inference.output.path, cases, read, *about)
 
 
 def list_reports(folder: Path) -> None:

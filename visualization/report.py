@@ -86,11 +86,14 @@ def describe(shown: Shown) -> dict:
     rows = []
     for organ, name in enumerate(shown.organs[1:], start=1):
         row = {"id": organ, "organ": name, "found": name in found}
+        if shown.taught is not None:
+            row["taught"] = name in shown.taught
         if name in found:
             of = found[name]
             row |= {"ml": of.ml, "pieces": len(of.pieces_ml), "cut": list(of.cut)}
         rows.append(row | {score: values[organ] for score, values in scores.items()})
-    facts = {"remarks": remarks(found, shown.organs), "organs": rows}
+    expected = [name for name in shown.organs if shown.taught is None or name in (shown.organs[0], *shown.taught)]
+    facts = {"remarks": remarks(found, expected), "organs": rows}
     if reference:
         facts["mean_dice"] = defined(mean_defined(row["dice"] for row in rows if row["dice"] is not None)[0])
     return facts
@@ -168,7 +171,7 @@ def organ_table(facts: dict) -> str:
     for row in facts["organs"]:
         low, high = plausible_ml(row["organ"]) or (None, None)
         cells = [
-            number(row.get("ml"), 1) if row["found"] else "not found",
+            number(row.get("ml"), 1) if row["found"] else "not found" if row.get("taught", True) else "not taught",
             "" if low is None else f"{low:g} to {high:g}",
             str(row.get("pieces", "")),
             ", ".join(row.get("cut", ())),
@@ -239,6 +242,7 @@ def write_reports(
     organs: Sequence[str],
     provenance: dict[str, str],
     reading: Reading = DEFAULT_READING,
+    taught: Sequence[str] | None = None,
 ) -> list[str]:
     """Write the reports of predictions, for `write_index` to list.
 
@@ -249,6 +253,7 @@ def write_reports(
         organs: names by id, background first.
         provenance: origin of the label maps, common to all cases.
         reading: options for reading the label maps.
+        taught: the organs that the network was taught; None: not known.
 
     Returns:
         the cases without a report; each is named on stderr with the reason.
@@ -258,7 +263,7 @@ def write_reports(
         try:
             voxels, geometry = read(file)
             labels, _ = load_labels(label_map_path(output, case), len(organs), reading)
-            shown = Shown(title_of(case), voxels, geometry, {"prediction": labels}, organs)
+            shown = Shown(title_of(case), voxels, geometry, {"prediction": labels}, organs, taught)
             write_report(shown, output / REPORTS / case, {"scan": file.name} | provenance)
         except (ValueError, OSError, MemoryError) as error:
             print_error(ValueError(f"case {case}: no report: {error or type(error).__name__}"))

@@ -27,6 +27,7 @@ class Shown:
         geometry: of the scan.
         label_maps: (X, Y, Z) uint8 ids on the same grid, by their titles on the page.
         organs: names by id, background first.
+        taught: the organs that the network was taught; None: not known.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Shown:
     geometry: Geometry
     label_maps: dict[str, np.ndarray]
     organs: Sequence[str]
+    taught: Sequence[str] | None = None
 
 
 def read_shown(

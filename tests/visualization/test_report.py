@@ -250,6 +250,11 @@ def test_infer_writes_a_report_a_case_and_a_page_for_all(checkpoint, tmp_path, r
         counts = np.bincount(labels.ravel(), minlength=len(ORGANS))
         assert [row["found"] for row in facts["organs"]] == [bool(count) for count in counts[1:]]
         assert [row.get("ml", 0) for row in facts["organs"]] == pytest.approx(list(counts[1:] * 0.012))
+        # The network was taught the organs of the boxes alone: it did not miss the others.
+        taught = {row["organ"] for row in facts["organs"] if row["taught"]}
+        assert taught == {ORGANS[organ] for organ in np.unique(make_labels(BOXES)) if organ}
+        lost = [remark.removesuffix(" not found") for remark in facts["remarks"] if "not found" in remark]
+        assert set(lost) == {row["organ"] for row in facts["organs"] if not row["found"]} & taught
         assert facts["provenance"]["checkpoint"] == str(checkpoint)
         assert facts["provenance"]["trained"] == "7 of 50 epochs"
     assert "a & b" in Page(output / "reports" / "a & b" / "index.html").text
