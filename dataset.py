@@ -140,10 +140,9 @@ class CaseDataset(Dataset):
         """The weights of the cases, in their order; None where people have made the labels."""
         return [case.weight for case in self.cases]
 
-    @property
-    def untaught(self) -> torch.Tensor:
-        """(K,) bool, the classes that no case annotates."""
-        return torch.from_numpy(~np.any(self.annotated, axis=0))
+    def untaught(self, known: Sequence[str] = ()) -> torch.Tensor:
+        """Return (K,) bool, the classes that no case annotates and that are not among the `known` organs."""
+        return torch.from_numpy(~(np.any(self.annotated, axis=0) | annotated_classes(known, self.organs)))
 
     @property
     def ids(self) -> list[str]:

@@ -172,7 +172,7 @@ def main() -> int:
         return REFUSED
     to_report = {}
     if arguments.skip_existing:
-        to_report = output.without_report(cases)
+        to_report = output.without_report(cases, checkpoint["fingerprint"])
         cases = output.unfinished(cases, checkpoint["fingerprint"], warn=group.first)
     group.wait()  # all processes have listed the same cases before the first one is segmented
     own, to_report = (dict(list(each.items())[group.rank :: group.size]) for each in (cases, to_report))

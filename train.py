@@ -41,10 +41,10 @@ def start_training(config: Config, device: torch.device, processes: int = 1) -> 
     Raises:
         ValueError: when the settings ask for what the device cannot do, or for what does not go together.
     """
-    precision = training_precision(config, device)
     seed_torch(config.seed, config.deterministic)  # the same first weights in every process
     network = build_network(config)
     check_settings(config, network, processes)
+    precision = training_precision(config, device)
     fit_network(network, config, device)
     return Training(
         network,

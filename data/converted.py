@@ -273,6 +273,7 @@ class DataFolder:
         write_text(self.organs_file, dump_yaml({"organs": list(self.organs)}))
         self.cases |= {case.id: {"scan": str(case.scan.resolve()), "key": None, "annotated": []} for case in todo}
         self.write_record()
+        self.write_annotated()  # without lines of an earlier conversion of these
 
     def finish(self, case: SourceCase, organ_map: OrganMap, present: Sequence[str]) -> None:
         """Note that a case is finished, and which organs occur in it."""

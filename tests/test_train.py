@@ -552,6 +552,7 @@ def test_init_from_starts_with_the_other_runs_weights(run, tmp_path):
         (["--size", "30", "32", "16"], "size: got 30 32 16, expected multiples of 4"),
         (["--up-convs", "1", "1", "1"], "up_convs: got 3 stages up for 3 down"),
         (["--precision", "fp16"], "precision: got fp16 on a CPU"),
+        (["--precision", "bf16", "--size", "32", "32", "2"], "size: got 32 32 2, expected multiples of 4"),
         (["--compile", "--memory", "low"], "compile: got true with memory: low, expected false, or memory: auto or"),
         (["--device", "cuda:99"], "device: got cuda:99, but torch sees"),
         (["--epochs", "0"], "--epochs: got 0, expected a whole number of 1 or more"),

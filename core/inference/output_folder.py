@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -248,11 +249,14 @@ class OutputFolder:
             else:
                 rename_old(path, f"{case}: segmented without --report")
 
-    def without_report(self, cases: dict[str, Path]) -> dict[str, Path]:
-        """Return the cases that are finished but for the report that is asked for."""
+    def without_report(self, cases: dict[str, Path], fingerprint: str) -> dict[str, Path]:
+        """Return the cases that these networks have finished but for the report that is asked for."""
         finished = [case for case in cases if self.report and self.is_finished(case)]
+        others = set(chain(*self.not_made_by(finished, fingerprint).values()))
         return {
-            case: cases[case] for case in finished if not all(path.is_file() for path in report_files(self.path, case))
+            case: cases[case]
+            for case in finished
+            if case not in others and not all(path.is_file() for path in report_files(self.path, case))
         }
 
 

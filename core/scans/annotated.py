@@ -53,3 +53,9 @@ def check_both_sides(ids: Sequence[str], annotated: Sequence[np.ndarray], organs
                 f"augment_flip: {ANNOTATED} lists only one of {organs[organ]} and {organs[other_side[organ]]} for case "
                 f"{case}; expected both or none of them, or augment_flip: false"
             )
+
+
+def with_known(taught: Sequence[str], known: Sequence[str], organs: Sequence[str]) -> list[str]:
+    """Return the organs of the list that are `taught` or `known`, in its order; spellings may differ."""
+    classes = annotated_classes([*taught, *known], organs)
+    return [organ for organ, is_one in zip(organs, classes, strict=True) if is_one][1:]

@@ -64,7 +64,7 @@ def training_precision(config: Config, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and precision == torch.bfloat16:
         stages = [[n // 2**halvings for n in config.size] for halvings in range(len(config.down_convs))]
         for size in stages:
-            if math.prod(size) <= MAX_CHECKED_VOXELS and not has_right_gradients(precision, size):
+            if 0 < math.prod(size) <= MAX_CHECKED_VOXELS and not has_right_gradients(precision, size):
                 raise ValueError(
                     f"precision: got bf16, in which this CPU's gradients are wrong for {' x '.join(map(str, size))} "
                     f"voxels, where size: {' '.join(map(str, config.size))} leads; expected auto or float32, or a "

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ class LogTable:
             return []
         with open_text(self.path) as file:
             rows = list(csv.DictReader(file))
-        if all(row.keys() <= like.keys() and row.get("epoch", "").isdecimal() for row in rows):
+        if all(row.keys() <= like.keys() and (row.get("epoch") or "").isdecimal() for row in rows):
             return rows
-        print_warning(f"{self.path}: is no log of this run any more; it starts anew")
+        old = self.path.with_name(f"{self.path.name}.old")
+        os.replace(self.path, old)
+        print_warning(f"{self.path}: is no log of this run any more, so it is now {old.name}, and a new one starts")
         return []
 
 

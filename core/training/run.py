@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from core.checkpoint import load_checkpoint, load_optimizer, load_weights, load_weights_for_organs
 from core.config import Config
+from core.scans.annotated import with_known
 from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
 from core.system.processes import join_group, leave_group, own_device
 from core.training.batches import make_loader, naming_dead_workers, workers_that_fit
@@ -62,7 +63,7 @@ class Run:
         overwrite: bool = False,
         extend: bool = False,
     ):
-        self.config, self.overwrite = config, overwrite
+        self.config = config
         if config.tensorboard:
             check_tensorboard(config.run_dir)
         self.device = choose_device(own_device(config.device))
@@ -74,8 +75,7 @@ class Run:
         self.facts: dict = {"processes": self.group.size}  # for every checkpoint
         self.epoch, self.losses, self.best_dice = 1, [], -1.0
         self.pending: PendingLoss | None = None
-        self.signals, self.saved = StopSignals(), time.monotonic()
-        self.epoch_started = self.waited = 0.0
+        self.signals, self.saved, self.waited = StopSignals(), time.monotonic(), 0.0
 
     # ---- Start and resume ----
 
@@ -87,7 +87,7 @@ class Run:
         """
         self.training = training
         training.any_process = self.group.any
-        self.keeps_last_layer = self.resumed is not None
+        self.keeps_last_layer, checkpoint = self.resumed is not None, self.resumed
         if self.resumed:
             load_weights(training.network, self.resumed, self.folder.last)
             load_optimizer(training.optimizer, self.resumed, self.folder.last, training.scaler)
@@ -97,6 +97,8 @@ class Run:
             self.keeps_last_layer = left_out is None
             if left_out:
                 self.say(left_out)
+        # The organs that the weights know; data without them must not make the network forget them.
+        self.known = checkpoint.get("training_data", {}).get("organs", ()) if self.keeps_last_layer else ()
         if self.config.ema_decay:
             training.ema = EMA(training.network, self.config.ema_decay)
             if self.resumed:
@@ -120,7 +122,7 @@ class Run:
         if self.resumed:
             self.folder.check_same_cases(self.resumed["cases"], cases)
             self.folder.check_same_processes(self.resumed.get("processes"), self.group.size)
-        else:
+        elif not self.folder.replaces:
             self.folder.start(self.device, cases)
         processes = f" in {self.group.size} processes" if self.group.size > 1 else ""
         where = f"on {self.device} in {self.training.precision}{processes}"
@@ -135,13 +137,14 @@ class Run:
             training_data: ranges over the training cases, with which infer.py compares new scans.
             fingerprints: by case id, a value that changes when the case's data do.
         """
-        self.facts |= {"training_data": training_data, "fingerprints": fingerprints}
-        self.folder.compare_data((self.resumed or {}).get("fingerprints"), fingerprints)
         training, config = self.training, self.config
-        training.untaught = train_set.untaught
+        training.untaught = train_set.untaught(self.known)
+        training_data["organs"] = with_known(training_data["organs"], self.known, config.organs)
+        self.facts |= {"training_data": training_data, "fingerprints": fingerprints}
         training.plan = choose_plan(training, config, self.device, self.group, self.folder)
-        if self.overwrite:  # only now: a run that is refused leaves the earlier one
-            self.folder.clear()
+        if self.folder.replaces:  # only now: a run that is refused leaves the earlier one
+            self.folder.start(self.device, self.facts["cases"])
+        self.folder.compare_data((self.resumed or {}).get("fingerprints"), fingerprints)
         if config.compile and training.plan != "off":
             self.say(f"compile has no effect under the memory plan {training.plan}")
         if config.init_output_bias and not self.keeps_last_layer:
@@ -296,8 +299,7 @@ class Run:
         """
         if not np.isfinite(scores.get("val_loss", 0)):
             raise NotFiniteError(f"epoch {self.epoch}: the validation loss is {scores['val_loss']}; it was not saved")
-        folder = self.folder
-        row = dict.fromkeys(folder.log_columns) | {"epoch": self.epoch, "train_loss": float(np.mean(self.losses))}
+        row = dict.fromkeys(self.folder.log_columns) | {"epoch": self.epoch, "train_loss": float(np.mean(self.losses))}
         row |= scores | {"seconds": time.perf_counter() - self.epoch_started, "data_seconds": self.waited}
         row |= {"peak_gib": peak_gib(self.device), "learning_rate": self.training.optimizer.param_groups[0]["lr"]}
         val_dice = row["val_dice"]
@@ -305,10 +307,10 @@ class Run:
             self.bar.set_postfix(dice=f"{val_dice:.4f}")
             if val_dice > self.best_dice:
                 with self.training.ema_weights():
-                    folder.keep_best(self.training.network, epoch=self.epoch, val_dice=val_dice, **self.facts)
+                    self.folder.keep_best(self.training.network, epoch=self.epoch, val_dice=val_dice, **self.facts)
                 self.best_dice = val_dice
         # The log comes first: a row without its checkpoint is written again, a checkpoint without its row is not.
-        folder.log_epoch(row)
+        self.folder.log_epoch(row)
         if self.group.first:
             self.bar.write(summary_line(row, self.config.epochs))
         self.epoch, self.losses = self.epoch + 1, []
@@ -338,8 +340,7 @@ class Run:
             raise NotFiniteError(f"epoch {self.epoch}, step {len(self.losses)}: weights are not finite; not saved")
         state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
         progress = {"epoch": self.epoch - 1, "losses": self.losses}
-        if training.ema:
-            state["ema"] = training.ema.weights
+        state |= {"ema": training.ema.weights} if training.ema else {}
         self.folder.save_last(training.network, **self.facts, **facts, **progress, **state)
         self.saved = time.monotonic()
 

@@ -65,6 +65,7 @@ class RunFolder:
         self.scalars = self.path / "tensorboard"
         self.log_table = LogTable(self.log)
         self.lock_file: IO | None = None
+        self.replaces = False  # an earlier run, by --overwrite, which is there until this one starts
         self.last_is_damaged = False
         self.can_draw, self.is_drawn, self.drawn = True, True, time.monotonic()
         self.kept_best: tuple[dict, dict] | None = None  # weights and facts of a best network that is not written yet
@@ -125,6 +126,7 @@ class RunFolder:
         holds_run = any(path.exists() for path in (self.log, self.last, self.previous, self.best))
         if holds_run and not (resume or overwrite):
             raise FileExistsError(f"{self.path}: holds a run already; go on with --resume or replace it by --overwrite")
+        self.replaces = overwrite and holds_run
         checkpoint = self.newest_checkpoint() if resume else None
         if checkpoint:
             self.check_same_settings(checkpoint["config"], extend)
@@ -192,9 +194,11 @@ class RunFolder:
             )
 
     def start(self, device: torch.device, cases: dict[str, list[str]]) -> None:
-        """Make the folder, and write config.yaml, val_cases.txt and run.json."""
+        """Make the folder, remove a run that this one replaces, and write config.yaml, val_cases.txt and run.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock()
+        if self.replaces:
+            self.clear()
         save_config(self.config, self.path / "config.yaml")
         with whole_file(self.val_cases) as temporary:
             temporary.write_bytes(format_case_ids(cases["val"]))
@@ -210,6 +214,7 @@ class RunFolder:
             "config": config_to_dict(self.config),
         }
         write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+        self.replaces = False
 
     def clear(self) -> None:
         """Remove what an earlier run has reached."""
@@ -247,6 +252,8 @@ class RunFolder:
     def note(self, **facts: Any) -> None:
         """Put facts into run.json beside what is there; what hinders that is a warning, and the run goes on."""
         path = self.path / "run.json"
+        if self.replaces:
+            return
         try:
             before = json.loads(read_text(path))
             write_text(path, json.dumps({**before, **facts}, indent=2) + "\n")
@@ -325,9 +332,6 @@ class SilentRunFolder(RunFolder):
         """Do nothing."""
 
     def note(self, **_: object) -> None:
-        """Do nothing."""
-
-    def clear(self) -> None:
         """Do nothing."""
 
     def compare_data(self, *_: object) -> None:

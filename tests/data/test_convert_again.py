@@ -25,6 +25,7 @@ from helpers import files_in
 from warm import run_script
 
 from data import doctor
+from data.converted import DataFolder
 from dataset import find_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +147,11 @@ def test_a_second_run_follows_changes_and_touches_nothing_of_others(phantoms, ru
     assert sorted(path.name for path in (foreign / "images").iterdir()) == ["img0002_0000.nii.gz"]
 
 
-def test_lines_of_annotated_csv_that_somebody_has_changed_stay(phantoms, run, tmp_path):
+def kill(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_lines_of_annotated_csv_that_somebody_has_changed_stay(phantoms, run, tmp_path, monkeypatch):
     source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
     _, _, _, data = run(source)
     table = data / "annotated.csv"
@@ -155,6 +160,12 @@ def test_lines_of_annotated_csv_that_somebody_has_changed_stay(phantoms, run, tm
     code, out, _, _ = run(source)
     assert (code, "1 cases converted, 1 were finished before" in out) == (0, True)
     assert annotated(data) == {"img0001": ["liver"], "mine": ["spleen"], "img0002": ALL_BUT_DUODENUM}
+    # A conversion that is killed leaves no line of the one before.
+    monkeypatch.setattr(DataFolder, "finish", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, "--source-organs", "6=background")
+    assert annotated(data) == {"mine": ["spleen"]}
+    monkeypatch.undo()
     # Nothing is written where nothing is converted.
     other = tmp_path / "other"
     shutil.copytree(data / "images", other / "images")

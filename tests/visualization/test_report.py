@@ -289,6 +289,14 @@ def test_reports_are_made_up_for_and_none_is_older_than_its_label_map(checkpoint
     assert run_main(infer, *flags)[0] == 0
     code, out, _ = run_main(infer, *flags, "--skip-existing", "--report")
     assert (code, "0 of 0 scans segmented" in out, page.is_file()) == (0, True, True)
+    page.unlink()
+    content = torch.load(checkpoint, weights_only=True)
+    content["network"] = {name: weight + 1 for name, weight in content["network"].items()}
+    torch.save(content, tmp_path / "other.pt")
+    others = [*flags[:2], tmp_path / "other.pt", *flags[3:]]
+    code, _, err = run_main(infer, *others, "--skip-existing", "--report")
+    assert (code, "are another network's" in err, page.is_file()) == (0, True, False)  # its report would say this one
+    assert run_main(infer, *flags, "--skip-existing", "--report")[0] == 0
     # Stopped before the reports: the earlier one is of an earlier label map.
     monkeypatch.setattr(infer, "write_reports", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -17,6 +17,7 @@ from core.training.losses import LOSSES, SlabLoss, marginal, to_background
 from core.training.setup import PLANS, Training, make_optimizer
 from core.training.step import training_step, validation_step
 from data import doctor
+from dataset import CaseDataset, find_cases
 from vnet import VNet
 
 ALL, TWO_LEFT_OUT = torch.tensor([[True] * 4]), torch.tensor([[True, True, False, False]])
@@ -172,3 +173,21 @@ def test_a_flip_needs_both_sides_annotated(phantom_data, tmp_path, run_main):
     code, _, err = run_main(train, *flags, "--augment", "--augment-flip", "--val-cases", "phantom_0001")
     assert code == 2
     assert "annotated.csv lists only one of right kidney and left kidney for case phantom_0002" in err
+
+
+def test_fine_tuning_on_fewer_organs_does_not_unlearn_the_others(phantom_data, tmp_path, run_main):
+    flags = ["--cache-dir", "null", *TINY, "--epochs", 1, "--val-cases", "phantom_0001"]
+    assert run_main(train, "--data-dir", phantom_data, "--run-dir", tmp_path / "first", *flags)[0] == 0
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("images", "labels"):
+        (data / name).symlink_to(phantom_data / name)
+    write_annotated(data, {f"phantom_000{number}": ["liver", "spleen"] for number in range(1, 6)})
+    init = ["--init-from", tmp_path / "first" / "last.pt"]
+    for folder, more, known in (("tuned", init, load_config().organs[1:]), ("new", [], ["liver", "spleen"])):
+        code, _, err = run_main(train, "--data-dir", data, "--run-dir", tmp_path / folder, *flags, *more)
+        assert code == 0, err
+        assert load_checkpoint(tmp_path / folder / "last.pt")["training_data"]["organs"] == [*known]
+    cases = CaseDataset(find_cases(data), load_config())
+    assert cases.untaught().sum() == 11
+    assert cases.untaught(["kidney_left", "aorta"]).nonzero().ravel().tolist() == [2, 4, 6, 7, 8, 9, 10, 11, 12]

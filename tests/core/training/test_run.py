@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, files_in
 from warm import run_script
 
 import train
@@ -483,14 +483,19 @@ def test_too_little_shared_memory_means_no_workers(run, monkeypatch):
 
 def test_a_run_that_is_refused_leaves_the_earlier_one(run, data, tmp_path):
     assert run("--epochs", "1")[0] == 0
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("last.pt", "best.pt", "log.csv")}
+    before = files_in(tmp_path / "run")
     broken = tmp_path / "broken"
     shutil.copytree(data, broken)
     path = broken / "labels" / "phantom_0002.nii.gz"
     path.write_bytes(path.read_bytes()[:-200])
-    code, _, err = run("--epochs", "1", "--data-dir", broken, "--overwrite")
+    flags = ["--epochs", "2", "--val-cases", "phantom_0001", "--overwrite"]
+    code, _, err = run(*flags, "--data-dir", broken)
     assert (code, "phantom_0002.nii.gz: cannot be read to its end" in err) == (1, True)
-    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+    assert files_in(tmp_path / "run") == before
+    assert run(*flags)[0] == 0
+    written = facts(tmp_path / "run")
+    assert (written["outcome"], written["val_cases"], written["config"]["epochs"]) == ("done", ["phantom_0001"], 2)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 2
 
 
 def test_another_number_of_processes_is_no_way_to_go_on(run, tmp_path):
@@ -507,10 +512,12 @@ def test_another_number_of_processes_is_no_way_to_go_on(run, tmp_path):
 def test_a_log_that_another_program_has_changed_starts_anew(run, tmp_path):
     assert run("--epochs", "1", "--schedule", "constant")[0] == 0
     log = tmp_path / "run" / "log.csv"
-    log.write_text(log.read_text().replace(",", ";"))
+    changed = log.read_text().replace(",", ";")
+    log.write_text(changed)
     code, _, err = run("--epochs", "2", "--schedule", "constant", "--resume", "--extend")
     assert code == 0, err
-    assert f"{log}: is no log of this run any more; it starts anew" in err
+    assert f"{log}: is no log of this run any more, so it is now log.csv.old" in err
+    assert (tmp_path / "run" / "log.csv.old").read_text() == changed
     assert [row["epoch"] for row in csv.DictReader(log.read_text().splitlines())] == ["2"]
 
 
