@@ -133,21 +133,21 @@ def segment(inference: Inference, cases: dict[str, Path], show: bool) -> list[st
 
 def write_reports(inference: Inference, cases: dict[str, Path], paths: Sequence[str], checkpoint: dict) -> list[str]:
     """Write a page with pictures for each segmented case; return the cases for which that failed."""
-    from visualization import report
+    from visualization import report, reports
 
     quiet = replace(inference.reading, warn=lambda _: None)  # the warnings were printed when it was segmented
     made_by = report.provenance_of(paths, checkpoint) | {"computed in": str(inference.precision).removeprefix("torch.")}
     read = partial(read_scan, reading=quiet, series_uid=inference.series_uid)
     about = inference.config.organs, made_by, quiet, inference.training_data.get("organs")
-    return report.write_reports(inference.output.path, cases, read, *about)
+    return reports.write_reports(inference.output.path, cases, read, *about)
 
 
 def list_reports(folder: Path) -> None:
     """Write the page that links to all reports in a folder, if the folder exists."""
-    from visualization import report
+    from visualization import reports
 
     if folder.is_dir():
-        print(f"reports in {report.write_index(folder)}")
+        print(f"reports in {reports.write_index(folder)}")
 
 
 def main() -> int:

@@ -4,36 +4,30 @@
     python -m visualization.report SCAN PREDICTION --truth LABELS --checkpoint best.pt --output DIR
 
 DIR/index.html holds the pictures and the movie, and links to DIR/viewer.html; DIR/report.json holds the numbers.
-`infer.py --report` writes one for each case, and a page that lists them. --checkpoint names the organs, and the network
+`infer.py --report` writes one for each case (visualization/reports.py). --checkpoint names the organs, and the network
 in the report.
 """
 
 import argparse
 import io
 import json
-import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
-from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
+from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE
 from core.scans.anatomy import organs_in, plausible_ml, remarks, rounded
-from core.scans.geometry import Geometry
-from core.scans.nifti import Reading
-from core.scans.volumes import DEFAULT_READING, load_labels
 from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
-from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
-from core.system.files import read_text, user_path, write_text
+from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.system.files import user_path, write_text
 from core.system.provenance import git_commit, versions
 from visualization.comparison import draw_comparison
 from visualization.movie import make_movie
@@ -46,7 +40,6 @@ from visualization.shown import (
     print_written,
     read_shown,
     reading_of,
-    title_of,
 )
 from visualization.style import organ_rules
 from visualization.viewer import make_viewer
@@ -229,80 +222,6 @@ def movie(shown: Shown) -> str:
     return (
         f'<video controls loop muted autoplay playsinline width="{SIZE[0]}" height="{SIZE[1]}" '
         f'src="{data_url("video/mp4", content)}"></video>'
-    )
-
-
-# ---- All cases -------------------------------------------------------------------------------------------------------
-
-
-def write_reports(
-    output: Path,
-    cases: dict[str, Path],
-    read: Callable[[Path], tuple[np.ndarray, Geometry]],
-    organs: Sequence[str],
-    provenance: dict[str, str],
-    reading: Reading = DEFAULT_READING,
-    taught: Sequence[str] | None = None,
-) -> list[str]:
-    """Write the reports of predictions, for `write_index` to list.
-
-    Args:
-        output: the folder with the label maps; the reports go into its folder REPORTS.
-        cases: the scans by case.
-        read: reads a scan.
-        organs: names by id, background first.
-        provenance: origin of the label maps, common to all cases.
-        reading: options for reading the label maps.
-        taught: the organs that the network was taught; None: not known.
-
-    Returns:
-        the cases without a report; each is named on stderr with the reason.
-    """
-    failed = []
-    for case, file in tqdm(cases.items(), desc="reports", disable=None):
-        try:
-            voxels, geometry = read(file)
-            labels, _ = load_labels(label_map_path(output, case), len(organs), reading)
-            shown = Shown(title_of(case), voxels, geometry, {"prediction": labels}, organs, taught)
-            write_report(shown, output / REPORTS / case, {"scan": file.name} | provenance)
-        except (ValueError, OSError, MemoryError) as error:
-            print_error(ValueError(f"case {case}: no report: {error or type(error).__name__}"))
-            failed.append(case)
-    return failed
-
-
-def write_index(folder: Path) -> Path:
-    """Write the page that lists the reports in a folder, from their report.json.
-
-    Returns:
-        the page.
-
-    Raises:
-        OSError: when a report cannot be read, or the page not be written.
-    """
-    lines = []
-    for path in sorted(folder.glob(f"*/{REPORT_NUMBERS}")):
-        try:
-            lines.append(index_row(path.parent.name, json.loads(read_text(path))))
-        except (ValueError, KeyError, TypeError) as error:
-            print_warning(f"{path}: is no report of this program ({type(error).__name__}); left out of the list")
-    head = "<tr><th>case</th><th>organs</th><th>mean Dice</th><th class='text'>to look at</th></tr>"
-    body = (
-        f"<h1>{len(lines)} {'case' if len(lines) == 1 else 'cases'}</h1>"
-        f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
-    write_page(folder / REPORT_PAGE, make_page("Reports", body))
-    return folder / REPORT_PAGE
-
-
-def index_row(folder: str, facts: dict) -> str:
-    """Return the row of the list for a report, from the name of its folder and its report.json."""
-    found = sum(row["found"] for row in facts["organs"])
-    return (
-        f'<tr><td><a href="{quote(os.fsencode(folder))}/{REPORT_PAGE}">{escaped(facts["case"])}</a></td>'
-        f"<td>{found} of {len(facts['organs'])}</td>"
-        f"<td>{number(facts['mean_dice'], 3) if 'mean_dice' in facts else ''}</td>"
-        f'<td class="text">{"<br>".join(escaped(remark) for remark in facts["remarks"])}</td></tr>'
     )
 
 

@@ -23,7 +23,7 @@ PLANS = ("off", "low", "lowest")  # memory plans, from the fastest to the smalle
 
 @dataclass
 class Training:
-    """All that a training step works with.
+    """State of training: network, loss, optimizer, and how a step is computed.
 
     Attributes:
         network: maps images (B, 1, X, Y, Z) to logits (B, K, X, Y, Z).

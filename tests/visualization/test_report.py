@@ -19,7 +19,7 @@ from core.scans.anatomy import organs_in, remarks
 from core.scans.geometry import Geometry
 from core.training.batches import describe_cases
 from dataset import CaseDataset, find_cases
-from visualization import report
+from visualization import report, reports
 
 ORGANS = load_organs()
 SHAPE = (48, 40, 24)
@@ -339,7 +339,7 @@ def test_a_report_that_is_none_is_left_out_of_the_list(compared, tmp_path, capsy
     (tmp_path / "good" / "report.json").write_bytes((compared / "report.json").read_bytes())
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "report.json").write_text(content)
-    page = Page(report.write_index(tmp_path))
+    page = Page(reports.write_index(tmp_path))
     assert page.links == ["good/index.html"]
     assert page.rows[1][1:3] == ["3 of 13", "0.417"]
     err = capsys.readouterr().err
