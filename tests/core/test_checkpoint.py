@@ -15,6 +15,7 @@ from core.checkpoint import (
     check_resumable,
     load_checkpoint,
     load_network,
+    load_networks,
     load_optimizer,
     load_weights,
     save_checkpoint,
@@ -342,3 +343,11 @@ def test_a_part_that_is_missing_is_named(path):
     save_checkpoint(path, build_network(CONFIG), CONFIG)
     with pytest.raises(ValueError, match=r"last\.pt: lacks training_data"):
         load_network(path)
+
+
+def test_several_networks_were_taught_what_each_of_them_was(tmp_path):
+    for name, organs in (("a", ["liver", "spleen", "aorta"]), ("b", ["spleen", "liver"])):
+        data = TRAINING_DATA | {"organs": organs}
+        save_checkpoint(tmp_path / f"{name}.pt", build_network(CONFIG), CONFIG, training_data=data)
+    _, content = load_networks([tmp_path / "a.pt", tmp_path / "b.pt"], torch.device("cpu"))
+    assert content["training_data"]["organs"] == ["liver", "spleen"]
