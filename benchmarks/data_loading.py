@@ -19,14 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
-from isal import igzip
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import peers
 from benchmarks.measuring import (
-    CPU,
     THREE,
     Contender,
     make_parser,
@@ -35,12 +31,8 @@ from benchmarks.measuring import (
     return_freed_memory,
     summarise,
     take_turns,
-    time_each,
-    watch_memory,
 )
 from core.config import Config, load_config
-from core.scans.resample import resize_labels
-from core.scans.volumes import load_labels, load_scan, prepare_image, save_label_map
 from core.system.exits import run_command
 from data.make_phantom import write_phantom
 from dataset import Case, CaseDataset, find_cases
@@ -48,7 +40,6 @@ from dataset import Case, CaseDataset, find_cases
 SHAPE = (512, 512, 100)  # voxels of the phantoms, a usual abdominal scan
 CASES = 3
 WORKERS = (0, 1, 2)
-MAX_STAGE_REPEATS = 7
 MIB = 2**20
 MIB_PER_GIB = 1024
 
@@ -146,35 +137,6 @@ def resident_mib() -> float | None:
         return None
 
 
-def measure_stages(case: Case, config: Config, folder: Path, repeats: int) -> dict[str, Any]:
-    """Time each stage of a raw sample and of writing a label map, and watch the memory that reading a scan takes."""
-    voxels, geometry = load_scan(case.scan)
-    labels, _ = load_labels(case.labels)
-    read_rise_gib = watch_memory(CPU)
-    load_scan(case.scan)
-    rise_gib = read_rise_gib()
-    written = folder / "labels.nii.gz"
-    jobs = {
-        "gunzip alone": lambda: igzip.open(case.scan).read(),
-        "load_scan": lambda: load_scan(case.scan),
-        "nibabel's get_fdata": lambda: nib.as_closest_canonical(nib.load(case.scan)).get_fdata(dtype=np.float32),
-        "load_labels": lambda: load_labels(case.labels),
-        "prepare_image": lambda: prepare_image(voxels, config.size, config.window_hu),
-        "resize_labels": lambda: resize_labels(labels, config.size),
-        "save_label_map": lambda: save_label_map(labels, geometry, written),
-    }
-    return {
-        "stages": {name: {"ms": ms} for name, ms in time_each(jobs, repeats, scale=1000).items()},
-        "scan": {
-            "shape": list(geometry.shape),
-            "scan_mib": voxels.nbytes / MIB,
-            "load_scan_rise_mib": rise_gib and rise_gib * MIB_PER_GIB,
-            "scan_file_mib": case.scan.stat().st_size / MIB,
-            "labels_file_mib": written.stat().st_size / MIB,
-        },
-    }
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure on a data set's first cases, or on phantoms."""
     config = load_config(flags={"size": list(map(str, arguments.size))} if arguments.size else {})
@@ -188,7 +150,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "cases": len(cases),
             "repeats": arguments.repeats,
             "contenders": compete(make_ways(cases, config, folder), len(cases), arguments.repeats),
-            **measure_stages(cases[0], config, folder, min(arguments.repeats, MAX_STAGE_REPEATS)),
             "notes": peers.monai_notes(),
         }
 

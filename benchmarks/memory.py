@@ -1,4 +1,4 @@
-"""Count the memory of one training step at its peak: this network under each memory plan, and peers in a plain loop.
+"""Count the memory of one training step at its peak: this network under each memory plan, and MONAI's VNet.
 
     python -m benchmarks.memory             # the table, and one line of JSON
     python -m benchmarks.memory --json      # the line alone
@@ -84,16 +84,13 @@ def count_traffic(config: Config, plan: str, precision: torch.dtype) -> Traffic:
     return traffic
 
 
-def count_plain_step(
-    build: Callable[[], nn.Module], size: Sequence[int], precision: torch.dtype, growth: int = 1
-) -> Count:
+def count_plain_step(build: Callable[[], nn.Module], size: Sequence[int], precision: torch.dtype) -> Count:
     """Count a step of autocast, cross-entropy, backward pass and Adam, as core/training/memory_count.py does.
 
     Args:
         build: makes the network.
         size: of the input, (X, Y, Z) voxels; batch 1.
         precision: that convolutions are computed in.
-        growth: voxels of the network's output per voxel of its input along each axis, for the labels' size.
     """
     counter, tracker, forward_flops = FlopCounterMode(display=False), MemTracker(), []
     with FakeTensorMode():
@@ -104,7 +101,7 @@ def count_plain_step(
         optimizer.step()
         optimizer.zero_grad()
         image = torch.zeros(1, 1, *size)
-        labels = torch.zeros(1, *(growth * n for n in size), dtype=torch.uint8)
+        labels = torch.zeros(1, *size, dtype=torch.uint8)
         training = Training(
             network, LOSSES["cross_entropy"], optimizer, torch.amp.GradScaler("cpu", enabled=False), precision
         )
@@ -128,7 +125,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     traffic = {f"project_{plan}": count_traffic(config, plan, precision) for plan in PLANS}
     has_monai = peers.monai_installed()
     counts["monai"] = count_plain_step(lambda: peers.monai_vnet(classes), config.size, precision) if has_monai else None
-    counts["predecessor"] = count_plain_step(peers.Predecessor, config.size, precision, peers.Predecessor.GROWTH)
     return {
         "size": list(config.size),
         "classes": classes,
@@ -138,11 +134,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "step_tflop": {name: count and count.flops / 1e12 for name, count in counts.items()},
         "step_traffic_gb": {name: each.bytes / 1e9 for name, each in traffic.items()},
         "step_operations": {name: each.operations for name, each in traffic.items()},
-        "notes": [
-            "counted for one training step; bf16 mixed precision, batch 1",
-            "predecessor: a reconstruction",
-            *peers.monai_notes(),
-        ],
+        "notes": ["counted for one training step; bf16 mixed precision, batch 1", *peers.monai_notes()],
     }
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import inference, memory, peers, train_step
 from benchmarks.measuring import take_turns
-from benchmarks.peers import NO_MONAI, Predecessor, monai_installed
+from benchmarks.peers import NO_MONAI, monai_installed
 from core.config import load_config
 from core.network import build_network
 from core.scans.files import find_scans
@@ -57,7 +57,7 @@ def run(monkeypatch, capsys, module, *flags: object) -> tuple[list[str], dict]:
 def test_memory_answers_in_json_with_the_numbers_of_the_plans(monkeypatch, capsys, without_monai):
     lines, result = run(monkeypatch, capsys, memory, "--size", 32, 32, 16, "--json")
     assert len(lines) == 1
-    keys = {"project_off_gib", "project_low_gib", "project_lowest_gib", "monai_gib", "predecessor_gib", "machine"}
+    keys = {"project_off_gib", "project_low_gib", "project_lowest_gib", "monai_gib", "machine"}
     assert keys <= set(result)
     for plan in PLANS:
         assert result[f"project_{plan}_gib"] == count_step(SMALL, plan, torch.bfloat16).peak_gib
@@ -67,7 +67,6 @@ def test_memory_answers_in_json_with_the_numbers_of_the_plans(monkeypatch, capsy
     assert traffic["project_low"] < 2.5 * traffic["project_off"]
     assert result["monai_gib"] is None
     assert NO_MONAI in result["notes"]
-    assert result["predecessor_gib"] > 0
     assert result["machine"]["torch"] == torch.__version__
 
 
@@ -98,14 +97,6 @@ def test_a_plain_step_is_counted_as_the_plan_off_is():
     )
     assert (count.peak_gib, count.flops) == (need.peak_gib, need.flops)
     assert 0 < count.forward_flops < count.flops
-
-
-def test_predecessor_answers_at_twice_the_size():
-    with torch.no_grad():
-        assert Predecessor(channels=2).eval()(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 4, 32, 32, 32)
-    network = Predecessor()
-    assert len(network.ups) + 1 == 5
-    assert len(network.down_blocks) == 4
 
 
 @pytest.mark.slow

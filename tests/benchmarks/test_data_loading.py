@@ -53,9 +53,6 @@ def test_data_loading_times_raw_and_cached_samples(run_main, small):
     assert raw["disk_mib_per_case"] == 0
     # Two bytes a voxel, and a line of facts.
     assert cached["disk_mib_per_case"] == pytest.approx(2 * 32 * 32 * 16 / 2**20, rel=0.02)
-    assert result["scan"]["shape"] == [32, 32, 24]
-    assert result["scan"]["scan_mib"] == 4 * 32 * 32 * 24 / 2**20
-    assert all(row["ms"]["n"] == 2 for row in result["stages"].values())
     assert result["machine"]["torch"] == torch.__version__
     assert len(lines) > 8
 
