@@ -18,14 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import train
-from benchmarks.measuring import machine
+from benchmarks.measuring import machine, time_each
 from core.config import Config, load_config
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.training.augment import augment
@@ -50,10 +49,7 @@ VARIANTS = {
     "batch_2": {"batch_size": "2"},
 }
 # Other commands of this folder, which print a line of JSON at their end.
-PEERS = {
-    "monai": ["benchmarks.train_step", "--repeats", "10"],
-    "inference": ["benchmarks.inference"],
-}
+PEERS = {"monai": ["benchmarks.train_step", "--repeats", "10"], "inference": ["benchmarks.inference"]}
 
 
 # ---- Parts -----------------------------------------------------------------------------------------------------------
@@ -65,10 +61,11 @@ def measure_card(config: Config, device: torch.device) -> dict[str, Any]:
     left, right = (torch.randn(rows, rows, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    product, copy = (seconds_of(run, device) for run in (lambda: left @ right, lambda: target.copy_(source)))
+    jobs = {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}
+    seconds = {name: each["median"] for name, each in time_each(jobs, TURNS, device, WARM_UP).items()}
     return machine() | {
-        "matmul_tflops": 2 * rows**3 / statistics.median(product) / 1e12,
-        "copy_gb_per_s": 2 * size / statistics.median(copy) / 1e9,
+        "matmul_tflops": 2 * rows**3 / seconds["product"] / 1e12,
+        "copy_gb_per_s": 2 * size / seconds["copy"] / 1e9,
     }
 
 
@@ -80,9 +77,9 @@ def measure_step(config: Config, device: torch.device, plan: str = "off", benchm
     torch.manual_seed(0)
     image = torch.rand(config.batch_size, 1, *config.size, device=device)
     labels = torch.randint(len(config.organs), (config.batch_size, *config.size), dtype=torch.uint8, device=device)
-    seconds = seconds_of(lambda: training_step(training, image, labels), device)
+    found = time_each({"step": lambda: training_step(training, image, labels)}, TURNS, device, WARM_UP)["step"]
     need = count_step(config, plan, training.precision)
-    found = summary(seconds) | {"counted_gib": need.peak_gib, "tflop": need.flops / 1e12}
+    found |= {"counted_gib": need.peak_gib, "tflop": need.flops / 1e12}
     if device.type == "cuda":
         found["allocated_gib"] = torch.cuda.max_memory_allocated(device) / GIB
         found["reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
@@ -94,7 +91,8 @@ def measure_augment(config: Config, device: torch.device) -> dict[str, Any]:
     image = torch.rand(1, 1, *config.size, device=device)
     labels = torch.zeros(1, *config.size, dtype=torch.uint8, device=device)
     extent_mm = torch.tensor([[400.0, 400.0, 300.0]])
-    return summary(seconds_of(lambda: augment(image, labels, extent_mm, config, 1, [0]), device))
+    jobs = {"augment": lambda: augment(image, labels, extent_mm, config, 1, [0])}
+    return time_each(jobs, TURNS, device, WARM_UP)["augment"]
 
 
 def measure_training(config: Config, device: torch.device) -> dict[str, Any]:
@@ -119,23 +117,6 @@ def run_module(module: str, *arguments: str) -> str:
     """Run a command of this repository; return what it printed."""
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-
-
-def seconds_of(run: Callable[[], object], device: torch.device) -> list[float]:
-    """Return the seconds of TURNS calls after WARM_UP others, each to its end on the device."""
-    seconds = []
-    for _ in range(WARM_UP + TURNS):
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return seconds[WARM_UP:]
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Return the median and the ends."""
-    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "n": len(seconds)}
 
 
 def measure(part: str, flags: dict[str, Any]) -> dict[str, Any]:
@@ -185,8 +166,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     for part in (*PLANS, *VARIANTS):
         row = found.get(part)
         if row:
-            share = row["tflop"] / row["median_s"] / rate if rate else None
-            numbers = [row["median_s"], row["min_s"], row["max_s"], share]
+            share = row["tflop"] / row["median"] / rate if rate else None
+            numbers = [row["median"], row["min"], row["max"], share]
             numbers += [row.get(key) for key in ("allocated_gib", "reserved_gib", "counted_gib")]
             lines.append(f"| {part} | " + " | ".join("-" if n is None else f"{n:.3f}" for n in numbers) + " |")
     lines += ["", "| other | result |", "| --- | --- |"]

@@ -7,7 +7,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,7 +17,7 @@ import torch
 
 from core.system.exits import DONE, USAGE, refusing
 from core.system.provenance import git_commit, versions
-from core.training.memory_plans import GIB
+from core.training.memory_plans import GIB, clock
 
 CPU = torch.device("cpu")
 WIDTH = 120  # of a table, in letters
@@ -98,19 +97,12 @@ def take_turns(
 
 
 def time_each(
-    jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device = CPU, scale: float = 1.0
+    jobs: dict[str, Callable[[], Any]], repeats: int, device: torch.device = CPU, warm_up: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Return median and spread of the seconds, times `scale`, of each job; they take turns after one to warm up."""
+    """Return median and spread of the seconds of each job; they take turns after `warm_up` others."""
     contenders = [Contender(name, lambda _, job=job: job()) for name, job in jobs.items()]
-    take_turns(contenders, repeats, device, memory=False)
-    return {each.name: summarise([scale * seconds for seconds in each.seconds]) for each in contenders}
-
-
-def clock(device: torch.device) -> float:
-    """Return seconds, when everything given to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    take_turns(contenders, repeats, device, warm_up, memory=False)
+    return {each.name: summarise(each.seconds) for each in contenders}
 
 
 def watch_memory(device: torch.device) -> Callable[[], float | None]:

@@ -31,8 +31,8 @@ from core.system.exits import run_command
 from core.training.losses import LOSSES
 from core.training.memory_count import blank_training, count_step
 from core.training.memory_plans import GIB
-from core.training.setup import PLANS, Training
-from core.training.step import compute_gradients, training_step
+from core.training.setup import PLANS, Training, make_optimizer
+from core.training.step import training_step
 from vnet import check_size
 
 
@@ -95,22 +95,12 @@ def count_plain_step(build: Callable[[], nn.Module], size: Sequence[int], precis
     counter, tracker, forward_flops = FlopCounterMode(display=False), MemTracker(), []
     with FakeTensorMode():
         network = build()
-        optimizer = torch.optim.Adam(network.parameters())
-        for parameter in network.parameters():  # a step without a network's, so that Adam's state is there
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        image = torch.zeros(1, 1, *size)
-        labels = torch.zeros(1, *size, dtype=torch.uint8)
-        training = Training(
-            network, LOSSES["cross_entropy"], optimizer, torch.amp.GradScaler("cpu", enabled=False), precision
-        )
-        tracker.track_external(network, optimizer, image, labels)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        training = Training(network, LOSSES["cross_entropy"], make_optimizer(network, 1e-4), scaler, precision)
+        image, labels = torch.zeros(1, 1, *size), torch.zeros(1, *size, dtype=torch.uint8)
+        tracker.track_external(network, training.optimizer, image, labels)
         with tracker, counter:
-            compute_gradients(
-                training, image, labels, check=lambda loss: forward_flops.append(counter.get_total_flops())
-            )
-            optimizer.step()
+            training_step(training, image, labels, check=lambda loss: forward_flops.append(counter.get_total_flops()))
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
     return Count(peak / GIB, forward_flops[0], counter.get_total_flops())
 

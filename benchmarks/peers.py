@@ -46,29 +46,19 @@ class MonaiPipeline:
     """
 
     def __init__(self, network: nn.Module, config: Config, device: torch.device, precision: torch.dtype, output: Path):
-        # Takes seconds to import, and is an optional package.
-        from monai.transforms import (
-            AsDiscreted,
-            Compose,
-            Invertd,
-            LoadImaged,
-            Orientationd,
-            Resized,
-            SaveImaged,
-            ScaleIntensityRanged,
-        )
+        from monai import transforms as monai  # takes seconds to import, and is an optional package
 
         self.network, self.device, self.precision, self.output = network, device, precision, output
         low, high = config.window_hu
-        load = LoadImaged("image", ensure_channel_first=True)
-        orient = Orientationd("image", axcodes="RAS", labels=None)
-        window = ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0, b_max=1, clip=True)
-        resize = Resized("image", spatial_size=config.size, mode="trilinear")
-        self.read, self.resize = Compose([load, orient]), Compose([window, resize])
-        self.before = Compose([load, orient, window, resize])
-        invert = Invertd("pred", transform=self.before, orig_keys="image", nearest_interp=False, to_tensor=True)
-        self.restore = Compose([invert, AsDiscreted("pred", argmax=True)])
-        self.write = SaveImaged(
+        load = monai.LoadImaged("image", ensure_channel_first=True)
+        orient = monai.Orientationd("image", axcodes="RAS", labels=None)
+        window = monai.ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0, b_max=1, clip=True)
+        resize = monai.Resized("image", spatial_size=config.size, mode="trilinear")
+        self.read, self.resize = monai.Compose([load, orient]), monai.Compose([window, resize])
+        self.before = monai.Compose([load, orient, window, resize])
+        invert = monai.Invertd("pred", transform=self.before, orig_keys="image", nearest_interp=False, to_tensor=True)
+        self.restore = monai.Compose([invert, monai.AsDiscreted("pred", argmax=True)])
+        self.write = monai.SaveImaged(
             "pred", output_dir=output, output_postfix="", output_dtype=np.uint8, separate_folder=False, print_log=False
         )
 

@@ -28,21 +28,21 @@ def test_parts_are_measured_one_by_one_and_a_failed_one_costs_itself_alone():
     assert "precision: got fp16 on a CPU" in results["fp16"]["failed"]
     low = results["low"]["result"]
     assert low["n"] == 10
-    assert 0 < low["min_s"] <= low["median_s"] <= low["max_s"]
+    assert 0 < low["min"] <= low["median"] <= low["max"]
     # Of the 5x5x5 convolutions alone, forward and backward, at 2 channels.
     fives = [(1, 2, 0)] + [(4, 4, 1)] * 2 + [(8, 8, 2)] * 3 + [(16, 16, 3)] * 3 + [(32, 32, 4)] * 3
     fives += [(32, 32, 3)] * 3 + [(16, 16, 2)] * 3 + [(8, 8, 1)] * 2 + [(4, 4, 0)]
     forward = sum(2 * 125 * c_in * c_out * 32 * 32 * 16 / 8**level for c_in, c_out, level in fives)
     assert low["tflop"] == pytest.approx(3 * forward / 1e12, rel=0.05)
-    assert any(line.startswith(f"| low | {low['median_s']:.3f} | ") for line in lines)
+    assert any(line.startswith(f"| low | {low['median']:.3f} | ") for line in lines)
     assert any(line.startswith("| fp16 | failed: ") for line in lines)
 
 
 def test_the_share_is_of_the_cards_rate_for_a_matrix_product():
     step = {
-        "median_s": 0.5,
-        "min_s": 0.4,
-        "max_s": 0.6,
+        "median": 0.5,
+        "min": 0.4,
+        "max": 0.6,
         "n": 10,
         "counted_gib": 7.7,
         "tflop": 24.0,
