@@ -48,22 +48,11 @@ def organs_present(counts: Sequence[np.ndarray]) -> list[int]:
     return (np.flatnonzero(counts[0].sum(axis=0)[1:]) + 1).tolist()
 
 
-def volume_column(counts: Sequence[np.ndarray], spacing_mm: Sequence[float], voxel_ml: float | None) -> list[str]:
-    """Return each id's volume in mL as text; `voxel_ml` is that of one voxel, None: by the spacing."""
-    return [f"{ml:,.1f}" for ml in counts[0].sum(axis=0) * (voxel_ml or np.prod(spacing_mm) / 1000)]
+def volume_column(counts: Sequence[np.ndarray], voxel_ml: float) -> list[str]:
+    """Return each id's volume in mL as text; `voxel_ml` is that of one voxel."""
+    return [f"{ml:,.1f}" for ml in counts[0].sum(axis=0) * voxel_ml]
 
 
 def organs_shown(counts: Sequence[np.ndarray], chosen: Sequence[int]) -> set[int]:
     """Return the ids that the chosen slices of the three axes show."""
     return {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][chosen[axis]]).tolist()}
-
-
-def check_volumes(title: str, voxels: np.ndarray, organs: Sequence[str], *label_maps: np.ndarray) -> None:
-    """Raise a ValueError when label maps are not of the scan's shape, or hold an id without a name."""
-    for labels in label_maps:
-        if voxels.shape != labels.shape:
-            raise ValueError(
-                f"{title}: the scan has shape {voxels.shape}, its labels {labels.shape}, expected the same"
-            )
-        if labels.max() >= len(organs):
-            raise ValueError(f"{title}: label {labels.max()} found, expected 0 to {len(organs) - 1}")

@@ -15,12 +15,12 @@ from visualization.canvas import (
     TITLE_HEIGHT,
     Canvas,
     box_extent_mm,
-    check_volumes,
     organs_present,
     organs_shown,
     plane_of,
     volume_column,
 )
+from visualization.shown import Shown
 from visualization.slices import (
     AROUND,
     LEGEND_LINE,
@@ -45,30 +45,10 @@ ERROR_TINT = 0.85
 ERRORS = {"missed": MISSED, "too much": EXTRA, "another organ": MIXED_UP}  # in the order of `errors_of`
 
 
-def draw_comparison(
-    voxels: np.ndarray,
-    prediction: np.ndarray,
-    reference: np.ndarray,
-    spacing_mm: Sequence[float],
-    organs: Sequence[str],
-    title: str,
-    voxel_ml: float | None = None,
-) -> Figure:
-    """Return a figure of three views, a row each: prediction, reference, errors; and a legend with each organ's Dice.
-
-    Args:
-        voxels: (X, Y, Z) HU in RAS+ order.
-        prediction: (X, Y, Z) ids on the same grid.
-        reference: (X, Y, Z) ids on the same grid.
-        spacing_mm: as for `visualization.overlay.draw_overlay`.
-        organs: as for `visualization.overlay.draw_overlay`.
-        title: as for `visualization.overlay.draw_overlay`.
-        voxel_ml: as for `visualization.overlay.draw_overlay`.
-
-    Raises:
-        ValueError: when the shapes differ or an id has no name.
-    """
-    check_volumes(title, voxels, organs, prediction, reference)
+def draw_comparison(shown: Shown) -> Figure:
+    """Return a figure of three views, a row each: prediction, reference, errors; its legend has each organ's Dice."""
+    prediction, reference = shown.label_maps.values()
+    voxels, organs, spacing_mm = shown.voxels, shown.organs, shown.geometry.spacing_mm
     counted = [count_by_slice(labels, len(organs)) for labels in (prediction, reference)]
     # Slices of the prediction only when the reference is empty.
     chosen = choose_slices(counted[1] if reference.any() else counted[0])
@@ -81,9 +61,9 @@ def draw_comparison(
     legend_height = (len(present) + 3 + len(ERRORS)) * LEGEND_LINE
     rows = (y + 2 * z) * scale + 2 * ROW_GAP
     upper, side = TITLE_HEIGHT + 2 * MARGIN, MARGIN + 3 * (max(x, y) * scale + 2 * MARGIN)
-    canvas = Canvas(side + legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, title)
+    canvas = Canvas(side + legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, shown.title)
     draw_compared_slices(canvas, upper, scale, (voxels, prediction, reference), chosen, box, extent_mm)
-    volumes = [volume_column(of_map, spacing_mm, voxel_ml) for of_map in counted]
+    volumes = [volume_column(of_map, shown.geometry.voxel_ml) for of_map in counted]
     dice = organ_scores(confusion_matrix(reference, prediction, len(organs)))["dice"]
     columns = {"mL": volumes[0], "reference": volumes[1], "Dice": [f"{value:.3f}" for value in dice]}
     legend = canvas.axes(side, upper, legend_width(3), legend_height)

@@ -6,7 +6,6 @@ writes RUN_DIR/curves.png, as training does after every epoch.
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from matplotlib.ticker import MaxNLocator
 
 from core.config import load_organs
 from core.system.exits import DONE, REFUSED, refusing, run_command
-from core.system.files import open_text, user_path
+from core.system.files import user_path
 from visualization.fonts import drawable_organs
 from visualization.style import INK, apply_style, colour_of, save_figure
+from visualization.tables import read_table
 
 # Up to this many points are drawn one by one: a single epoch has no line, and a few are easier to read off.
 MARKED_POINTS = 20
@@ -30,34 +30,24 @@ FIGURE_INCHES = (13.0, 5.2)
 NAME_SIZE, NAMES_HEIGHT = 9, 230
 
 
-def read_log(log_path: str | Path) -> dict[str, np.ndarray]:
-    """Read a run's log.csv.
+def read_log(log_path: Path, organs: Sequence[str]) -> dict[str, np.ndarray]:
+    """Read the columns of a run's log.csv that are drawn.
 
     Args:
         log_path: a table with a heading and a row per epoch; cells may be empty (no validation in that epoch, organ in
-            no scan, no GPU), and so may the end of a last row that is still being written.
+            no scan), and so may the end of a last row that is still being written.
+        organs: names by id, background first; each has its column dice_<name>, spaces as underscores.
 
     Returns:
         for each column its values, (epochs,) float64, NaN where empty.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it has no row, or a cell that is no number; names the cell.
+        ValueError: when it lacks a column, has no row, or a cell that is no number; names the cell.
     """
-    log_path = Path(log_path)
-    if not log_path.is_file():
-        raise FileNotFoundError(f"{log_path}: no such file, expected the log that train.py writes")
-    try:
-        with open_text(log_path) as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-        if "\0" in "".join(reader.fieldnames or ()):
-            raise csv.Error("its heading holds bytes of zero, as in UTF-16")
-    except csv.Error as error:
-        raise ValueError(f"{log_path}: cannot be read as a table ({error})") from error
-    if not rows:
-        raise ValueError(f"{log_path}: has no finished epoch")
-    columns = {name: np.full(len(rows), np.nan) for name in reader.fieldnames}
+    needed = ["epoch", "train_loss", "val_loss", "val_dice", *(f"dice_{o.replace(' ', '_')}" for o in organs[1:])]
+    rows = read_table(log_path, needed, "train.py")
+    columns = {name: np.full(len(rows), np.nan) for name in needed}
     for number, row in enumerate(rows):
         for name, values in columns.items():
             try:
@@ -146,11 +136,7 @@ def draw_curves(log_path: str | Path, output_path: str | Path, organs: Sequence[
         FileNotFoundError: when there is no log.
         ValueError: when the log has no row, lacks a column or holds something that is no number.
     """
-    log = read_log(log_path)
-    needed = ["epoch", "train_loss", "val_loss", "val_dice", *(f"dice_{o.replace(' ', '_')}" for o in organs[1:])]
-    missing = [column for column in needed if column not in log]
-    if missing:
-        raise ValueError(f"{log_path}: lacks the columns {', '.join(missing)}")
+    log = read_log(Path(log_path), organs)
     if not np.isfinite(log["epoch"]).all():
         raise ValueError(f"{log_path}: has a row without its epoch")
     apply_style()

@@ -18,24 +18,13 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from core.scans.files import case_id
-from core.scans.geometry import Geometry
-from core.scans.volumes import load_scan, read_geometry
-from core.scoring.organ_list import load_given
+from core.scoring.organ_list import choose_scored, load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import user_path, whole_file
+from core.system.files import whole_file
 from visualization.fonts import drawable, drawable_organs, font_file
 from visualization.meshes import context_meshes, organ_mesh
 from visualization.render import Scene, Veil, View, backdrop, fitting_scale, render, view_at
-from visualization.shown import (
-    add_common_flags,
-    label_map_paths,
-    organs_of,
-    print_written,
-    read_label_maps,
-    reading_of,
-    title_of,
-)
+from visualization.shown import Shown, picture_parser, print_written, read_shown
 from visualization.style import INK, rgb_of
 
 FRAMES, SIZE, FRAMES_A_SECOND = 120, (1280, 720), 24
@@ -183,55 +172,41 @@ def write_h264(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int]) 
         raise OSError(f"{written} of {sent} frames are there")
 
 
-def choose_ids(names: Sequence[str] | None, organs: Sequence[str]) -> list[int]:
-    """Return the ids of organs by name; without names, all but the background.
-
-    Raises:
-        ValueError: naming those that are not in the organ list.
-    """
-    unknown = [name for name in names or () if name not in organs[1:]]
-    if unknown:
-        raise ValueError(f"--organs: got {', '.join(unknown)}, expected some of: {', '.join(organs[1:])}")
-    return [organ for organ in range(1, len(organs)) if names is None or organs[organ] in names]
-
-
 def make_movie(
-    title: str,
-    geometry: Geometry,
-    label_maps: dict[str, np.ndarray],
+    shown: Shown,
     output: Path,
-    organs: Sequence[str],
     chosen: Sequence[int],
     frames: int = FRAMES,
     size: tuple[int, int] = SIZE,
-    voxels: np.ndarray | None = None,
+    context: bool = False,
 ) -> None:
     """Make the movie of a case.
 
     Args:
-        title: written above the legend, the case as a rule.
-        geometry: of the scan.
-        label_maps: (X, Y, Z) ids in RAS+ order, one, or prediction and reference, by the titles above them.
+        shown: scan and label maps, one, or prediction and reference side by side.
         output: .mp4 or .gif.
-        organs: names by id, background first.
         chosen: ids of the organs to show.
         frames: of one turn.
         size: width and height in pixels.
-        voxels: (X, Y, Z) HU of the scan, to show its skin and bones faintly; None: organs alone.
+        context: True to show the scan's skin and bones faintly.
 
     Raises:
         OSError, ValueError: when it cannot be written, or no label map has an organ to show.
     """
-    panels = {name: make_scene(labels, chosen, geometry.ras_affine) for name, labels in label_maps.items()}
+    label_maps, geometry, affine = shown.label_maps, shown.geometry, shown.geometry.ras_affine
+    titles = label_maps if len(label_maps) > 1 else [""]
+    panels = {
+        name: make_scene(labels, chosen, affine) for name, labels in zip(titles, label_maps.values(), strict=True)
+    }
     if not any(panels.values()):
-        raise ValueError(f"{title}: has none of the organs to show, expected one at least")
-    counts = [np.bincount(labels.ravel(), minlength=len(organs)) for labels in label_maps.values()]
-    names = drawable_organs(organs)
+        raise ValueError(f"{shown.title}: has none of the organs to show, expected one at least")
+    counts = [np.bincount(labels.ravel(), minlength=len(shown.organs)) for labels in label_maps.values()]
+    names = drawable_organs(shown.organs)
     rows = [(organ, names[organ], [count[organ] * geometry.voxel_ml for count in counts]) for organ in chosen]
     rows = [row for row in rows if any(row[2])]
     labels = np.maximum.reduce(list(label_maps.values()))  # the union of the organs
-    veils = [] if voxels is None else make_veils(voxels, labels, geometry.ras_affine)
-    write_movie(output, draw_frames(panels, draw_background(size, title, rows), frames, veils), size)
+    veils = make_veils(shown.voxels, labels, affine) if context else []
+    write_movie(output, draw_frames(panels, draw_background(size, shown.title, rows), frames, veils), size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,39 +220,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if min(args.size) < 64 or any(pixels % 2 for pixels in args.size):
             raise ValueError(f"--size: got {args.size[0]} {args.size[1]}, expected two even numbers of 64 or more")
         given = load_given(args.config, args.checkpoint)
-    paths = {"": args.labels} if args.truth is None else label_map_paths(args)
     with refusing(REFUSED):
-        organs, note = organs_of(paths, given)
+        shown, note = read_shown(args, given)
     with refusing(USAGE):
-        chosen = choose_ids(args.organs, organs)
+        chosen = choose_scored(args.organs, shown.organs)
     with refusing(REFUSED):
-        reading = reading_of(args)
-        voxels = None
-        if args.context:
-            voxels, geometry = load_scan(args.scan, reading)
-        else:
-            geometry = read_geometry(args.scan, reading)
-        label_maps = read_label_maps(paths, geometry, organs, reading)
-        turn = (args.output, organs, chosen, args.frames, tuple(args.size), voxels)
-        make_movie(title_of(case_id(args.scan)), geometry, label_maps, *turn)
+        make_movie(shown, args.output, chosen, args.frames, tuple(args.size), args.context)
     print_written(args.output, note)
     return DONE
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m visualization.movie", description=__doc__.splitlines()[0])
-    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
-    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
-    parser.add_argument("--output", type=user_path, required=True, help="movie to write: .mp4 or .gif")
-    parser.add_argument("--truth", type=user_path, metavar="LABELS", help="reference, drawn beside the first label map")
+    parser = picture_parser("movie", __doc__, "movie to write: .mp4 or .gif", "reference, drawn beside the label map")
     parser.add_argument("--context", action="store_true", help="show skin and bones faintly around the organs")
     parser.add_argument("--organs", nargs="+", metavar="NAME", help="the organs to show (default: all)")
     parser.add_argument("--frames", type=int, default=FRAMES, metavar="N", help=f"of one turn (default: {FRAMES})")
     parser.add_argument(
         "--size", type=int, nargs=2, default=SIZE, metavar=("W", "H"), help="pixels (default: 1280 720)"
     )
-    add_common_flags(parser)
     return parser.parse_args(arguments)
 
 

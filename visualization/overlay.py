@@ -20,21 +20,19 @@ from matplotlib.figure import Figure
 
 from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import user_path
 from visualization.canvas import (
     MARGIN,
     ROW_GAP,
     TITLE_HEIGHT,
     Canvas,
     box_extent_mm,
-    check_volumes,
     organs_present,
     organs_shown,
     plane_of,
     volume_column,
 )
 from visualization.comparison import draw_comparison
-from visualization.shown import add_common_flags, label_map_paths, print_written, read_shown, reading_of
+from visualization.shown import Shown, picture_parser, print_written, read_shown
 from visualization.slices import (
     AROUND,
     LEGEND_LINE,
@@ -57,31 +55,15 @@ SHEET_WIDTH, SHEET_CELL = 14.0, 2.6  # inches of a sheet, and of a slice on it a
 SHEET_GAP, SHEET_CAPTION = 0.08, 0.22  # inches between the slices of a sheet, and for the caption above each
 
 
-def draw_overlay(
-    voxels: np.ndarray,
-    labels: np.ndarray,
-    spacing_mm: Sequence[float],
-    organs: Sequence[str],
-    title: str,
-    voxel_ml: float | None = None,
-) -> Figure:
+def draw_overlay(shown: Shown) -> Figure:
     """Draw the three slices that show the most organs, with directions, scale bar and the organs' volumes.
 
-    Args:
-        voxels: (X, Y, Z) HU in RAS+ order.
-        labels: (X, Y, Z) ids on the same grid; without any organ the middle slices are drawn.
-        spacing_mm: distance of neighbouring voxels along X, Y, Z in mm.
-        organs: names by id, background first.
-        title: written above, the case as a rule.
-        voxel_ml: volume of one voxel in mL, smaller than the spacing makes it where the grid is sheared.
+    Without any organ the middle slices are drawn.
 
     Returns:
         the figure, for `save_figure`: coronal below axial, sagittal beside coronal, the legend beside axial.
-
-    Raises:
-        ValueError: when the shapes differ or an id has no name.
     """
-    check_volumes(title, voxels, organs, labels)
+    voxels, labels, organs, spacing_mm = shown.voxels, shown.labels, shown.organs, shown.geometry.spacing_mm
     counts = count_by_slice(labels, len(organs))
     present = organs_present(counts)
     chosen, box = choose_slices(counts), crop_to_organs(counts, spacing_mm)
@@ -91,7 +73,7 @@ def draw_overlay(
     x, y, z = extent_mm * min(PANELS_WIDTH / (x + y), PANELS_HEIGHT / (y + z))
     top_row = max(y, (len(present) + 2) * LEGEND_LINE)  # beside the organs the legend has a heading and a foot
     right, upper, lower = 3 * MARGIN + x, TITLE_HEIGHT + MARGIN, TITLE_HEIGHT + MARGIN + top_row + ROW_GAP
-    canvas = Canvas(right + max(y, legend_width(1)) + MARGIN, lower + z + MARGIN, title)
+    canvas = Canvas(right + max(y, legend_width(1)) + MARGIN, lower + z + MARGIN, shown.title)
     panels = canvas.axes(MARGIN, upper, x, y), canvas.axes(MARGIN, lower, x, z), canvas.axes(right, lower, y, z)
     for panel, (axis, (view, letters)) in zip(panels, VIEWS.items(), strict=True):
         plane = plane_of(axis, chosen[axis], box)
@@ -99,35 +81,17 @@ def draw_overlay(
         write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
     draw_scale_bar(panels[0])
     legend = canvas.axes(right, upper, legend_width(1), top_row)
-    columns = {"mL": volume_column(counts, spacing_mm, voxel_ml)}
+    columns = {"mL": volume_column(counts, shown.geometry.voxel_ml)}
     draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
     return canvas.figure
 
 
-def draw_contact_sheet(
-    voxels: np.ndarray,
-    labels: np.ndarray,
-    spacing_mm: Sequence[float],
-    organs: Sequence[str],
-    title: str,
-    number: int,
-    voxel_ml: float | None = None,
-) -> Figure:
-    """Return a figure of axial slices, evenly from the highest to the lowest with an organ.
+def draw_contact_sheet(shown: Shown, number: int) -> Figure:
+    """Return a figure of so many axial slices, evenly from the highest to the lowest with an organ.
 
-    Args:
-        voxels: (X, Y, Z) HU in RAS+ order.
-        labels: (X, Y, Z) ids on the same grid; without any organ the slices are those of the whole scan.
-        number: of slices; fewer when there are not as many.
-        spacing_mm: as for `draw_overlay`.
-        organs: as for `draw_overlay`.
-        title: as for `draw_overlay`.
-        voxel_ml: as for `draw_overlay`.
-
-    Raises:
-        ValueError: when the shapes differ or an id has no name.
+    Without any organ the slices are those of the whole scan. There are fewer when the scan has not as many.
     """
-    check_volumes(title, voxels, organs, labels)
+    voxels, labels, organs, spacing_mm = shown.voxels, shown.labels, shown.organs, shown.geometry.spacing_mm
     counts = count_by_slice(labels, len(organs))
     chosen, present, box = evenly_spaced(counts[2], number), organs_present(counts), crop_to_organs(counts, spacing_mm)
     size_mm = box_extent_mm(box, spacing_mm)[:2]
@@ -137,7 +101,7 @@ def draw_contact_sheet(
     legend_height = (len(present) + 2) * LEGEND_LINE
     upper, cell = TITLE_HEIGHT + MARGIN, y + SHEET_CAPTION + SHEET_GAP
     side, below = 2 * MARGIN + columns * (x + SHEET_GAP), math.ceil(len(chosen) / columns) * cell
-    canvas = Canvas(side + legend_width(1) + MARGIN, upper + max(below, legend_height) + MARGIN, title)
+    canvas = Canvas(side + legend_width(1) + MARGIN, upper + max(below, legend_height) + MARGIN, shown.title)
     panels = []
     for place, z in enumerate(chosen):
         row, column = divmod(place, columns)
@@ -145,9 +109,9 @@ def draw_contact_sheet(
         draw_cell(panels[-1], voxels, labels, z, box, spacing_mm)
     write_sides(panels[0])
     draw_scale_bar(panels[-1])
-    shown = set(np.flatnonzero(counts[2][chosen].any(axis=0)).tolist())
-    volumes = {"mL": volume_column(counts, spacing_mm, voxel_ml)}
-    draw_legend(canvas.axes(side, upper, legend_width(1), legend_height), organs, present, volumes, shown)
+    seen = set(np.flatnonzero(counts[2][chosen].any(axis=0)).tolist())
+    volumes = {"mL": volume_column(counts, shown.geometry.voxel_ml)}
+    draw_legend(canvas.axes(side, upper, legend_width(1), legend_height), organs, present, volumes, seen)
     return canvas.figure
 
 
@@ -187,15 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--contact: got {args.contact}, expected 1 or more")
         given = load_given(args.config, args.checkpoint)
     with refusing(REFUSED):
-        shown, note = read_shown(args.scan, label_map_paths(args), given, reading_of(args))
-        about = (shown.geometry.spacing_mm, shown.organs, shown.title)
+        shown, note = read_shown(args, given)
         if args.truth:
-            figure = draw_comparison(shown.voxels, *shown.label_maps.values(), *about, shown.geometry.voxel_ml)
-        elif args.contact:
-            (labels,) = shown.label_maps.values()
-            figure = draw_contact_sheet(shown.voxels, labels, *about, args.contact, shown.geometry.voxel_ml)
+            figure = draw_comparison(shown)
         else:
-            figure = draw_overlay(shown.voxels, *shown.label_maps.values(), *about, shown.geometry.voxel_ml)
+            figure = draw_contact_sheet(shown, args.contact) if args.contact else draw_overlay(shown)
         save_figure(figure, args.output)
     print_written(args.output, note)
     return DONE
@@ -203,17 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m visualization.overlay", description=__doc__.splitlines()[0])
-    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
-    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
-    parser.add_argument(
-        "--output", type=user_path, required=True, help="picture to write: .png, .jpg, .webp, .pdf or .svg"
-    )
-    parser.add_argument(
-        "--truth", type=user_path, metavar="LABELS", help="reference to draw beside it, and where the two differ"
-    )
+    output = "picture to write: .png, .jpg, .webp, .pdf or .svg"
+    parser = picture_parser("overlay", __doc__, output, "reference to draw beside it, and where the two differ")
     parser.add_argument("--contact", type=int, metavar="N", help="draw a sheet of N axial slices instead")
-    add_common_flags(parser)
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,6 @@
 """Web pages of one file each: all that they show is within them, and the browser lets nothing out.
 
-    make_page(title, body, styles=(css,), scripts=(js,), data={"case": Data("application/json", "{}")}) -> str
+    make_page(title, body, styles=(css,), scripts=(js,), data={"case": as_json({})}) -> str
 
 A Content-Security-Policy names each script and style by its hash and forbids the rest: no request leaves the page, and
 nothing runs that a file's name or header might bring along.
@@ -11,8 +11,8 @@ import hashlib
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from core.system.files import read_text, write_text
@@ -21,30 +21,18 @@ FOLDER = Path(__file__).resolve().parent
 STYLE = FOLDER / "page.css"
 
 
-@dataclass(frozen=True)
-class Data:
-    """Something that a page's script reads: its type, and its text, base64 where it is bytes."""
+def as_json(content: Any) -> str:
+    """Return JSON that cannot end the element it stands in."""
+    return json.dumps(content).replace("<", "\\u003c")
 
-    kind: str
-    text: str
 
-    @classmethod
-    def json(cls, content: Any) -> "Data":
-        """JSON that cannot end the element it stands in."""
-        return cls("application/json", json.dumps(content).replace("<", "\\u003c"))
-
-    @classmethod
-    def bytes(cls, content: bytes) -> "Data":
-        """Bytes as base64."""
-        return cls("application/octet-stream", base64.b64encode(content).decode())
+def as_base64(content: bytes) -> str:
+    """Return bytes as text."""
+    return base64.b64encode(content).decode()
 
 
 def make_page(
-    title: str,
-    body: str,
-    scripts: Sequence[str] = (),
-    styles: Sequence[str] = (),
-    data: dict[str, Data] | None = None,
+    title: str, body: str, scripts: Sequence[str] = (), styles: Sequence[str] = (), data: dict[str, str] | None = None
 ) -> str:
     """Make a page.
 
@@ -53,56 +41,28 @@ def make_page(
         body: HTML, in which everything that came from a file went through `escaped`.
         scripts: run in this order after the body is there.
         styles: CSS beside page.css.
-        data: by the id of the element that holds it.
+        data: what scripts read, from `as_json` or `as_base64`, by the id of the element that holds it.
 
     Raises:
         ValueError: when a script would end its own element.
     """
-    for script in scripts:
-        if "</script" in script.lower():
-            raise ValueError("a script holds its element's end; write <\\/script in it")
+    if any("</script" in script.lower() for script in scripts):
+        raise ValueError("a script holds its element's end; write <\\/script in it")
     styles = [read_text(STYLE), *styles]
-    blocks = [f'<script id="{name}" type="{item.kind}">{item.text}</script>' for name, item in (data or {}).items()]
-    return "\n".join(
-        (
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy_of(scripts, styles)}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{escaped(title)}</title>",
-            *(f"<style>{style}</style>" for style in styles),
-            "</head>",
-            f"<body>\n{body}",
-            *blocks,
-            *(f"<script>{script}</script>" for script in scripts),
-            "</body>",
-            "</html>",
-            "",
-        )
-    )
-
-
-def policy_of(scripts: Sequence[str], styles: Sequence[str]) -> str:
-    """Return a Content-Security-Policy that allows these scripts and styles and nothing from the network."""
-    return "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src {hashes(scripts)}",
-            f"style-src {hashes(styles)}",
-            "img-src data: blob:",
-            "media-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
+    return Template(read_text(FOLDER / "page.html")).substitute(
+        script_hashes=hashes(scripts),
+        style_hashes=hashes(styles),
+        title=escaped(title),
+        styles="\n".join(f"<style>{style}</style>" for style in styles),
+        body=body,
+        data="\n".join(f'<script id="{name}" type="text/plain">{text}</script>' for name, text in (data or {}).items()),
+        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
     )
 
 
 def hashes(texts: Sequence[str]) -> str:
     """Return the texts as a Content-Security-Policy names them."""
-    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+    digests = (as_base64(hashlib.sha256(text.encode()).digest()) for text in texts)
     return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
 
@@ -113,7 +73,7 @@ def escaped(text: object) -> str:
 
 def data_url(kind: str, content: bytes) -> str:
     """Bytes as an address that a page can hold, say a picture's."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:{kind};base64,{as_base64(content)}"
 
 
 def write_page(path: Path, page: str) -> None:

@@ -9,14 +9,13 @@ in the report.
 """
 
 import argparse
-import io
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
@@ -27,21 +26,14 @@ from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import user_path, write_text
+from core.system.files import read_text, write_text
 from core.system.provenance import git_commit, versions
 from visualization.comparison import draw_comparison
 from visualization.movie import make_movie
 from visualization.overlay import draw_contact_sheet, draw_overlay
-from visualization.page import data_url, escaped, make_page, write_page
-from visualization.shown import (
-    Shown,
-    add_common_flags,
-    label_map_paths,
-    print_written,
-    read_shown,
-    reading_of,
-)
-from visualization.style import organ_rules
+from visualization.page import FOLDER, data_url, escaped, make_page, write_page
+from visualization.shown import Shown, picture_parser, print_written, read_shown
+from visualization.style import figure_url, organ_rules
 from visualization.viewer import make_viewer
 
 FRAMES, SIZE = 96, (960, 540)  # of the movie in a page
@@ -114,28 +106,17 @@ def defined(value: float) -> float | None:
 
 def make_report(shown: Shown, facts: dict) -> str:
     """Return the page of a case, HTML."""
-    body = f"""<header>
-<h1>{escaped(shown.title)}</h1>
-<p class="quiet">{escaped(describe_scan(shown))}</p>
-<p class="no-print"><a href="{VIEWER}">Open the viewer</a>: slices in three planes and organs that turn.</p>
-</header>
-<h2>To look at</h2>
-{flags(facts["remarks"])}
-<h2>Organs</h2>
-<div class="scroll">{organ_table(facts)}</div>
-<h2>Slices</h2>
-{slices(shown)}
-<h2>In 3-D</h2>
-{movie(shown)}
-<h2>Where it comes from</h2>
-<table>{
-        "".join(
-            f'<tr><td>{escaped(name)}</td><td class="text">{escaped(value)}</td></tr>'
-            for name, value in facts["provenance"].items()
-        )
-    }</table>
-<p class="quiet">Not a medical device. Plausible volumes are wide ranges of adults: what lies outside is worth a look,
-not wrong.</p>"""
+    rows = [f'<tr><td>{escaped(k)}</td><td class="text">{escaped(v)}</td></tr>' for k, v in facts["provenance"].items()]
+    body = Template(read_text(FOLDER / "report.html")).substitute(
+        title=escaped(shown.title),
+        about=escaped(describe_scan(shown)),
+        viewer=VIEWER,
+        remarks=flags(facts["remarks"]),
+        organs=organ_table(facts),
+        slices=slices(shown),
+        movie=movie(shown),
+        provenance="".join(rows),
+    )
     return make_page(shown.title, body, styles=[organ_rules(len(shown.organs))])
 
 
@@ -186,36 +167,23 @@ def number(value: float | None, places: int) -> str:
 
 def slices(shown: Shown) -> str:
     """Return the slices as pictures: three planes, compared when there is a reference, and a sheet of axial slices."""
-    labels, *reference = shown.label_maps.values()
-    about = (shown.geometry.spacing_mm, shown.organs, shown.title)
-    if reference:
-        main = draw_comparison(shown.voxels, labels, *reference, *about, shown.geometry.voxel_ml)
-        text = "prediction, reference and errors in three planes"
+    if len(shown.label_maps) > 1:
+        main, text = draw_comparison(shown), "prediction, reference and errors in three planes"
     else:
-        main = draw_overlay(shown.voxels, labels, *about, shown.geometry.voxel_ml)
-        text = "axial, coronal and sagittal slice with the organs"
-    sheet = draw_contact_sheet(shown.voxels, labels, *about, SLICES, shown.geometry.voxel_ml)
+        main, text = draw_overlay(shown), "axial, coronal and sagittal slice with the organs"
+    sheet = draw_contact_sheet(shown, SLICES)
     return (
-        f'<p><img alt="{text}" src="{picture(main)}"></p>'
-        f'<details><summary>Axial slices</summary><img alt="axial slices" src="{picture(sheet)}"></details>'
+        f'<p><img alt="{text}" src="{figure_url(main)}"></p>'
+        f'<details><summary>Axial slices</summary><img alt="axial slices" src="{figure_url(sheet)}"></details>'
     )
-
-
-def picture(figure: Figure) -> str:
-    """Return a figure as a data URL."""
-    content = io.BytesIO()
-    figure.savefig(content, format="webp")
-    return data_url("image/webp", content.getvalue())
 
 
 def movie(shown: Shown) -> str:
     """Return the movie of the organs, or a sentence that there are none."""
-    label_maps = shown.label_maps if len(shown.label_maps) > 1 else {"": next(iter(shown.label_maps.values()))}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "organs.mp4"
-        chosen = range(1, len(shown.organs))
         try:
-            make_movie(shown.title, shown.geometry, label_maps, path, shown.organs, chosen, FRAMES, SIZE)
+            make_movie(shown, path, range(1, len(shown.organs)), FRAMES, SIZE)
         except ValueError:  # no organ, or only specks without a surface
             return "<p>No organ to show.</p>"
         content = path.read_bytes()
@@ -254,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.output.exists() and not args.output.is_dir():
             raise ValueError(f"{args.output}: is a file, expected a folder to write the report into")
     with refusing(REFUSED):
-        shown, note = read_shown(args.scan, label_map_paths(args), given, reading_of(args))
+        shown, note = read_shown(args, given)
         page = write_report(shown, args.output, provenance)
     print_written(page, note)
     return DONE
@@ -262,14 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m visualization.report", description=__doc__.splitlines()[0])
-    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
-    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
-    parser.add_argument(
-        "--output", type=user_path, required=True, metavar="DIR", help="folder to write the report into"
-    )
-    parser.add_argument("--truth", type=user_path, metavar="LABELS", help="compare with this reference")
-    add_common_flags(parser)
+    parser = picture_parser("report", __doc__, "folder to write the report into", "compare with this reference")
     return parser.parse_args(arguments)
 
 

@@ -12,12 +12,12 @@ from tqdm import tqdm
 from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
-from core.scans.volumes import DEFAULT_READING, load_labels
+from core.scans.volumes import DEFAULT_READING
 from core.system.exits import print_error, print_warning
 from core.system.files import read_text
 from visualization.page import escaped, make_page, write_page
 from visualization.report import number, write_report
-from visualization.shown import Shown, title_of
+from visualization.shown import Shown, read_label_maps, title_of
 
 
 def write_reports(
@@ -47,8 +47,8 @@ def write_reports(
     for case, file in tqdm(cases.items(), desc="reports", disable=None):
         try:
             voxels, geometry = read(file)
-            labels, _ = load_labels(label_map_path(output, case), len(organs), reading)
-            shown = Shown(title_of(case), voxels, geometry, {"prediction": labels}, organs, taught)
+            label_maps = read_label_maps({"prediction": label_map_path(output, case)}, geometry, organs, reading)
+            shown = Shown(title_of(case), voxels, geometry, label_maps, organs, taught)
             write_report(shown, output / REPORTS / case, {"scan": file.name} | provenance)
         except (ValueError, OSError, MemoryError) as error:
             print_error(ValueError(f"case {case}: no report: {error or type(error).__name__}"))

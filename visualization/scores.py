@@ -6,7 +6,6 @@ writes SCORES_DIR/scores.png, as evaluate.py does.
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.system.exits import DONE, REFUSED, refusing, run_command
-from core.system.files import open_text, user_path
+from core.system.files import user_path
 from visualization.fonts import drawable, drawable_organs
 from visualization.style import INK, PAPER, apply_style, colour_of, save_figure
+from visualization.tables import read_table
 
 FIGURE_INCHES = (15.0, 7.6)
 DRAWN = {"dice": "Dice", "nsd": "Normalised surface Dice"}
@@ -57,22 +57,8 @@ def read_metrics(path: str | Path) -> Scores:
         FileNotFoundError: when there is no such file.
         ValueError: when it has no row, lacks a column, or a cell is no number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected the table that evaluate.py writes")
-    try:
-        with open_text(path) as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            columns = reader.fieldnames or []
-    except csv.Error as error:
-        raise ValueError(f"{path}: cannot be read as a table ({error})") from error
     needed = ("case", "id", "organ", *DRAWN)
-    lacking = [name for name in needed if name not in columns]
-    if lacking:
-        raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}")
-    if not rows:
-        raise ValueError(f"{path}: has no scored case")
+    rows = read_table(Path(path), needed, "evaluate.py")
     if any(row[name] is None for row in rows for name in needed):
         raise ValueError(f"{path}: has a row that is cut off")
     cases = list(dict.fromkeys(row["case"] for row in rows))

@@ -12,7 +12,7 @@ from core.scans.files import case_id
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import MAX_GIB, Reading
 from core.scans.organ_names import check_organ_names
-from core.scans.volumes import DEFAULT_READING, load_labels, load_scan
+from core.scans.volumes import load_labels, load_scan
 from core.scoring.organ_list import choose_organs
 from core.system.files import user_path
 
@@ -37,17 +37,18 @@ class Shown:
     organs: Sequence[str]
     taught: Sequence[str] | None = None
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The first label map, the prediction where there are two."""
+        return next(iter(self.label_maps.values()))
 
-def read_shown(
-    scan: Path, label_maps: dict[str, Path], given: Config | None, reading: Reading = DEFAULT_READING
-) -> tuple[Shown, str | None]:
-    """Read a scan and its label maps.
+
+def read_shown(args: argparse.Namespace, given: Config | None) -> tuple[Shown, str | None]:
+    """Read the scan and the label maps of a command line.
 
     Args:
-        scan: a NIfTI file.
-        label_maps: files by title, from `label_map_paths`.
+        args: from a parser of `picture_parser`.
         given: the settings whose organ names count, from `load_given`; None: the label maps' own.
-        reading: options for reading the files.
 
     Returns:
         what to look at, and a note for the user when the organ names are the default ones.
@@ -55,15 +56,12 @@ def read_shown(
     Raises:
         OSError, ValueError: when a file cannot be read, is not on the scan's grid, or holds other organs.
     """
-    organs, note = organs_of(label_maps, given)
-    voxels, geometry = load_scan(scan, reading)
-    found = read_label_maps(label_maps, geometry, organs, reading)
-    return Shown(title_of(case_id(scan)), voxels, geometry, found, organs), note
-
-
-def organs_of(label_maps: dict[str, Path], given: Config | None) -> tuple[tuple[str, ...], str | None]:
-    """Choose the organ list as `choose_organs`, from the first label map that holds names."""
-    return choose_organs(given, *([path] for path in label_maps.values()))
+    reading = Reading(args.max_gib, args.assume_ras)
+    paths = {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "reference": args.truth}
+    organs, note = choose_organs(given, *([path] for path in paths.values()))
+    voxels, geometry = load_scan(args.scan, reading)
+    label_maps = read_label_maps(paths, geometry, organs, reading)
+    return Shown(title_of(case_id(args.scan)), voxels, geometry, label_maps, organs), note
 
 
 def title_of(case: str) -> str:
@@ -72,7 +70,7 @@ def title_of(case: str) -> str:
 
 
 def read_label_maps(
-    paths: dict[str, Path], geometry: Geometry, organs: Sequence[str], reading: Reading = DEFAULT_READING
+    paths: dict[str, Path], geometry: Geometry, organs: Sequence[str], reading: Reading
 ) -> dict[str, np.ndarray]:
     """Read label maps of a scan, (X, Y, Z) uint8 in RAS+ order, by the same titles.
 
@@ -95,23 +93,26 @@ def in_mm(geometry: Geometry, voxel: Sequence[int]) -> list[float]:
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name the organs, and those that say which files are accepted."""
+def picture_parser(name: str, about: str, output: str, truth: str) -> argparse.ArgumentParser:
+    """Return the parser of a command of this folder, with the flags that all pictures have.
+
+    Args:
+        name: of the module.
+        about: its docstring.
+        output: help of --output.
+        truth: help of --truth.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m visualization.{name}", description=about.splitlines()[0])
+    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
+    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
+    parser.add_argument("--output", type=user_path, required=True, help=output)
+    parser.add_argument("--truth", type=user_path, metavar="LABELS", help=truth)
     text = "settings that name the organs (default: the label map does)"
     parser.add_argument("--config", type=user_path, metavar="FILE", help=text)
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="network whose settings name the organs")
     parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest scan, as float32")
     parser.add_argument("--assume-ras", action="store_true", help="take files without a place in the patient as RAS+")
-
-
-def reading_of(args: argparse.Namespace) -> Reading:
-    """Return the options for reading files that a command line gives."""
-    return Reading(args.max_gib, args.assume_ras)
-
-
-def label_map_paths(args: argparse.Namespace) -> dict[str, Path]:
-    """Return the label maps of a command line by their titles: one, or prediction and reference."""
-    return {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "reference": args.truth}
+    return parser
 
 
 def print_written(output: Path, note: str | None, size: str = "") -> None:

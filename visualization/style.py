@@ -3,6 +3,7 @@
 The organs' colours come from core/scans/organ_colours.py, since label maps carry them too.
 """
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from core.scans.organ_colours import colour_of, rgb_of
 from core.system.files import whole_file
 from visualization import fonts
+from visualization.page import data_url
 
 # Pixels an inch: a picture 11 inches wide fills a full-HD screen's width and no more.
 PIXELS_PER_INCH = 150
@@ -80,6 +82,13 @@ def check_format(path: Path) -> None:
     """
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise ValueError(f"{path}: a picture's name must end with one of {', '.join(PICTURE_SUFFIXES)}")
+
+
+def figure_url(figure: Figure) -> str:
+    """Return a figure as a data URL, WebP, that a page can hold."""
+    content = io.BytesIO()
+    figure.savefig(content, format="webp")
+    return data_url("image/webp", content.getvalue())
 
 
 def save_figure(figure: Figure, path: Path) -> None:

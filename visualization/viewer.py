@@ -23,14 +23,14 @@ from scipy import ndimage
 from core.scans.resample import resize_image, resize_labels
 from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import read_text, user_path
+from core.system.files import read_text
 from visualization.meshes import Mesh, organ_mesh
 from visualization.overlay import draw_overlay
-from visualization.page import FOLDER, Data, data_url, escaped, make_page, write_page
+from visualization.page import FOLDER, as_base64, as_json, data_url, escaped, make_page, write_page
 from visualization.render import Scene, render, view_at
-from visualization.shown import Shown, add_common_flags, in_mm, label_map_paths, print_written, read_shown, reading_of
+from visualization.shown import Shown, in_mm, picture_parser, print_written, read_shown
 from visualization.slices import choose_slices, count_by_slice
-from visualization.style import rgb_of
+from visualization.style import figure_url, rgb_of
 
 IN_PLANE = 256  # voxels along X and Y that a page holds at most, without --full
 HU_STEP = 4  # without --full; finer than the noise of a CT
@@ -51,9 +51,7 @@ def make_viewer(shown: Shown, full: bool = False) -> str:
     size = shown.voxels.shape if full else (*(min(n, IN_PLANE) for n in shown.voxels.shape[:2]), shown.voxels.shape[2])
     step = np.array(shown.voxels.shape) / size
     affine = shown.geometry.ras_affine @ np.block([[np.diag(step), (step[:, None] - 1) / 2], [np.zeros(3), 1]])
-    first = next(iter(shown.label_maps.values()))
-    counts = count_by_slice(first, len(shown.organs))
-    start = choose_slices(counts)
+    start = choose_slices(count_by_slice(shown.labels, len(shown.organs)))
     meshes = {
         (source, organ): organ_mesh(labels, organ, shown.geometry.ras_affine, MESH_STEP_MM)
         for source, labels in enumerate(shown.label_maps.values())
@@ -69,16 +67,16 @@ def make_viewer(shown: Shown, full: bool = False) -> str:
         "surfaces": surfaces,
     }
     data = {
-        "case": Data.json(case),
-        "scan": Data.bytes(pack_volume(smaller_scan(shown.voxels, size, full), affine)),
-        "surfaces-data": Data.bytes(gzip.compress(packed, GZIP_LEVEL, mtime=0)),
+        "case": as_json(case),
+        "scan": as_base64(pack_volume(smaller_scan(shown.voxels, size, full), affine)),
+        "surfaces-data": as_base64(gzip.compress(packed, GZIP_LEVEL, mtime=0)),
     }
     for number, labels in enumerate(shown.label_maps.values()):
-        data[f"labels-{number}"] = Data.bytes(pack_volume(resize_labels(labels, size), affine))
+        data[f"labels-{number}"] = as_base64(pack_volume(resize_labels(labels, size), affine))
     body = Template(read_text(FOLDER / "viewer.html")).substitute(
         title=escaped(shown.title),
         about=escaped(describe_grid(shown.voxels.shape, size, shown.geometry.spacing_mm, full)),
-        slices=still_of_slices(shown, first),
+        slices=figure_url(draw_overlay(shown)),
         surfaces=still_of_surfaces({organ: mesh for (source, organ), mesh in meshes.items() if source == 0}),
         niivue=escaped(json.loads(read_text(NIIVUE.parent / "niivue.json"))["version"]),
     )
@@ -164,16 +162,6 @@ def pack_surfaces(meshes: dict[tuple[int, int], Mesh]) -> tuple[list[dict], byte
     return parts, packed
 
 
-def still_of_slices(shown: Shown, labels: np.ndarray) -> str:
-    """Return the three slices with the most organs, as a picture's data URL."""
-    figure = draw_overlay(
-        shown.voxels, labels, shown.geometry.spacing_mm, shown.organs, shown.title, shown.geometry.voxel_ml
-    )
-    picture = io.BytesIO()
-    figure.savefig(picture, format="jpeg")
-    return data_url("image/jpeg", picture.getvalue())
-
-
 def still_of_surfaces(meshes: dict[int, Mesh]) -> str:
     """Return the organs from the front, as a picture's data URL; black without any."""
     colour = render(Scene(meshes), view_at(0), STILL).colour if meshes else np.zeros((*STILL[::-1], 3), np.uint8)
@@ -190,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.output}: a page's name must end with .html")
         given = load_given(args.config, args.checkpoint)
     with refusing(REFUSED):
-        shown, note = read_shown(args.scan, label_map_paths(args), given, reading_of(args))
+        shown, note = read_shown(args, given)
         write_page(args.output, make_viewer(shown, args.full))
     print_written(args.output, note, f", {args.output.stat().st_size / 1e6:.1f} MB")
     return DONE
@@ -198,13 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m visualization.viewer", description=__doc__.splitlines()[0])
-    parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
-    parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
-    parser.add_argument("--output", type=user_path, required=True, help="page to write: .html")
-    parser.add_argument("--truth", type=user_path, metavar="LABELS", help="reference, to switch to")
+    parser = picture_parser("viewer", __doc__, "page to write: .html", "reference, to switch to")
     parser.add_argument("--full", action="store_true", help="hold every voxel and HU, however large the page gets")
-    add_common_flags(parser)
     return parser.parse_args(arguments)
 
 

@@ -338,7 +338,11 @@ def test_prediction_and_truth_stand_at_the_same_place():
         (["--output", "o.avi"], 2, "must end with one of .mp4, .gif"),
         (["--output", "o.mp4", "--frames", "0"], 2, "--frames: got 0, expected 1 or more"),
         (["--output", "o.mp4", "--size", "101", "100"], 2, "--size: got 101 100, expected two even numbers"),
-        (["--output", "o.mp4", "--organs", "heart"], 2, "--organs: got heart, expected some of: liver"),
+        (
+            ["--output", "o.mp4", "--organs", "heart"],
+            2,
+            "--organs: got 'heart' (did you mean 'aorta'?), expected",
+        ),
         (["--output", "o.mp4", "--organs", "aorta"], 1, "has none of the organs to show"),
     ],
 )

@@ -69,7 +69,7 @@ def test_cells_come_where_they_belong(tmp_path):
         (None, "no such file"),
         ("", "lacks the columns case, id, organ, dice, nsd"),
         (HEADER.replace("nsd", "iou"), "lacks the columns nsd"),
-        (HEADER, "has no scored case"),
+        (HEADER, "has no row"),
         (HEADER + "a,1,liver,good,1,1,1,1,1,1,1\n", "has a cell that is no number (could not convert"),
         (HEADER + "a,one,liver,1,1,1,1,1,1,1,1\n", "has a cell that is no number (invalid literal"),
         (HEADER + "a,1,liver,1,1\n", "has a row that is cut off"),

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from visualization import viewer
-from visualization.page import Data, make_page
+from visualization.page import as_json, make_page
 from visualization.vendor import update
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,7 +196,7 @@ def test_names_cannot_bring_along_what_a_browser_would_run(folder, tmp_path):
 def test_a_script_that_ends_itself_is_refused():
     with pytest.raises(ValueError, match="its element's end"):
         make_page("title", "", ["a = '</SCRIPT>'"])
-    assert "<" not in Data.json({"name": "</script>"}).text
+    assert "<" not in as_json({"name": "</script>"})
 
 
 @pytest.mark.parametrize(
