@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from core.checkpoint import load_networks
 from core.config import Config, check
-from core.inference.inputs import choose_reading, choose_scans, read_scan
+from core.inference.inputs import choose_scans, read_scan
 from core.inference.locating import Locator
 from core.inference.networks import choose_inference_precision, mean_logits, predict_logits
 from core.inference.output_folder import OutputFolder
@@ -157,7 +157,8 @@ def main() -> int:
     with refusing(USAGE):
         device = choose_device(own_device(check("device", arguments.device, "--device")))
         check("precision", arguments.precision, "--precision")
-        reading = choose_reading(arguments)
+        max_gib = check("max_gib", arguments.max_gib, "--max-gib")
+        reading = Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
         group = join_group(torch.device("cpu"))  # the processes exchange only names
         cases, refused = choose_scans(arguments.inputs, arguments.cases, arguments.series, show=group.first)
         output.prepare(cases, refused)
@@ -225,12 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     extra("--rtstruct", const="--rtstruct", help="write CASE_rtstruct.dcm too, an RT Structure Set of a DICOM series")
     parser.add_argument("--report", action="store_true", help="write a page with pictures for each case, in reports/")
     parser.add_argument("--series", metavar="UID", help="the DICOM series to segment; UID:2: its second acquisition")
-    parser.add_argument(
-        "--max-gib",
-        default=str(Reading.max_gib),
-        metavar="GIB",
-        help=f"refuse scans of more memory than this (default: {Reading.max_gib:g})",
-    )
+    parser.add_argument("--max-gib", type=float, default=Reading.max_gib, metavar="G", help="largest scan, as float32")
     parser.add_argument(
         "--assume-ras", action="store_true", help="take files that do not say where they lie to be in RAS+ order"
     )

@@ -159,8 +159,3 @@ def parse_source_organs(given: Sequence[str], masks: bool) -> dict[Key, str]:
             raise ValueError(f"--source-organs: got {text!r}, expected an id from {IDS[0]} to {IDS[-1]}")
         names[key if masks else int(key)] = name
     return names
-
-
-def known_collections() -> str:
-    """Return the names of the known collections, for messages."""
-    return ", ".join(load_collections())

@@ -18,8 +18,8 @@ from core.scans.annotated import read_annotated
 from core.scans.files import case_id, find_files, label_ids, listed
 from core.scans.organ_names import read_organ_names
 from core.scans.weights import WEIGHTS, read_weights
-from data.label_names import Key, known_collections, load_collections, read_dataset_json, same_organ
-from data.other_formats import OTHER_SUFFIXES, is_other_format, stem
+from data.label_names import Key, load_collections, read_dataset_json, same_organ
+from data.other_formats import IMAGE_SUFFIXES, is_other_format, stem
 
 PAIRS = {
     "nnunet": (
@@ -134,7 +134,7 @@ def find_layouts(folder: Path, levels: int = LEVELS) -> Iterator[tuple[Path, str
     if any(re.fullmatch(r"img\d+", name) for name in names) and any(BTCV_LABEL.match(name) for name in names):
         here.append("btcv")
     below = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    if any(is_masked_case(path) for path in below):
+    if any(named(path, SCAN) for path in below):
         here.append("masks")
     for layout in here:
         yield folder, layout
@@ -148,11 +148,6 @@ def is_pair(folder: Path, images: str, labels: str) -> bool:
     return (folder / images).is_dir() and (folder / labels).is_dir()
 
 
-def is_masked_case(folder: Path) -> bool:
-    """Return True for the folder of one case with ct.nii.gz."""
-    return named(folder, SCAN) is not None
-
-
 def named(folder: Path, name: str) -> Path | None:
     """Return the image in a folder that has this name, in any format."""
     return next((path for path in scans_in(folder) if stem(path) == name), None)
@@ -160,8 +155,9 @@ def named(folder: Path, name: str) -> Path | None:
 
 def scans_in(folder: Path) -> list[Path]:
     """Return the files of a folder that are named like images, in order; hidden ones are left out."""
-    suffixes = (".nii.gz", ".nii", *OTHER_SUFFIXES)
-    return [path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower().endswith(suffixes)]
+    return [
+        path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower().endswith(IMAGE_SUFFIXES)
+    ]
 
 
 def contents(folder: Path) -> str:
@@ -311,16 +307,10 @@ def names_in_headers(source: Source) -> tuple[dict[int, str], Path | None]:
 def recognise(source: Source) -> str | None:
     """Return the known collection whose folders and case names these are; None when there is none."""
     for name, about in load_collections().items():
-        if about.get("folders") == source.layout or is_btcv_in_nnunet(source, about):
-            pattern = about.get("cases")
-            if pattern and all(re.fullmatch(pattern, case.id) for case in source.cases):
-                return name
+        layouts = ("btcv", "nnunet") if about.get("folders") == "btcv" else (about.get("folders"),)  # of copies, too
+        if source.layout in layouts and all(re.fullmatch(about["cases"], case.id) for case in source.cases):
+            return name
     return None
-
-
-def is_btcv_in_nnunet(source: Source, about: dict) -> bool:
-    """Return True for BTCV's case names in imagesTr and labelsTr, as many copies of it have them."""
-    return about.get("folders") == "btcv" and source.layout == "nnunet"
 
 
 def leave_out(source: Source, not_ct: str | None, collection: str) -> None:
@@ -337,6 +327,6 @@ def unnamed(source: Source) -> ValueError:
     """Return the error for a source whose ids nothing names."""
     return ValueError(
         f"{source.folder}: nothing says which organs the ids are (no {DATASET_JSON}, no known case names, found "
-        f"{source.cases[0].id}); name the collection (--layout: {known_collections()}) or the ids "
+        f"{source.cases[0].id}); name the collection (--layout: {', '.join(load_collections())}) or the ids "
         "(--source-organs 1=liver 2=spleen ...)"
     )

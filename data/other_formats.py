@@ -3,22 +3,22 @@
 from pathlib import Path
 
 from core.scans.not_found import CONVERTED_SUFFIXES
+from core.scans.volumes import NIFTI_SUFFIXES
 from core.system.exits import one_line
 from core.system.files import whole_file
 
-OTHER_SUFFIXES = CONVERTED_SUFFIXES
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
+IMAGE_SUFFIXES = (*NIFTI_SUFFIXES, *CONVERTED_SUFFIXES)
 
 
 def is_other_format(path: Path) -> bool:
     """Return True for a file named like one of these formats."""
-    return path.name.lower().endswith(OTHER_SUFFIXES)
+    return path.name.lower().endswith(CONVERTED_SUFFIXES)
 
 
 def stem(path: Path) -> str:
     """Return a file's name without the suffix of an image."""
     name = path.name
-    for suffix in (*NIFTI_SUFFIXES, *OTHER_SUFFIXES):
+    for suffix in IMAGE_SUFFIXES:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return path.stem

@@ -10,9 +10,12 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import generate_uid
 
 from core.inference.dicom_source import (
     DESCRIPTION,
@@ -25,15 +28,11 @@ from core.inference.dicom_source import (
     reference_to,
     save,
 )
-from core.scans.dicom_header import CT_IMAGE, decode_errors, reason
+from core.scans.dicom_header import CT_IMAGE, DECODE_ERRORS, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
 from core.scans.organ_colours import rgb_of
 from core.scans.organ_words import OTHER_SIDE, standard_name
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
-    from pydicom.sr.coding import Code
 
 OWN_CODES = "99ORGANS"  # the coding scheme of organs that DICOM has no code for; 99 marks private ones (PS3.3 8.2)
 ABOUT = {
@@ -86,20 +85,18 @@ def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[
             **ABOUT,
             software_versions=network or "unknown",
         )
-    except decode_errors() as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"no DICOM Segmentation can be made of this series ({reason(error)})") from error
     refer_to(segmentation, stand_ins, [reference_to(sources[one.path], one) for one in slices])
     segmentation.SpecificCharacterSet = UTF_8
     save(segmentation, path)
 
 
-def as_single_slice(source: "Dataset", one: Slice, gap_mm: float) -> "Dataset":
+def as_single_slice(source: Dataset, one: Slice, gap_mm: float) -> Dataset:
     """Return a slice's header as that of a file of its own, with an identity that `refer_to` replaces.
 
     highdicom accepts one multi-frame file, of one acquisition, or files of one slice; series are of all kinds.
     """
-    from pydicom.uid import generate_uid
-
     header = item(
         SOPClassUID=CT_IMAGE,
         SOPInstanceUID=generate_uid(),
@@ -114,7 +111,7 @@ def as_single_slice(source: "Dataset", one: Slice, gap_mm: float) -> "Dataset":
     return header
 
 
-def refer_to(segmentation: "Dataset", stand_ins: Sequence["Dataset"], slices: Sequence["Dataset"]) -> None:
+def refer_to(segmentation: Dataset, stand_ins: Sequence[Dataset], slices: Sequence[Dataset]) -> None:
     """Put references to the slices in place of those to their stand-ins."""
     references = {one.SOPInstanceUID: reference for one, reference in zip(stand_ins, slices, strict=True)}
     for groups in segmentation.PerFrameFunctionalGroupsSequence:
@@ -128,10 +125,9 @@ def refer_to(segmentation: "Dataset", stand_ins: Sequence["Dataset"], slices: Se
     ]
 
 
-def describe(organ: int, name: str, network: str) -> "Dataset":
+def describe(organ: int, name: str, network: str) -> Dataset:
     """Describe the segment of an organ: name, code, colour, and the network that found it."""
     import highdicom
-    from pydicom.sr.codedict import codes
 
     kind, side = code_of(name)
     made_by = highdicom.AlgorithmIdentificationSequence("V-Net", codes.DCM.ArtificialIntelligence, network or "unknown")
@@ -150,18 +146,14 @@ def describe(organ: int, name: str, network: str) -> "Dataset":
     return segment
 
 
-def category_of(name: str) -> "Code":
+def category_of(name: str) -> Code:
     """Return the code of what a name is: an organ, or a disease in it."""
-    from pydicom.sr.codedict import codes
-
     words = set(re.findall(r"[^\W_]+", name.casefold()))
     return codes.SCT.MorphologicallyAbnormalStructure if words & LESIONS else codes.SCT.AnatomicalStructure
 
 
-def code_of(name: str) -> tuple["Code", "Code | None"]:
+def code_of(name: str) -> tuple[Code, Code | None]:
     """Return the code of an organ, and that of its side; a private code for an organ that DICOM does not list."""
-    from pydicom.sr.codedict import Code, codes
-
     words = re.findall(r"[^\W_]+", standard_name(name).casefold())
     sides = [word for word in words if word in OTHER_SIDE]
     keyword = "".join(word.capitalize() for word in words if word not in OTHER_SIDE)

@@ -6,13 +6,13 @@ PS3.3 below is a part of the DICOM standard.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from core.scans.dicom_header import Unfit, decode_errors, import_pydicom, name_transfer_syntax, open_dicom, reason
+import pydicom
+from pydicom import Dataset
+
+from core.scans.dicom_header import DECODE_ERRORS, Unfit, name_transfer_syntax, open_dicom, reason
 from core.scans.dicom_slice import Slice
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 MAKER, DESCRIPTION, SERIES_NUMBER = "Abdominal organ segmentation with V-Net", "Organs, segmented by V-Net", 9000
 UTF_8 = "ISO_IR 192"  # as DICOM calls it
@@ -27,7 +27,7 @@ FORMS = {"PatientSex": "[MFO]?", "PatientBirthDate": DATE, "StudyDate": DATE, "S
 REFERRED_TO = ("FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID")
 
 
-def read_sources(slices: Sequence[Slice]) -> dict[Path, "Dataset"]:
+def read_sources(slices: Sequence[Slice]) -> dict[Path, Dataset]:
     """Read the headers of the slices' files, by path, as `read_source`.
 
     Raises:
@@ -37,7 +37,7 @@ def read_sources(slices: Sequence[Slice]) -> dict[Path, "Dataset"]:
     for path in dict.fromkeys(one.path for one in slices):
         try:
             sources[path] = read_source(path)
-        except decode_errors() as error:
+        except DECODE_ERRORS as error:
             raise ValueError(f"no DICOM object can refer to {path}: {reason(error)}") from error
     if len({source.SOPInstanceUID for source in sources.values()}) < len(sources):
         raise ValueError(
@@ -46,13 +46,12 @@ def read_sources(slices: Sequence[Slice]) -> dict[Path, "Dataset"]:
     return sources
 
 
-def read_source(path: Path) -> "Dataset":
+def read_source(path: Path) -> Dataset:
     """Read a file's header; empty what anonymisation left invalid, and fill in what DICOM requires.
 
     Raises:
         Unfit: when it lacks what the result must refer to.
     """
-    pydicom = import_pydicom()
     with open_dicom(path) as file:
         header = pydicom.dcmread(file, stop_before_pixels=True)
     name_transfer_syntax(header)
@@ -76,7 +75,7 @@ def read_source(path: Path) -> "Dataset":
     return header
 
 
-def reference_to(source: "Dataset", one: Slice) -> "Dataset":
+def reference_to(source: Dataset, one: Slice) -> Dataset:
     """Make a reference to a slice, by its file and, in a file of several, its frame."""
     reference = item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
     if one.frames > 1:
@@ -84,10 +83,8 @@ def reference_to(source: "Dataset", one: Slice) -> "Dataset":
     return reference
 
 
-def item(**attributes: Any) -> "Dataset":
+def item(**attributes: Any) -> Dataset:
     """Make a DICOM data set of attributes by keyword."""
-    from pydicom import Dataset
-
     made = Dataset()
     for keyword, value in attributes.items():
         setattr(made, keyword, value)
@@ -99,7 +96,7 @@ def as_text(name: str) -> str:
     return name.replace("\\", "/")[:MAX_CHARACTERS]
 
 
-def save(made: "Dataset", path: Path) -> None:
+def save(made: Dataset, path: Path) -> None:
     """Write a DICOM object.
 
     Raises:
@@ -110,5 +107,5 @@ def save(made: "Dataset", path: Path) -> None:
         made.save_as(path, enforce_file_format=True)
     except OSError:
         raise
-    except decode_errors() as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"no DICOM object can hold a value of the series ({reason(error)})") from error

@@ -1,10 +1,9 @@
 """Find and read the scans that infer.py is given: NIfTI files, folders of them, DICOM series."""
 
-import argparse
-import math
 import os
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +12,16 @@ from core.scans.dicom_folders import (
     are_parts,
     is_one_series,
     is_series_folder,
-    pairs,
     parts_beside,
     places_of_input,
     series_folders_within,
 )
-from core.scans.dicom_header import import_pydicom
 from core.scans.dicom_series import load_series
 from core.scans.files import case_id, find_files, find_scans, listed, select_cases
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import load_scan, warn_of_values
 from core.system.exits import print_error, print_warning
-
-
-def choose_reading(arguments: argparse.Namespace) -> Reading:
-    """Return what the command line says about which scans are accepted.
-
-    Raises:
-        ValueError: when --max-gib is not a size.
-    """
-    try:
-        max_gib = float(arguments.max_gib)
-    except ValueError:
-        max_gib = math.nan
-    if not 0 < max_gib < math.inf:
-        raise ValueError(f"--max-gib: got {arguments.max_gib}, expected a number above 0")
-    return Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
-
 
 # ---- Find scans ------------------------------------------------------------------------------------------------------
 
@@ -115,7 +96,7 @@ def divided_series(scans: Collection[Path]) -> dict[Path, str]:
         with suppress(OSError):  # what cannot be opened fails when it is read
             parts[scan] = places_of_input(folder)
     divided = {}
-    for one, other in pairs(list(parts)):
+    for one, other in combinations(parts, 2):
         here, there = folders[one], folders[other]
         whole = Path(os.path.commonpath([here, there]))
         shared = parts[one].keys() & parts[other].keys()
@@ -148,14 +129,13 @@ def find_input(path: Path) -> dict[str, Path]:
     A folder with files of both kinds is refused: often both are the same scan, and only the user knows which to take.
 
     Raises:
-        OSError, ValueError: when there is no scan, or it is DICOM and pydicom is not installed.
+        OSError, ValueError: when there is no scan.
     """
     if path.is_dir() and not (path / "images").is_dir():
         nifti = find_files(path)
         if is_series_folder(path):
             if nifti:
                 raise ValueError(f"{path}: holds DICOM and NIfTI files; give the NIfTI file, or move one kind away")
-            import_pydicom()  # without it, the input is refused
             return {named_case(path): path}
         within = [] if nifti else series_folders_within(path)
         if is_one_series(within):

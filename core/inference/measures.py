@@ -51,25 +51,15 @@ def measure_organs(
             measured.append(Measures())
             continue
         mask = inside[part] == organ
-        hu_mean, hu_sd, hu_median = statistics_of(hu[part][mask])
+        values = hu[part][mask]
         measured.append(
             Measures(
                 ml=float(np.count_nonzero(mask) * geometry.voxel_ml),
-                hu_mean=hu_mean,
-                hu_sd=hu_sd,
-                hu_median=hu_median,
+                hu_mean=float(values.mean(dtype=np.float64)),
+                hu_sd=float(values.std(dtype=np.float64)),
+                hu_median=float(np.median(values)),
                 pieces=ndimage.label(mask, CONNECTED)[1],
                 touches_edge=ends_of(part, inside.shape),
             )
         )
     return measured
-
-
-def statistics_of(values: np.ndarray) -> tuple[float, float, float]:
-    """Return mean, standard deviation and median of values, (N,), N > 0; at twice the memory of the values."""
-    hu, counts = np.unique(values, return_counts=True)
-    mean = float(np.average(hu, weights=counts))
-    variance = np.average((hu - mean) ** 2, weights=counts)
-    # The two in the middle, which are one when N is odd.
-    middle = np.searchsorted(np.cumsum(counts), [(values.size - 1) // 2, values.size // 2], side="right")
-    return mean, math.sqrt(variance), float(hu[middle].mean())

@@ -7,9 +7,10 @@ Holes are contours of their own: what lies within an even number of an organ's c
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 
 from core.inference.dicom_source import (
     DESCRIPTION,
@@ -23,13 +24,10 @@ from core.inference.dicom_source import (
     reference_to,
     save,
 )
-from core.scans.dicom_header import decode_errors, reason
+from core.scans.dicom_header import DECODE_ERRORS, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
 from core.scans.organ_colours import rgb_of
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 RT_STRUCTURE_SET, STUDY_CLASS = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.3.1.2.3.1"
 COPIED = (*MAY_BE_EMPTY, "StudyInstanceUID", "FrameOfReferenceUID", "PositionReferenceIndicator")
@@ -59,18 +57,14 @@ def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[st
         structures = structure_set(source, images, network)
         for organ, name in enumerate(organs[1:], start=1):
             add_organ(structures, organ, name, list(contours_of(stack == organ, geometry.slices, images)))
-    except decode_errors() as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"no RT Structure Set can be made of this series ({reason(error)})") from error
     save(structures, path)
 
 
-def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) -> "Dataset":
+def structure_set(source: Dataset, images: Sequence[Dataset], network: str) -> Dataset:
     """Make a structure set without organs, of a slice's patient and study, that refers to all slices."""
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ImplicitVRLittleEndian, generate_uid
-
     now = datetime.now()
-    date, time, uid = now.strftime("%Y%m%d"), now.strftime("%H%M%S"), generate_uid()
     series = item(SeriesInstanceUID=source.SeriesInstanceUID, ContourImageSequence=images)
     study = item(ReferencedSOPClassUID=STUDY_CLASS, ReferencedSOPInstanceUID=source.StudyInstanceUID)
     study.RTReferencedSeriesSequence = [series]
@@ -79,7 +73,7 @@ def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) 
         **{keyword: source.get(keyword) for keyword in COPIED},
         SpecificCharacterSet=UTF_8,
         SOPClassUID=RT_STRUCTURE_SET,
-        SOPInstanceUID=uid,
+        SOPInstanceUID=generate_uid(),
         Modality="RTSTRUCT",
         SeriesInstanceUID=generate_uid(),
         SeriesNumber=SERIES_NUMBER,
@@ -90,8 +84,8 @@ def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) 
         OperatorsName=None,
         ApprovalStatus="UNAPPROVED",
         StructureSetLabel="ORGANS",
-        StructureSetDate=date,
-        StructureSetTime=time,
+        StructureSetDate=now.strftime("%Y%m%d"),
+        StructureSetTime=now.strftime("%H%M%S"),
         ReferencedFrameOfReferenceSequence=[frame],
         StructureSetROISequence=[],
         ROIContourSequence=[],
@@ -100,14 +94,10 @@ def structure_set(source: "Dataset", images: Sequence["Dataset"], network: str) 
     structures.file_meta = FileMetaDataset()
     # Explicit VR holds no contour of more than 65,534 bytes.
     structures.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-    structures.file_meta.MediaStorageSOPClassUID, structures.file_meta.MediaStorageSOPInstanceUID = (
-        RT_STRUCTURE_SET,
-        uid,
-    )
     return structures
 
 
-def add_organ(structures: "Dataset", organ: int, name: str, contours: Sequence["Dataset"]) -> None:
+def add_organ(structures: Dataset, organ: int, name: str, contours: Sequence[Dataset]) -> None:
     """Add an organ and its contours to a structure set."""
     frame = structures.FrameOfReferenceUID
     structures.StructureSetROISequence.append(
@@ -127,7 +117,7 @@ def add_organ(structures: "Dataset", organ: int, name: str, contours: Sequence["
     )
 
 
-def contours_of(mask: np.ndarray, slices: Sequence[Slice], images: Sequence["Dataset"]) -> Iterator["Dataset"]:
+def contours_of(mask: np.ndarray, slices: Sequence[Slice], images: Sequence[Dataset]) -> Iterator[Dataset]:
     """Return the contours of a mask, (slice, row, column), slice by slice, each with a reference to its image."""
     from skimage.measure import find_contours
 

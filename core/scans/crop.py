@@ -66,13 +66,7 @@ def body_box(voxels: np.ndarray) -> Box:
 
 def box_of(mask: np.ndarray) -> Box | None:
     """Return the smallest box around what is True in (X, Y, Z); None where nothing is."""
-    found = []
-    for axis in range(3):
-        places = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
-        if not len(places):
-            return None
-        found.append(slice(int(places[0]), int(places[-1]) + 1))
-    return tuple(found)
+    return ndimage.find_objects(mask.astype(np.uint8), max_label=1)[0]
 
 
 def located_box(labels: np.ndarray, searched: Box, shape: Sequence[int]) -> Box | None:

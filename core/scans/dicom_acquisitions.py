@@ -12,7 +12,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from core.scans.dicom_geometry import SAME_POSITION_MM, WHOLE_GAP
+from core.scans.dicom_geometry import SAME_POSITION_MM, WHOLE_GAP, places_of
 from core.scans.dicom_header import MARKS, TIMES, printable
 from core.scans.dicom_slice import Slice
 
@@ -69,12 +69,6 @@ def acquisitions_in_turn(slices: Sequence[Slice], period: int) -> list[Acquisiti
         Acquisition(f"{name}, {len(part)} slices", [slices[k] for k in part])
         for name, part in zip(names, parts, strict=True)
     ]
-
-
-def places_of(slices: Sequence[Slice]) -> np.ndarray:
-    """Return where slices are along their normal, in mm, (N,)."""
-    normal = np.cross(*slices[0].orientation)
-    return np.array([one.position @ normal for one in slices])
 
 
 def is_even(places: np.ndarray) -> bool:

@@ -3,8 +3,9 @@
 import filecmp
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -166,12 +167,7 @@ def is_one_series(folders: Collection[Path]) -> bool:
     parts = [places for folder in folders if (places := places_in([folder]))]
     if len(parts) < 2 or len({identity for part in parts for identity in part}) != 1:
         return False
-    return all(are_parts(*pair) for pair in pairs(parts))
-
-
-def pairs(items: list) -> Iterator[tuple]:
-    """Return each two of some items."""
-    return ((items[i], items[k]) for i in range(len(items)) for k in range(i + 1, len(items)))
+    return all(are_parts(*pair) for pair in combinations(parts, 2))
 
 
 def are_parts(one: Places, other: Places) -> bool:

@@ -1,6 +1,5 @@
 """Place the slices of a CT series in DICOM: their order, the affine, and why they fill no even grid."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import GRID_TOLERANCE, Geometry
-from core.scans.placement import SPACING_MM
+from core.scans.placement import SPACING_MM, corners_mm, voxels_apart, warn_of_shear
 
 NIFTI_EXTENT = 32767  # a NIfTI header holds no more voxels along an axis
 WHOLE_GAP = 0.2  # by which a gap may differ from a multiple of the others and still mean missing slices
@@ -39,8 +38,7 @@ def sort_slices(folder: Path, slices: Sequence[Slice]) -> list[Slice]:
         if any(differs.values()):
             which = " and ".join(keyword for keyword, different in differs.items() if different)
             raise ValueError(f"{other.path}: {which} differs from {first.path.name}, expected the same in all slices")
-    normal = np.cross(*first.orientation)
-    return sorted(slices, key=lambda one: float(one.position @ normal))
+    return [slices[k] for k in np.argsort(places_of(slices), kind="stable")]
 
 
 def affine_of(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
@@ -73,10 +71,10 @@ def affine_of(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def gaps_of(slices: Sequence[Slice]) -> np.ndarray:
-    """Return the distances in mm between neighbouring slices, along their normal."""
+def places_of(slices: Sequence[Slice]) -> np.ndarray:
+    """Return where slices are along their normal, in mm, (N,)."""
     normal = np.cross(*slices[0].orientation)
-    return np.diff([one.position @ normal for one in slices])
+    return np.array([one.position @ normal for one in slices])
 
 
 def check_doubles(folder: Path, slices: Sequence[Slice]) -> None:
@@ -85,7 +83,7 @@ def check_doubles(folder: Path, slices: Sequence[Slice]) -> None:
     Raises:
         ValueError: naming two.
     """
-    gaps = gaps_of(slices)
+    gaps = np.diff(places_of(slices))
     doubles = np.count_nonzero(gaps < SAME_POSITION_MM)
     if doubles:
         raise ValueError(
@@ -96,7 +94,7 @@ def check_doubles(folder: Path, slices: Sequence[Slice]) -> None:
 
 def why_uneven(slices: Sequence[Slice], off_voxels: np.ndarray) -> str:
     """Explain why slices, in order, are not an even grid; `off_voxels` (3, slices) is the distance of each from it."""
-    gaps = gaps_of(slices)
+    gaps = np.diff(places_of(slices))
     closest, widest, typical = int(gaps.argmin()), int(gaps.argmax()), float(np.median(gaps))
     if np.abs(off_voxels[2]).max() <= GRID_TOLERANCE:
         return f"slices are shifted sideways by up to {np.abs(off_voxels[:2]).max():.2g} pixels, expected an even line"
@@ -137,13 +135,7 @@ def geometry_of(folder: Path, slices: Sequence[Slice], warn: Callable[[str], Non
     header.set_sform(affine, code="scanner")
     header.set_qform(affine, code="scanner", strip_shears=True)
     affine = header.get_sform()  # rounded to float32, as it will stand in the files written for this scan
-    last = np.array(shape) - 1
-    corners = np.array(np.meshgrid(*[(0, n) for n in last], indexing="ij")).reshape(3, -1).T
-    apart = nib.affines.apply_affine(np.linalg.inv(affine) @ header.get_qform(), corners) - corners
-    if np.abs(apart).max() > GRID_TOLERANCE:
+    if voxels_apart(corners_mm(affine, shape) - corners_mm(header.get_qform(), shape), affine) > GRID_TOLERANCE:
         header.set_qform(None, code="unknown")
-        step, normal = affine[:3, 2], np.cross(affine[:3, 0], affine[:3, 1])
-        cosine = abs(step @ normal) / np.linalg.norm(step) / np.linalg.norm(normal)
-        degrees = math.degrees(math.acos(min(cosine, 1.0)))
-        warn(f"{folder}: slices are sheared by {degrees:.1f} degrees (tilted gantry); the affine keeps that")
+        warn_of_shear(affine, lambda message: warn(f"{folder}: {message}"))
     return Geometry(shape, affine, header, tuple(slices))

@@ -8,26 +8,26 @@ and numbers of a patient appear in no message.
 
 import logging
 import warnings
-import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import pydicom
+from pydicom import Dataset, config
+from pydicom.tag import Tag
+from pydicom.uid import UID
 
 from core.scans.dicom_pixels import (
+    DECODE_ERRORS,
     HEAD_BYTES,
-    MAGIC,
-    PREAMBLE_BYTES,
     dataset_start,
-    decode_errors,
     name_transfer_syntax,
     open_dicom,
 )
 
-if TYPE_CHECKING:
-    from pydicom import Dataset
-    from pydicom.uid import UID
+# pydicom's warnings may contain a patient's data.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module="pydicom")
+config.settings.reading_validation_mode = config.IGNORE
 
-INSTALL = "pip install pydicom python-gdcm"
-META_GROUP = 2  # of the elements between them and the dataset itself
 PIXEL_DATA_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # (7FE0,0010), little and big endian
 ENCAPSULATED = b"\xff\xff\xff\xff"  # in place of the length of compressed pixels (PS3.5 A.4)
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -78,7 +78,6 @@ HEADER_TAGS = [
     *(keyword for keyword in GROUP_OF if keyword not in MARKS),
 ]
 MARK_TAGS = [mark for mark in MARKS if mark not in HEADER_TAGS]  # damage to them does not matter
-MAX_INFLATED_BYTES = 2**30  # of a deflated file, which may be a thousandth of it
 SHOWN_CHARACTERS = 100  # of an attribute in a message: a whole UID, or the longest name of a transfer syntax
 
 
@@ -97,32 +96,13 @@ def is_dicom(path: Path) -> bool:
         return dataset_start(file.read(HEAD_BYTES)) is not None
 
 
-def import_pydicom() -> Any:
-    """Import pydicom without its warnings, which may contain a patient's data.
-
-    Raises:
-        ValueError: when it is not installed.
-    """
-    try:
-        import pydicom
-        from pydicom import config, pixels  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"reading DICOM needs packages that are not installed: {INSTALL}") from error
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module="pydicom")
-    config.settings.reading_validation_mode = config.IGNORE
-    return pydicom
-
-
-def read_header(path: Path) -> "Dataset":
+def read_header(path: Path) -> Dataset:
     """Read from a file's header what this module needs, without the pixels.
 
     Raises:
         ValueError: when it cannot be read, or ends before the pixels.
     """
-    pydicom = import_pydicom()
     try:
-        check_inflated_size(path)
         with open_dicom(path) as file:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*HEADER_TAGS, *MARK_TAGS])
             at_pixels = file.read(len(PIXEL_DATA_TAGS[0])) in PIXEL_DATA_TAGS
@@ -134,7 +114,7 @@ def read_header(path: Path) -> "Dataset":
         header.decode()
         storage = storage_class(header)
         kind_of(header), number_of_frames(header)  # here, where a damaged attribute is named with its file
-    except decode_errors() as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"{path}: is no whole DICOM file ({reason(error)}); copy it again or remove it") from error
     cut = not at_pixels and header.file_meta.TransferSyntaxUID != DEFLATED
     if not storage and at_pixels:
@@ -144,45 +124,17 @@ def read_header(path: Path) -> "Dataset":
     return header
 
 
-def is_compressed(header: "Dataset") -> bool:
+def is_compressed(header: Dataset) -> bool:
     """Return True when a file's pixels, or all of its elements, are compressed."""
     syntax = header.file_meta.TransferSyntaxUID
     return syntax.is_compressed or syntax == DEFLATED
 
 
-def check_inflated_size(path: Path) -> None:
-    """Refuse a deflated file that would take too much memory before it is inflated; others pass.
-
-    Raises:
-        Unfit, zlib.error: when it is too large, or broken.
-    """
-    from pydicom.filereader import read_dataset
-
-    size, inflate = 0, zlib.decompressobj(-zlib.MAX_WBITS)
-    with open_dicom(path) as file:
-        # The meta information, by the call that dcmread makes, so that both find its end at the same place.
-        file.seek(PREAMBLE_BYTES + len(MAGIC))
-        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != META_GROUP)
-        meta.decode()
-        if meta.get("TransferSyntaxUID") != DEFLATED:
-            return
-        while not inflate.eof:
-            compressed = inflate.unconsumed_tail or file.read(2**20)
-            inflated = len(inflate.decompress(compressed, 2**24))
-            if not compressed and not inflated:
-                raise Unfit("its deflated data are cut off")
-            size += inflated
-            if size > MAX_INFLATED_BYTES:
-                raise Unfit(f"inflates to more than {MAX_INFLATED_BYTES / 2**30:g} GiB")
-
-
-def take_marks(header: "Dataset") -> dict[str, str]:
+def take_marks(header: Dataset) -> dict[str, str]:
     """Take the elements of MARK_TAGS out of a header, and return them as they are written, by keyword.
 
     They are not converted: a number that is damaged here is no reason to refuse the slice.
     """
-    from pydicom.tag import Tag
-
     marks = {}
     for keyword in MARK_TAGS:
         element = header.get_item(Tag(keyword))
@@ -193,7 +145,7 @@ def take_marks(header: "Dataset") -> dict[str, str]:
     return marks
 
 
-def kind_of(header: "Dataset") -> str | None:
+def kind_of(header: Dataset) -> str | None:
     """Describe a file that is not a slice of a CT volume; return None for a slice."""
     storage, modality = storage_class(header), text(header, "Modality")
     if modality != "CT" or storage not in (CT_IMAGE, *ENHANCED_CT):
@@ -203,20 +155,18 @@ def kind_of(header: "Dataset") -> str | None:
     return None
 
 
-def storage_class(header: "Dataset") -> "UID":
+def storage_class(header: Dataset) -> UID:
     """Return what kind of object a file is; anonymizers may empty it in the dataset."""
-    from pydicom.uid import UID
-
     return UID(str(header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID") or ""))
 
 
-def text(header: "Dataset", keyword: str) -> str:
+def text(header: Dataset, keyword: str) -> str:
     """Return a text attribute in printable characters; empty when it is absent."""
     value = header.get(keyword)
     return printable("" if value is None else str(value))
 
 
-def description_of(header: "Dataset") -> str:
+def description_of(header: Dataset) -> str:
     """Return SeriesDescription if it is plain text, else nothing: a damaged one may run on into other attributes."""
     value = header.get("SeriesDescription")
     return printable(value) if isinstance(value, str) and value.isprintable() else ""
@@ -228,7 +178,7 @@ def printable(value: str) -> str:
     return "".join(character if character.isprintable() else " " for character in shown).strip()
 
 
-def number_of_frames(header: "Dataset") -> int:
+def number_of_frames(header: Dataset) -> int:
     """Return the number of slices of a CT file; enhanced files have a functional group for each."""
     if storage_class(header) in ENHANCED_CT:
         return len(header.get("PerFrameFunctionalGroupsSequence") or ())

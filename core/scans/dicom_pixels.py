@@ -9,7 +9,6 @@ The request is {"files": [[PATH, FRAMES], ...]}. The answer holds, frame by fram
 in the machine's byte order, row by row; or at last FAILURE and in words what was wrong.
 """
 
-import argparse
 import io
 import json
 import os
@@ -19,17 +18,19 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
+import pydicom
+from pydicom import Dataset
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.pixels import iter_pixels
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 try:
     import resource
 except ImportError:  # not on Windows, where memory is not bounded
     resource = None
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 FRAME, FAILURE = b"F", b"E"
 FRAME_SECONDS = 60  # to decode one frame; a 512x512 one takes a hundredth of a second
@@ -41,16 +42,11 @@ HEAD_BYTES = 1024  # of a file, which show that it is DICOM
 FIRST_GROUPS = (2, 8)  # the first element is of the file's meta information, or of the dataset itself
 LONG_VRS = (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR", b"OD", b"OF", b"OL", b"OV")  # PS3.5 7.1.2
 MAX_FIRST_BYTES = 512  # of the first element's value, without which a file cannot be told from others
-
-
-def decode_errors() -> tuple[type[Exception], ...]:
-    """Return what pydicom and its decoders raise on bad files; they have no base class of their own."""
-    from pydicom.errors import BytesLengthException, InvalidDicomError
-
-    return (
-        *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError),
-        *(OSError, EOFError, MemoryError, struct.error, zlib.error, BytesLengthException, InvalidDicomError),
-    )
+# What pydicom and its decoders raise on bad files; they have no base class of their own.
+DECODE_ERRORS = (
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError),
+    *(OSError, EOFError, MemoryError, struct.error, zlib.error, BytesLengthException, InvalidDicomError),
+)
 
 
 def reason_of(error: Exception) -> str:
@@ -107,10 +103,8 @@ def open_dicom(path: str | os.PathLike) -> IO[bytes]:
     return open(path, "rb")
 
 
-def name_transfer_syntax(dataset: "Dataset") -> None:
+def name_transfer_syntax(dataset: Dataset) -> None:
     """Set the transfer syntax of a file that does not name it: an uncompressed one, as its elements are written."""
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
     if not dataset.file_meta.get("TransferSyntaxUID"):
         implicit, little = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
@@ -123,9 +117,6 @@ def decode(path: str | os.PathLike, frames: int) -> Iterator[np.ndarray]:
     Raises:
         ValueError: when it holds more frames or fewer.
     """
-    import pydicom
-    from pydicom.pixels import iter_pixels
-
     with open_dicom(path) as file:
         dataset = pydicom.dcmread(file)
         name_transfer_syntax(dataset)
@@ -155,10 +146,6 @@ def set_alarm(seconds: int) -> None:
 
 def main() -> None:
     """Answer the request on standard input."""
-    parser = argparse.ArgumentParser(
-        description="Decode DICOM files for core/scans/dicom_series.py: JSON in, frames out."
-    )
-    parser.parse_args()
     request = json.load(sys.stdin)
     # A library that prints must not print into the answer.
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -171,7 +158,7 @@ def main() -> None:
                 answer.write(FRAME + stored.tobytes())
                 answer.flush()
                 set_alarm(FRAME_SECONDS)
-    except decode_errors() as error:
+    except DECODE_ERRORS as error:
         answer.write(FAILURE + reason_of(error).encode())
     set_alarm(0)
     answer.close()

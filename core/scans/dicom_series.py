@@ -3,7 +3,6 @@
     find_series(folder) -> {SeriesInstanceUID: Series}         (headers only)
     load_series(folder, series_uid) -> voxels in HU, Geometry
 
-Needs pydicom, and python-gdcm for JPEG-LS and lossless JPEG: `pip install pydicom python-gdcm`.
 A volume is made of slices that lie evenly on a line and fill it; anything else is refused, never resampled.
 PS3.3 and PS3.5 below are parts of the DICOM standard. Names, dates and numbers of a patient appear in no message.
 """
@@ -17,9 +16,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from pydicom import Dataset
 
 from core.scans import dicom_pixels
 from core.scans.alternating import period_of_slices
@@ -35,14 +34,11 @@ from core.scans.dicom_header import (
     read_header,
     text,
 )
-from core.scans.dicom_pixels import FAILURE, FRAME, FRAME_SECONDS, decode, decode_errors, reason_of
+from core.scans.dicom_pixels import DECODE_ERRORS, FAILURE, FRAME, FRAME_SECONDS, decode, reason_of
 from core.scans.dicom_slice import Slice, slices_of
 from core.scans.geometry import Geometry
 from core.scans.nifti import MAX_GIB
 from core.system.exits import print_warning
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 DECODER = Path(dicom_pixels.__file__).resolve()
 AIR_HU = -1024.0  # what padding outside of the scanned circle becomes
@@ -62,7 +58,7 @@ class Series:
 
     uid: str
     description: str
-    headers: dict[Path, "Dataset"] = field(default_factory=dict)
+    headers: dict[Path, Dataset] = field(default_factory=dict)
     others: dict[Path, str] = field(default_factory=dict)
 
     @property
@@ -89,7 +85,7 @@ def find_series(folder: str | Path, warn: Callable[[str], None] = print_warning)
 
     Raises:
         FileNotFoundError: when there is no such folder, or no DICOM file in it.
-        ValueError: when a DICOM file cannot be read, so that a slice of the series may be missing; or without pydicom.
+        ValueError: when a DICOM file cannot be read, so that a slice of the series may be missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -185,7 +181,7 @@ def load_series(
 
     Raises:
         FileNotFoundError: when there is no such folder or no DICOM file in it.
-        ValueError: when the series is no whole, even CT volume that can be read, or pydicom is not installed.
+        ValueError: when the series is no whole, even CT volume that can be read.
     """
     folder = Path(folder)
     series, number = choose_series(folder, series_uid, warn)
@@ -279,7 +275,7 @@ def decoded_frames(slices: Sequence[Slice]) -> Iterator[tuple[Path, int, np.ndar
         for path, frames in files.items():
             try:
                 yield from ((path, frame, stored) for frame, stored in enumerate(decode(path, frames)))
-            except decode_errors() as error:
+            except DECODE_ERRORS as error:
                 raise ValueError(f"{path}: its pixels cannot be decoded ({reason_of(error)})") from error
         return
     request = json.dumps({"files": [[str(path.resolve()), frames] for path, frames in files.items()]})

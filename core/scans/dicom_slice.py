@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from pydicom import Dataset
+from pydicom.pixels import get_decoder
 
 from core.scans.dicom_header import (
     GROUP_OF,
     HEADER_TAGS,
-    INSTALL,
     MARKS,
     Unfit,
     is_compressed,
@@ -24,10 +25,7 @@ from core.scans.dicom_header import (
     printable,
     reason,
 )
-from core.scans.dicom_pixels import decode_errors
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
+from core.scans.dicom_pixels import DECODE_ERRORS
 
 HU_TYPES = ("", "HU", "US")  # RescaleType; "US" means not said, and CT without one is in HU (PS3.3 C.11.1.1.2)
 UNIT_TOLERANCE = 1e-3  # by which direction cosines may be off unit length and right angles, as they are rounded
@@ -70,7 +68,7 @@ class Slice:
     marks: dict[str, str]
 
 
-def slices_of(path: Path, header: "Dataset") -> Iterator[Slice]:
+def slices_of(path: Path, header: Dataset) -> Iterator[Slice]:
     """Return the slices of a CT file.
 
     Raises:
@@ -84,11 +82,11 @@ def slices_of(path: Path, header: "Dataset") -> Iterator[Slice]:
             raise Unfit(f"declares {declared} frames and describes {frames}")
         for frame in range(frames):
             yield slice_of(path, header, frame, frames)
-    except decode_errors() as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"{path}: {reason(error)}") from error
 
 
-def slice_of(path: Path, header: "Dataset", frame: int, frames: int) -> Slice:
+def slice_of(path: Path, header: Dataset, frame: int, frames: int) -> Slice:
     """Make one slice of a CT file from its header.
 
     Raises:
@@ -121,18 +119,18 @@ def slice_of(path: Path, header: "Dataset", frame: int, frames: int) -> Slice:
     )
 
 
-def marks_of(header: "Dataset", frame: int) -> dict[str, str]:
+def marks_of(header: Dataset, frame: int) -> dict[str, str]:
     """Return what may tell the acquisition of a frame from others in the same series, by keyword."""
     marks = dict(header.marks)
     for keyword in MARKS:
         if keyword in HEADER_TAGS or (keyword in GROUP_OF and "PerFrameFunctionalGroupsSequence" in header):
-            with suppress(*decode_errors()):  # damage to them does not matter
+            with suppress(*DECODE_ERRORS):  # damage to them does not matter
                 value = attribute(header, frame, keyword)
                 marks[keyword] = "" if value is None else str(value)
     return marks
 
 
-def attribute(header: "Dataset", frame: int, keyword: str) -> Any:
+def attribute(header: Dataset, frame: int, keyword: str) -> Any:
     """Return an attribute of a frame, from the file or an enhanced file's functional groups; None when absent."""
     if "PerFrameFunctionalGroupsSequence" not in header or keyword not in GROUP_OF:
         return header.get(keyword)
@@ -144,7 +142,7 @@ def attribute(header: "Dataset", frame: int, keyword: str) -> Any:
     return None
 
 
-def numbers(header: "Dataset", frame: int, keyword: str, count: int) -> np.ndarray:
+def numbers(header: Dataset, frame: int, keyword: str, count: int) -> np.ndarray:
     """Return an attribute of `count` numbers, (count,) float64.
 
     Raises:
@@ -159,14 +157,12 @@ def numbers(header: "Dataset", frame: int, keyword: str, count: int) -> np.ndarr
     return values
 
 
-def check_pixels(header: "Dataset") -> None:
+def check_pixels(header: Dataset) -> None:
     """Refuse pixels that are not stored as those of CT are (PS3.3 A.3.3 and C.8.2.1), by the header alone.
 
     Raises:
         Unfit: naming the attribute.
     """
-    from pydicom.pixels import get_decoder
-
     expected = {
         "SamplesPerPixel": (1,),
         "PhotometricInterpretation": ("MONOCHROME2",),
@@ -188,10 +184,10 @@ def check_pixels(header: "Dataset") -> None:
     except NotImplementedError:
         available = False
     if not available:
-        raise Unfit(f"nothing installed decodes its {printable(syntax.name)}; try: {INSTALL}")
+        raise Unfit(f"nothing installed decodes its {printable(syntax.name)}; try: pip install python-gdcm")
 
 
-def padding_of(header: "Dataset") -> tuple[int, int] | None:
+def padding_of(header: Dataset) -> tuple[int, int] | None:
     """Return the stored values of PixelPaddingValue and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2), or None.
 
     Writers mix up its signed and unsigned type, so it is wrapped into the pixels' own range.

@@ -8,7 +8,6 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-from core.scans.nifti import NiftiFile
 from core.scans.placement import corners_mm, voxels_apart
 
 if TYPE_CHECKING:
@@ -77,18 +76,10 @@ class Geometry:
         return apply_orientation(array, ornt_transform(RAS, self.orientation))
 
     def _in_ras_order(self, per_stored_axis: Sequence) -> tuple:
-        ordered = [None, None, None]
-        for axis, value in zip(self.orientation[:, 0].astype(int), per_stored_axis, strict=True):
-            ordered[axis] = value
-        return tuple(ordered)
+        return tuple(per_stored_axis[axis] for axis in np.argsort(self.orientation[:, 0]))
 
 
 RAS = axcodes2ornt(("R", "A", "S"))
-
-
-def geometry_of(file: NiftiFile) -> Geometry:
-    """Return the geometry of a file."""
-    return Geometry(file.shape, file.affine, file.header)
 
 
 def check_same_grid(

@@ -22,6 +22,7 @@ from isal import igzip, isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
 from core.scans.dicom_pixels import dataset_start
+from core.scans.geometry import Geometry
 from core.scans.placement import affine_of
 from core.system.exits import one_line, print_warning
 
@@ -76,24 +77,20 @@ class NiftiFile:
     Attributes:
         path: the file.
         packed: True for gzip.
-        header: as in the file, but without extensions and trailing extents of 1.
-        shape: three extents in voxels.
+        geometry: of its voxels; its header is that of the file, without extensions and trailing extents of 1.
         dtype: of the stored values, with the file's byte order.
         offset: bytes before the first voxel.
         slope: multiplies the stored values.
         intercept: is added after that.
-        affine: (4, 4), from the file's voxel indices to mm in the patient.
     """
 
     path: Path
     packed: bool
-    header: nib.Nifti1Header
-    shape: tuple[int, int, int]
+    geometry: Geometry
     dtype: np.dtype
     offset: int
     slope: float
     intercept: float
-    affine: np.ndarray
 
     @contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
@@ -129,7 +126,7 @@ def open_nifti(path: str | Path, reading: Reading, warn: Callable[[str], None]) 
         raise ValueError(f"{path}: cannot be read ({one_line(error)})") from error
     header.set_data_shape(shape)
     header["vox_offset"] = 0  # nibabel then sets it for each file that is written with this header
-    return NiftiFile(path, packed, header, shape, dtype, offset, slope, intercept, affine)
+    return NiftiFile(path, packed, Geometry(shape, affine, header), dtype, offset, slope, intercept)
 
 
 def size_of(path: Path) -> int:

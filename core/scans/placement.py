@@ -51,8 +51,9 @@ def affine_of(
         warn("does not say where its voxels lie; taken to be in RAS+ order")
         # Of the sizes only: a minus sign, which some writers leave, would turn an axis round.
         ways["assumed"] = np.diag([*np.abs(header["pixdim"][1:4].astype(float)), 1.0])
-    unit = int(header["xyzt_units"]) & UNIT_BITS
-    affine, *other = (in_mm(affine, MM_PER_UNIT.get(unit, 1.0)) for affine in ways.values())
+    mm = MM_PER_UNIT.get(int(header["xyzt_units"]) & UNIT_BITS, 1.0)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        affine, *other = (affine * [[mm], [mm], [mm], [1.0]] for affine in ways.values())
     check_affine(affine)
     if other:
         warn_of_two_places(affine, *other, shape, warn)
@@ -79,12 +80,6 @@ def qform_of(header: nib.Nifti1Header) -> np.ndarray:
     if not np.isfinite(affine).all():
         raise ValueError("has a qform with numbers that are not finite")
     return affine
-
-
-def in_mm(affine: np.ndarray, mm: float) -> np.ndarray:
-    """Convert an affine to a unit of `mm` mm into one to mm."""
-    with np.errstate(over="ignore"):  # what becomes infinite is refused
-        return affine * [[mm], [mm], [mm], [1.0]]
 
 
 def check_affine(affine: np.ndarray) -> None:

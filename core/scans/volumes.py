@@ -25,7 +25,7 @@ from torch import Tensor
 
 from core.scans.alternating import period_of_slices
 from core.scans.crop import Box, shape_of
-from core.scans.geometry import Geometry, geometry_of
+from core.scans.geometry import Geometry
 from core.scans.nifti import MAX_BEHIND, READ_ERRORS, Reading, open_nifti
 from core.scans.organ_names import organ_names_extension
 from core.scans.resample import resize_image, resize_slab, slabs
@@ -168,7 +168,7 @@ def read_geometry(path: str | Path, reading: Reading = DEFAULT_READING) -> Geome
     Raises:
         FileNotFoundError, ValueError: as `load_scan`, as far as the header tells.
     """
-    return geometry_of(open_nifti(path, reading, warn=lambda message: None))
+    return open_nifti(path, reading, warn=lambda message: None).geometry
 
 
 def read_nifti(
@@ -188,8 +188,8 @@ def read_nifti(
         FileNotFoundError, ValueError: as `load_scan`.
     """
     file = open_nifti(path, reading, warn=lambda message: reading.warn(f"{path}: {message}"))
-    geometry = geometry_of(file)
-    *plane, depth = file.shape
+    geometry = file.geometry
+    *plane, depth = geometry.stored_shape
     thickness = max(1, READ_BYTES // (math.prod(plane) * file.dtype.itemsize))
     try:
         voxels = np.empty(geometry.shape, dtype or file.dtype.newbyteorder("="))

@@ -4,7 +4,7 @@ There are two protocols: the default one, in which a score that is not defined i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,17 +114,12 @@ class Scored:
     not_annotated: tuple[int, ...] = ()
 
 
-def ignore() -> None:
-    """Do nothing; called after each organ when nobody waits for it."""
-
-
-def score_case(task: Task, rules: Rules, tick: Callable[[], object] = ignore) -> Scored:
+def score_case(task: Task, rules: Rules) -> Scored:
     """Score the prediction of one case against its reference.
 
     Args:
         task: the case's files.
         rules: how to score.
-        tick: called after each organ.
 
     Raises:
         OSError, ValueError: when a file cannot be read, holds other organs, or is on another grid.
@@ -139,7 +134,7 @@ def score_case(task: Task, rules: Rules, tick: Callable[[], object] = ignore) ->
     if rules.protocol == "flare22" and not task.prediction:
         scores = [{"dice": 0.0, "nsd": 0.0} for _ in rules.organs[1:]]
     else:
-        scores = score_organs(reference, prediction, matrix, geometry, rules, tick)
+        scores = score_organs(reference, prediction, matrix, geometry, rules)
     volumes_ml = matrix[1:].sum(axis=1) * geometry.voxel_ml, matrix[:, 1:].sum(axis=0) * geometry.voxel_ml
     for of_organ, reference_ml, predicted_ml in zip(scores, *volumes_ml, strict=True):
         of_organ |= {"reference_ml": reference_ml, "predicted_ml": predicted_ml}
@@ -168,12 +163,7 @@ def keep_organs(labels: np.ndarray, task: Task, rules: Rules) -> np.ndarray:
 
 
 def score_organs(
-    reference: np.ndarray,
-    prediction: np.ndarray,
-    matrix: np.ndarray,
-    geometry: Geometry,
-    rules: Rules,
-    tick: Callable[[], object] = ignore,
+    reference: np.ndarray, prediction: np.ndarray, matrix: np.ndarray, geometry: Geometry, rules: Rules
 ) -> list[dict[str, float]]:
     """Return the scores of organ 1, 2, ... by name; NaN when not defined.
 
@@ -183,16 +173,13 @@ def score_organs(
         matrix: (K, K), their confusion matrix.
         geometry: of both.
         rules: how to score.
-        tick: called after each organ.
     """
-    scores = []
     if rules.protocol == "flare22":
         stored = [geometry.from_ras(labels) for labels in (reference, prediction)]
         pixdim_mm = [float(mm) for mm in geometry.header.get_zooms()]
-        for dice, surface_dice in flare22_scores(*stored, rules.organs, rules.tolerances_mm, pixdim_mm, rules.threads):
-            scores.append({"dice": dice, "nsd": surface_dice})
-            tick()
-        return scores
+        found = flare22_scores(*stored, rules.organs, rules.tolerances_mm, pixdim_mm, rules.threads)
+        return [{"dice": dice, "nsd": surface_dice} for dice, surface_dice in found]
+    scores = []
     overlap = organ_scores(matrix)
     surfaces = organ_surfaces(reference, prediction, len(rules.organs), geometry.spacing_mm, rules.threads)
     for organ, both in enumerate(surfaces, start=1):
@@ -201,7 +188,6 @@ def score_organs(
         if rules.distances:
             of_organ |= {"hd_mm": hausdorff_mm(both), "mean_distance_mm": mean_distance_mm(both)}
         scores.append(of_organ)
-        tick()
     return scores
 
 

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from core.scans.annotated import annotated_classes, read_annotated
 from core.scans.files import find_label_maps, label_folder, listed
 from core.scans.not_found import looked_for
-from core.scoring.case import Rules, Scored, Task, ignore, score_case
+from core.scoring.case import Rules, Scored, Task, score_case
 from core.scoring.results import csv_text
 from core.system.exits import print_error, print_warning
 from core.system.files import open_text, write_text
 from core.system.parallel import in_processes
 
-Score = Callable[[Task, Rules, Callable[[], object]], Scored]
+Score = Callable[[Task, Rules], Scored]
 
 
 def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) -> tuple[list[Task], list[str]]:
@@ -77,13 +77,11 @@ def score_cases(
         MemoryError: when a worker was killed.
         OSError: when the file cannot be written.
     """
-    organs = len(rules.organs) - 1
     done: dict[str, Scored] = {}
-    with open_text(path, "w") as file, tqdm(total=len(tasks) * organs, unit="organ", disable=None) as bar:
+    with open_text(path, "w") as file, tqdm(total=len(tasks), unit="case", disable=None) as bar:
         file.write(csv_text([], rules.columns, header=True))
         file.flush()
-        # Another process reports whole cases only.
-        one = partial(score_or_refuse, score=score, rules=rules, tick=bar.update if workers == 1 else ignore)
+        one = partial(score_or_refuse, score=score, rules=rules)
         with closing(in_processes(one, tasks, workers)) as finished:
             for task, scored in finished:
                 done[task.case] = scored
@@ -91,17 +89,17 @@ def score_cases(
                     print_error(ValueError(scored.refusal))
                 file.write(csv_text(scored.rows, rules.columns))
                 file.flush()
-                bar.update(len(done) * organs - bar.n)
+                bar.update()
     in_order = {task.case: done[task.case] for task in tasks}
     rows = [row for scored in in_order.values() for row in scored.rows]
     write_text(path, csv_text(rows, rules.columns, header=True))
     return in_order
 
 
-def score_or_refuse(task: Task, score: Score, rules: Rules, tick: Callable[[], object]) -> Scored:
+def score_or_refuse(task: Task, score: Score, rules: Rules) -> Scored:
     """Score one case; return its refusal when something is wrong with its files."""
     try:
-        return score(task, rules, tick)
+        return score(task, rules)
     except (ValueError, OSError, MemoryError) as error:
         reason = str(error) or "memory ran out"
         return Scored(refusal=reason if task.case in reason else f"case {task.case}: {reason}")

@@ -8,17 +8,7 @@ import torch
 
 from core.scans.crop import organs_box, whole_box
 from core.scans.resample import apply_weights, axis_weights, logits_to_labels, resize_labels
-from core.scoring.case import (
-    COMPARED,
-    Rules,
-    Scored,
-    Task,
-    ignore,
-    keep_organs,
-    outcome,
-    read_label_map,
-    score_organs,
-)
+from core.scoring.case import COMPARED, Rules, Scored, Task, keep_organs, outcome, read_label_map, score_organs
 from core.scoring.cases import score_cases
 from core.scoring.overlap import confusion_matrix
 from core.scoring.results import CEILING_RESULTS, DEFINITIONS, prepare_output, summary_of, write_json
@@ -47,7 +37,7 @@ def score_ceiling(tasks: list[Task], rules: Rules, workers: int, output: Path, m
     return REFUSED if summary["refused"] else DONE
 
 
-def measure_ceiling(task: Task, rules: Rules, tick: Callable[[], object]) -> Scored:
+def measure_ceiling(task: Task, rules: Rules) -> Scored:
     """Score one reference, resized to the grid of `rules.size` and back in two ways, against itself.
 
     dice, nsd: by `from_shares`, the scores of a network that predicts each voxel's exact shares. This is not a proven
@@ -65,8 +55,7 @@ def measure_ceiling(task: Task, rules: Rules, tick: Callable[[], object]) -> Sco
         # Organs that are not scored are on the grid too: they share its voxels with the others.
         restored = keep_organs(in_box(there_and_back, reference, rules), task, rules)
         matrix = confusion_matrix(kept, restored, len(rules.organs))
-        # An organ is done after the second way.
-        found = score_organs(kept, restored, matrix, geometry, rules, tick if ending else ignore)
+        found = score_organs(kept, restored, matrix, geometry, rules)
         for of_organ, here in zip(scores, found, strict=True):
             of_organ |= {f"{name}{ending}": here[name] for name in COMPARED}
     return outcome(task, scores, matrix, rules)

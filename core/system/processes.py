@@ -28,13 +28,8 @@ ENDED = "another process of this run has ended"
 CAUSES = {
     "Duplicate GPU detected": "two processes are on one GPU; start as many processes as there are GPUs",
     "shared memory segment": "NCCL found too little shared memory; docker run takes --shm-size=1g",
-    "Connection closed by peer": ENDED,
-    "Connection reset": ENDED,
-    "Connection refused": ENDED,
-    "Broken pipe": ENDED,
-    "Socket closed": ENDED,
-    "remote process exited": ENDED,
-    "Read error": ENDED,
+    **dict.fromkeys(("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe"), ENDED),
+    **dict.fromkeys(("Socket closed", "remote process exited", "Read error"), ENDED),
     "Timed out": f"another process of this run did not answer for {int(WAIT.total_seconds() / 60)} minutes",
 }
 

@@ -66,11 +66,6 @@ def update_running_statistics(norm: nn.BatchNorm3d, mean: Tensor, variance: Tens
     norm.running_var.lerp_((variance * (voxels / (voxels - 1))).to(norm.running_var.dtype), norm.momentum)
 
 
-def per_channel(values: Tensor) -> Tensor:
-    """Reshape (C,) to (C, 1, 1, 1), which broadcasts against (B, C, X, Y, Z)."""
-    return values.view(-1, 1, 1, 1)
-
-
 def pieces(x: Tensor) -> list[slice]:
     """Cut the channels of (B, C, X, Y, Z) into pieces of at most PIECE_BYTES, or one channel."""
     width = max(1, PIECE_BYTES // (x.element_size() * x[:, 0].numel()))
@@ -120,7 +115,8 @@ def activate_backward(
     `activate`.
     """
     residual = None if residual is None else residual.expand_as(x)
-    slope, wide = per_channel(prelu.weight.to(x.dtype)), torch.promote_types(x.dtype, torch.float32)
+    slope = prelu.weight.to(x.dtype)[:, None, None, None]  # (C, 1, 1, 1)
+    wide = torch.promote_types(x.dtype, torch.float32)
     of_slope, products = [], []
     for part in pieces(x):
         own, total = x[:, part], torch.empty_like(x[:, part])

@@ -1,11 +1,11 @@
 """log.csv: a row for each epoch of a run."""
 
 import csv
-import math
 import os
 from pathlib import Path
 from typing import Any
 
+from core.scoring.results import format_cell
 from core.system.exits import print_warning
 from core.system.files import open_text, whole_file
 
@@ -52,10 +52,3 @@ def summary_line(row: dict, epochs: int) -> str:
     """Return one epoch in one line."""
     scores = "" if row["val_dice"] is None else f"  validation loss {row['val_loss']:.4f}  Dice {row['val_dice']:.4f}"
     return f"epoch {row['epoch']:>3}/{epochs}  loss {row['train_loss']:.4f}{scores}  {row['seconds']:.1f} s"
-
-
-def format_cell(value: float | int | None) -> str:
-    """Return a value as a cell's text."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

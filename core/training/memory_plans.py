@@ -119,8 +119,9 @@ def measure_plan(training: Training, config: Config, device: torch.device) -> Tr
 
 
 def clock(device: torch.device) -> float:
-    """Return the seconds of a clock when the GPU has done all that was launched."""
-    torch.cuda.synchronize(device)
+    """Return the seconds of a clock when the device has done all that was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -196,11 +197,7 @@ def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
 
 
 def step_that_fits(
-    training: Training,
-    image: Tensor,
-    labels: Tensor,
-    annotated: Tensor | None = None,
-    weights: Tensor | None = None,
+    training: Training, image: Tensor, labels: Tensor, annotated: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
     """Run `training_step` and return its loss; out of memory, repeat it under the next smaller plan, which then stays.
 

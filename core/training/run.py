@@ -56,12 +56,7 @@ class Run:
     training: Training
 
     def __init__(
-        self,
-        config: Config,
-        draw_curves: Callable,
-        resume: bool = False,
-        overwrite: bool = False,
-        extend: bool = False,
+        self, config: Config, draw_curves: Callable, resume: bool = False, overwrite: bool = False, extend: bool = False
     ):
         self.config = config
         if config.tensorboard:

@@ -325,23 +325,7 @@ class RunFolder:
 class SilentRunFolder(RunFolder):
     """The run folder in a process that is not the first: it finds the checkpoint to go on from, and writes nothing."""
 
-    def lock(self) -> None:
-        """Do nothing."""
+    def do_nothing(self, *_: object, **__: object) -> None:
+        """Leave it to the first process."""
 
-    def start(self, *_: object) -> None:
-        """Do nothing."""
-
-    def note(self, **_: object) -> None:
-        """Do nothing."""
-
-    def compare_data(self, *_: object) -> None:
-        """Do nothing; the first process warns."""
-
-    def save_last(self, *_: object, **__: object) -> None:
-        """Do nothing."""
-
-    def keep_best(self, *_: object, **__: object) -> None:
-        """Do nothing."""
-
-    def log_epoch(self, *_: object) -> None:
-        """Do nothing."""
+    lock = start = note = compare_data = save_last = keep_best = log_epoch = do_nothing

@@ -163,7 +163,7 @@ def seed_torch(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
 
 
-def fit_network(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+def fit_network(network: nn.Module, config: Config, device: torch.device) -> None:
     """Move a new network to the device, and apply channels_last and compile.
 
     Raises:
@@ -174,7 +174,6 @@ def fit_network(network: nn.Module, config: Config, device: torch.device) -> nn.
         to_channels_last(network)
     if config.compile:
         compile_network(network, device)
-    return network
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Which scans the inputs are: NIfTI files, folders, DICOM series; which inputs are refused."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from dicom_files import make_series, write
 from helpers import make_voxels, save_scan
 
-from core.inference.inputs import choose_reading, choose_scans, find_inputs, named_case, read_scan
+from core.inference.inputs import choose_scans, find_inputs, named_case, read_scan
 from core.scans.nifti import Reading
 
 SHAPE = (8, 6, 4)
@@ -108,14 +107,3 @@ def test_a_series_and_a_file_are_read_alike(series, tmp_path):
     again, other = read_scan(file, Reading())
     np.testing.assert_array_equal(again, voxels)
     assert other.spacing_mm == pytest.approx(geometry.spacing_mm)
-
-
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much", ""])
-def test_a_limit_that_is_none(value):
-    with pytest.raises(ValueError, match=f"^--max-gib: got {value}, expected a number above 0$"):
-        choose_reading(Namespace(max_gib=value, assume_ras=False, replace_nonfinite=False))
-
-
-def test_what_the_command_line_accepts_of_scans():
-    reading = choose_reading(Namespace(max_gib="0.5", assume_ras=True, replace_nonfinite=False))
-    assert (reading.max_gib, reading.assume_ras, reading.replace_nonfinite) == (0.5, True, False)

@@ -35,7 +35,6 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from core.scans import dicom_header
 from core.scans import dicom_series as dicom
 from core.scans.dicom_folders import is_series_folder
 from core.scans.dicom_series import find_series, load_series
@@ -406,7 +405,7 @@ REFUSALS = {
     "frames in a plain file": (third(NumberOfFrames=2), "declares 2 frames and describes 1"),
     "too few pixels": (third(PixelData=bytes(10)), "expected 96 for the pixels|fewer|cannot be decoded"),
     "too many pixels": (third(PixelData=bytes(2 * 2 * ROWS * COLUMNS)), "more than the 1 frame"),
-    "unknown syntax": (make_unknown_syntax, r"nothing installed decodes its MPEG2 .* try: pip install pydicom"),
+    "unknown syntax": (make_unknown_syntax, r"nothing installed decodes its MPEG2 .* try: pip install python-gdcm"),
 }
 
 
@@ -501,7 +500,7 @@ def test_a_deflated_file_may_be_smaller_than_its_pixels(tmp_path):
     assert (load(folder)[0] == -1024).all()
 
 
-def test_a_deflated_file_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
+def test_a_deflated_file_that_is_cut_off_is_refused(tmp_path):
     slices = make_series(ImageComments="0" * 10_000)
     for one in slices:
         one.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
@@ -510,10 +509,7 @@ def test_a_deflated_file_that_inflates_without_end_is_refused(tmp_path, monkeypa
     path = folder / "IM008.dcm"
     content = path.read_bytes()
     path.write_bytes(content[:-4])
-    assert "is no whole DICOM file (its deflated data are cut off)" in refusal(folder)
-    path.write_bytes(content)
-    monkeypatch.setattr(dicom_header, "MAX_INFLATED_BYTES", 5_000)
-    assert "inflates to more than" in refusal(folder)
+    assert "is no whole DICOM file" in refusal(folder)
 
 
 @pytest.mark.parametrize(("end", "words"), [("kill -SEGV $$", "ended by SIGSEGV"), ("exit 1", "ended with code 1")])
@@ -535,14 +531,6 @@ def test_uncompressed_pixels_need_no_process(tmp_path, monkeypatch):
     expected = load(folder)[0]
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no such Python"))
     assert np.array_equal(load(folder)[0], expected)
-
-
-def test_without_pydicom_the_message_says_what_to_install(tmp_path, monkeypatch):
-    folder = write(tmp_path / "scan", make_series())
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    assert is_series_folder(folder)
-    with pytest.raises(ValueError, match="reading DICOM needs packages that are not installed: pip install pydicom"):
-        load_series(folder)
 
 
 @pytest.mark.long
