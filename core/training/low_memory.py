@@ -11,7 +11,9 @@ In both, a gradient overwrites its tensor as soon as that is not needed any more
 autograd; only roundings differ.
 """
 
+import copy
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +58,32 @@ class Unit:
         return self.stage if self.resample is None else (self.resample, *self.stage)
 
 
+FOUND: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `is_supported` has found of each network
+
+
 def is_supported(network: nn.Module) -> bool:
-    """Return True when the plans low and lowest can run the network: V-Net itself, for a subclass may run otherwise."""
-    return type(network) is VNet
+    """Return True when `features` is the network's own forward pass: that of a V-Net as vnet.py had it.
+
+    An edit of vnet.py, a hook or a layer put in place of another may make another network of it, which only its own
+    forward pass runs.
+    """
+    if network not in FOUND:
+        FOUND[network] = type(network) is VNet and runs_alike(network)
+    return FOUND[network]
+
+
+@torch.no_grad()
+def runs_alike(network: VNet) -> bool:
+    """Return True when a copy of the network, in training mode, has the same logits by `features` as by itself."""
+    twin = copy.deepcopy(network).to("cpu", torch.float64).train()
+    side = 2 ** len(network.downs)
+    image = torch.linspace(0, 1, 2 * side**3, dtype=torch.float64).reshape(1, 1, 2 * side, side, side).sin()
+    with torch.random.fork_rng(devices=[]):  # a layer that draws numbers shall not move the run's
+        try:
+            found = convolve(twin.classify, features(twin, image, torch.float64, keep=False))
+            return torch.allclose(twin(image), found)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
 
 
 def features(network: VNet, image: Tensor, precision: torch.dtype, keep: bool) -> Tensor:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from core.checkpoint import check_same_shapes
 from core.config import Config
 from core.scans.organ_words import mirrored_ids
+from core.system.exits import print_warning
 from core.system.processes import Group
 from core.training.losses import Loss
 from core.training.low_memory import is_supported
@@ -138,16 +139,28 @@ def check_settings(config: Config, network: nn.Module, processes: int) -> None:
                 f"{got} with accumulation_steps, whose micro-batches would each have their own statistics; expected "
                 "instance or group"
             )
-    if config.augment and config.augment_flip:
-        mirrored_ids(config.organs)  # refuses a side without a partner
+    flips = config.augment and config.augment_flip
+    if flips and mirrored_ids(config.organs) == list(range(len(config.organs))):  # refuses a side without a partner
+        print_warning("augment_flip: no name of organs says right or left in English, so a flip swaps no ids")
+    strengths = [field.name for field in fields(config) if field.name.startswith("augment_")]
+    idle = [name for name in strengths if getattr(config, name) != getattr(Config(), name)]
+    if idle and not config.augment:
+        print_warning(f"{', '.join(idle)}: given without augment: true, so nothing is augmented")
     if config.compile and config.memory not in ("auto", "off"):
         raise ValueError(f"compile: got true with memory: {config.memory}, expected false, or memory: auto or off")
-    if config.memory in ("low", "lowest") and not is_supported(network):
+    if not is_supported(network) and config.memory in ("low", "lowest"):
         raise ValueError(
-            f"memory: got {config.memory} for a {name}, expected auto or off: the plans low and lowest know V-Net alone"
+            f"memory: got {config.memory} for a {name} that runs otherwise than this repository's V-Net, expected auto "
+            "or off: the plans low and lowest know it alone"
         )
     if config.init_output_bias:
         output_convolution(network, len(config.organs))
+    for key, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{key} of the network ({name}) holds NaN or infinite numbers, which no checkpoint may hold; expected "
+                "finite ones, or a buffer registered with persistent=False"
+            )
 
 
 def seed_torch(seed: int, deterministic: bool) -> None:

@@ -85,8 +85,10 @@ def compute_gradients(
     `check`, `after`, `annotated` and `weights` are those of `training_step`.
     """
     training.optimizer.zero_grad(set_to_none=True)
-    losses = []
-    for part, share in micro_batches(len(image), training.accumulation_steps):
+    losses, steps = [], training.accumulation_steps
+    if weights is not None and len(weights.unique()) > 1:
+        steps = len(image)  # one by one, for each case's loss to count by its own weight
+    for part, share in micro_batches(len(image), steps):
         loss = loss_of(training, None if annotated is None else annotated[part])
         share *= 1.0 if weights is None else weights[part].mean().item()
         losses.append(share * backward(training, loss, image[part], labels[part], check, share))
@@ -128,7 +130,8 @@ def backward(
     result = features(network, image, training.precision, keep=training.plan == "low")  # (B, 2C, X, Y, Z)
     gradient = result.detach()  # the same memory: from here on nobody needs the result itself
     loss = backward_in_slabs(network.classify, criterion, gradient, labels, check, scale)
-    result.backward(gradient)
+    if result.requires_grad:  # not where the last convolution alone is trained
+        result.backward(gradient)
     return loss
 
 
@@ -168,10 +171,14 @@ class PendingLoss:
     Args:
         loss: a scalar, from `training_step`.
         where: epoch, step and case, for the sentence that says that it is not finite.
+        annotated: (B, K) of its cases; a loss of one's own may not bear logits of organs that are not annotated.
     """
 
-    def __init__(self, loss: Tensor, where: str):
+    def __init__(self, loss: Tensor, where: str, annotated: Tensor | None = None):
         self.where = where
+        self.advice = "a lower --learning-rate may help"
+        if annotated is not None and not annotated.all():
+            self.advice += ", or a loss that bears logits of -inf, which organs that are not annotated have"
         self.value = loss.to("cpu", non_blocking=True)
         self.copied = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
 
@@ -185,5 +192,5 @@ class PendingLoss:
             self.copied.synchronize()
         loss = self.value.item()
         if not math.isfinite(loss):
-            raise NotFiniteError(f"{self.where}: the loss is {loss}; a lower --learning-rate may help")
+            raise NotFiniteError(f"{self.where}: the loss is {loss}; {self.advice}")
         return loss

@@ -19,7 +19,7 @@ from core.training import slabs
 from core.training.activation import moments
 from core.training.device import autocast, choose_device, choose_precision, has_right_gradients, training_precision
 from core.training.losses import LOSSES, Loss, loss_named
-from core.training.low_memory import features
+from core.training.low_memory import features, is_supported
 from core.training.setup import EMA, PLANS, Training, compile_network, make_optimizer, to_channels_last
 from core.training.step import (
     NotFiniteError,
@@ -173,8 +173,9 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(plan, loss, pieces):
         assert (a.grad - b.grad).norm() <= 1e-9 * a.grad.norm(), name
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_cases_weight_is_that_of_its_gradient(plan):
+def test_a_cases_weight_is_that_of_its_gradient(plan, pieces):
     torch.manual_seed(0)
     network = VNet(5, channels=3, down_convs=(1, 2), up_convs=(1,)).double()
     image, labels = torch.rand(2, 1, 8, 8, 12, dtype=torch.double), torch.randint(5, (2, 8, 8, 12))
@@ -184,7 +185,7 @@ def test_a_cases_weight_is_that_of_its_gradient(plan):
         losses.append(weight * compute_gradients(training, image[case : case + 1], labels[case : case + 1]) / 2)
         for total, parameter in zip(expected, network.parameters(), strict=True):
             total += weight * parameter.grad / 2
-    training.accumulation_steps = 2
+    training.accumulation_steps = pieces
     loss = compute_gradients(training, image, labels, weights=torch.tensor([0.25, 1.0], dtype=torch.double))
     assert loss.item() == pytest.approx(sum(losses).item(), rel=1e-9)
     for total, parameter in zip(expected, network.parameters(), strict=True):
@@ -331,6 +332,8 @@ def test_step_whose_loss_is_not_finite_is_left_out(plan, bad, scaled):
     assert not math.isfinite(loss)
     with pytest.raises(NotFiniteError, match=r"^epoch 2, step 3, case x: the loss is nan; a lower "):
         PendingLoss(loss, "epoch 2, step 3, case x").read()
+    with pytest.raises(NotFiniteError, match="rate may help, or a loss that bears logits of -inf, which organs that"):
+        PendingLoss(loss, "", torch.tensor([[True, True, False]])).read()
     torch.testing.assert_close((network.state_dict(), training.optimizer.state_dict()["state"]), before, rtol=0, atol=0)
     # The next step goes on from there, as if the one that was left out had never been.
     loss = training_step(training, image, labels)
@@ -466,6 +469,51 @@ def test_a_subclass_of_v_net_is_validated_by_its_own_forward():
     image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8), dtype=torch.uint8)
     _, predicted = validation_step(start(network), image, labels)
     assert torch.equal(predicted, network(image).argmax(dim=1).to(torch.uint8))
+
+
+class Gate(nn.PReLU):
+    """An edit of a layer, which leaves its class and its parameters as they are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * torch.sigmoid(x.mean())
+
+
+EDITS = {
+    "forward": lambda network: setattr(network.down_stages[0], "forward", lambda x: x),
+    "hook": lambda network: network.first.register_forward_hook(lambda module, inputs, output: 1.5 * output),
+    "padding": lambda network: setattr(network.first.convs[0], "padding_mode", "replicate"),
+    "activation": lambda network: network.first.activations.__setitem__(0, Gate(2)),
+    "another activation": lambda network: network.first.activations.__setitem__(0, nn.LeakyReLU()),
+    "head": lambda network: setattr(network, "classify", nn.Sequential(nn.Dropout3d(0.2), network.classify)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_v_net_is_validated_by_its_own_forward(edit):
+    torch.manual_seed(0)
+    network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
+    assert is_supported(network)
+    network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
+    EDITS[edit](network)
+    state = torch.get_rng_state()
+    assert not is_supported(network)
+    assert torch.equal(torch.get_rng_state(), state)
+    image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8), dtype=torch.uint8)
+    value, predicted = validation_step(start(network.eval()), image, labels)
+    assert torch.equal(predicted, network(image).argmax(dim=1).to(torch.uint8))
+    assert value == pytest.approx(LOSSES["cross_entropy"](network(image), labels).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_last_convolution_alone_is_trained_under_every_plan(plan):
+    torch.manual_seed(0)
+    network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,)).requires_grad_(False)
+    network.classify.requires_grad_(True)
+    image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8), dtype=torch.uint8)
+    training = start(network, plan=plan)
+    compute_gradients(training, image, labels)
+    expected = torch.autograd.grad(LOSSES["cross_entropy"](network(image), labels), network.classify.weight)[0]
+    assert torch.allclose(network.classify.weight.grad, expected, atol=1e-6)
 
 
 def test_a_loss_is_computed_outside_of_mixed_precision():
