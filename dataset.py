@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from core.config import Config
 from core.scans.anatomy import comparable_ml, organs_in, swapped_sides
 from core.scans.annotated import annotated_classes, check_both_sides, read_annotated
-from core.scans.cache import CACHE_VERSION, read_cache, write_cache
+from core.scans.cache import code_checksum, read_cache, write_cache
 from core.scans.crop import crop_box, extent_of
 from core.scans.files import check_partners, find_files
 from core.scans.geometry import check_same_grid
@@ -30,6 +30,11 @@ from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_
 from core.scans.weights import read_weights
 
 NUMBERS = ("extent_mm", "hu_percentiles", "volumes_ml")  # facts of a case that a sample holds as float32
+# The code that a cached sample depends on; what it holds and how changes with an edit of these.
+PREPARED_BY = (
+    __name__,
+    *(f"core.scans.{name}" for name in ("volumes", "resample", "crop", "nifti", "anatomy", "typical")),
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ class CaseDataset(Dataset):
         stats = [(p.resolve(), p.stat()) for p in (case.scan, case.labels)]
         files = [(str(p), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for p, stat in stats]
         accepted = [self.reading.assume_ras, self.reading.replace_nonfinite]
-        settings = [CACHE_VERSION, self.size, self.window_hu, self.crop, self.organs, *accepted]
+        settings = [code_checksum(PREPARED_BY), self.size, self.window_hu, self.crop, self.organs, *accepted]
         return hashlib.sha256(json.dumps([files, settings]).encode()).hexdigest()[:16]
 
 

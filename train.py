@@ -66,7 +66,7 @@ def train(run: Run, train_set: CaseDataset, val_set: CaseDataset) -> None:
     # Before the first epoch, so that a broken file shows now.
     to_train = describe_cases(train_set, run.workers, run.group, teaches=True)
     held_out = describe_cases(val_set, run.workers, run.group)
-    run.prepare(train_set, to_train.ranges, to_train.fingerprints | held_out.fingerprints)
+    run.prepare(train_set, to_train, held_out)
     batches, val_batches = run.loader(train_set, train=True), run.loader(val_set, train=False)
     with run.under_way(batches):
         for _ in run.epochs():

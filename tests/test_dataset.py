@@ -7,10 +7,12 @@ import pickle
 import re
 import resource
 import shutil
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,8 +20,12 @@ import torch
 from data_files import SHAPE, SIZE, make_data, same_samples, settings, write_volume
 from helpers import TINY
 
+import dataset
 import train
 from core.config import Config, load_config
+from core.scans.anatomy import organs_in
+from core.scans.cache import code_checksum
+from core.scans.crop import crop_box
 from core.scans.files import find_label_maps, find_scans, read_case_ids, select_cases
 from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
@@ -422,6 +428,21 @@ def test_the_cache_key_covers_size_window_classes_and_files(tmp_path):
         path.write_bytes(content + b"\0")
         os.utime(path, ns=(1, 1))
         assert key() != before
+
+
+def test_the_cache_key_covers_the_code_that_prepares_a_case(tmp_path, monkeypatch):
+    used = (CaseDataset, load_scan, prepare_image, resize_labels, crop_box, organs_in, hu_percentiles)
+    assert {function.__module__ for function in used} <= set(dataset.PREPARED_BY)
+    module = ModuleType("edited")
+    module.__file__ = str(tmp_path / "edited.py")
+    Path(module.__file__).write_text("a = 1")
+    monkeypatch.setitem(sys.modules, "edited", module)
+    monkeypatch.setattr(dataset, "PREPARED_BY", ("edited",))
+    cases = find_cases(make_data(tmp_path / "data", ("a",)))
+    before = CaseDataset(cases, settings(cache_dir="x")).key(cases[0])
+    Path(module.__file__).write_text("a = 2")
+    code_checksum.cache_clear()
+    assert CaseDataset(cases, settings(cache_dir="x")).key(cases[0]) != before
 
 
 def test_a_changed_scan_is_read_anew(tmp_path):

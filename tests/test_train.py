@@ -558,6 +558,7 @@ def test_init_from_starts_with_the_other_runs_weights(run, tmp_path):
         (["--epochs", "0"], "--epochs: got 0, expected a whole number of 1 or more"),
         (["--val-cases", "phantom_0001", "nobody"], "val_cases: nobody not among the 5 cases"),
         (["--val-cases", *CASES], "val_cases: holds out all 5 cases"),
+        (["--fold", "1"], "fold: got 1 without folds, expected the number of folds too"),
         (["--data-dir", "no/such/folder"], "no/such/folder: is no data set"),
         (["--config", "no.yaml"], "no.yaml: no such settings file"),
         (["--init-from", "no.pt"], "no.pt: no such checkpoint"),
@@ -569,6 +570,95 @@ def test_wrong_settings_are_refused_before_anything_is_written(run, tmp_path, fl
     assert message in err
     assert err.count("\n") == 1  # one sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_whose_checkpoints_could_not_be_loaded_is_refused(run, tmp_path, monkeypatch):
+    def masked(config):
+        network = build_network(config)
+        network.register_buffer("mask", torch.full((2, 2), -torch.inf))
+        return network
+
+    monkeypatch.setattr(train, "build_network", masked)
+    code, _, err = run("--epochs", "1")
+    assert code == 2
+    assert "mask of the network (VNet) holds NaN or infinite numbers" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_researchers_own_score_is_logged_though_not_in_every_epoch(run, tmp_path, monkeypatch):
+    validate = train.validate
+
+    def validate_more(*arguments):
+        scores = validate(*arguments)
+        return scores | {"val_worst": 0.25}
+
+    monkeypatch.setattr(train, "validate", validate_more)
+    flags = ["--epochs", "3", "--val-interval", "2", "--checkpoint-minutes", "0"]
+    with power_cut(before_epoch=3), pytest.raises(KeyboardInterrupt):
+        run(*flags)
+    code, _, err = run(*flags, "--resume")
+    assert (code, "log.csv.old" in err) == (0, False)
+    assert [row["val_worst"] for row in read_log(tmp_path / "run")] == ["", "0.25", "0.25"]
+
+
+def test_strengths_of_augmentation_without_it_are_said_to_do_nothing(run):
+    _, _, err = run("--epochs", "1", "--augment-flip", "--augment-noise", "0.1")
+    assert "warning: augment_noise, augment_flip: given without augment: true, so nothing is augmented" in err
+
+
+def test_a_flip_that_swaps_nothing_is_said(run):
+    names = ["background", *(f"teil {n}" for n in range(1, 14))]
+    _, _, err = run("--epochs", "1", "--organs", *names, "--augment", "--augment-flip")
+    assert "no name of organs says right or left in English, so a flip swaps no ids" in err
+    assert "says right or left" not in run("--epochs", "1", "--augment", "--augment-flip", folder="usual")[2]
+
+
+def test_what_annotated_csv_gets_wrong_is_said(run, data, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(data, mine)
+    organs = [name for name in load_config().organs[1:] if name != "spleen"]
+    names = ";".join("oesophagus" if name == "esophagus" else name for name in organs)
+    lines = ["case,organs", *(f"{case},{names}" for case in CASES)]
+    (mine / "annotated.csv").write_text("\n".join(lines) + "\n")
+    _, _, err = run("--epochs", "1", "--data-dir", mine, "--val-cases", CASES[4])
+    assert "warning: annotated.csv: oesophagus is none of organs; names are separated by ;" in err
+    assert "annotated.csv leaves out organs that label maps hold (spleen in 4" in err
+
+
+def test_an_organ_that_one_of_several_folders_never_holds_is_named(run, data, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(data, mine)
+    for path in [*mine.glob("images/*"), *mine.glob("labels/*")]:
+        file = nib.load(path)
+        voxels = np.asanyarray(file.dataobj)
+        voxels = np.where(voxels == 3, 0, voxels) if path.parent.name == "labels" else voxels
+        nib.save(nib.Nifti1Image(voxels, file.affine), path.with_name(path.name.replace("phantom", "other")))
+        path.unlink()
+    _, _, err = run("--epochs", "1", "--data-dir", data, mine, "--val-cases", CASES[4])
+    assert f"warning: in none of the 5 cases to train on of {mine}: spleen; if one is there but not annotated" in err
+
+
+def test_the_same_data_trained_on_and_held_out_are_named(run, data, tmp_path):
+    twin = tmp_path / "twin"
+    for part, name, other in (("images", "_0000", "_0000"), ("labels", "", "")):
+        (twin / part).mkdir(parents=True)
+        shutil.copy(data / part / f"{CASES[0]}{name}.nii.gz", twin / part / f"twin{other}.nii.gz")
+    _, _, err = run("--epochs", "1", "--data-dir", data, twin, "--val-cases", CASES[0])
+    assert f"warning: the same data are trained on and held out, under two ids: twin and {CASES[0]}" in err
+    assert "under two ids" not in run("--epochs", "1", folder="usual")[2]
+
+
+def test_resuming_without_weights_csv_is_refused(run, data, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(data, mine)
+    (mine / "weights.csv").write_text(f"case,weight\n{CASES[0]},0.5\n")
+    flags = ["--data-dir", mine, "--val-cases", CASES[4], "--epochs", "2"]
+    with power_cut(before_epoch=2), pytest.raises(KeyboardInterrupt):
+        run(*flags)
+    (mine / "weights.csv").unlink()
+    code, _, err = run(*flags, "--resume")
+    assert code == 2
+    assert f"cannot go on with other cases; with made labels only before or only now: {CASES[0]}" in err
 
 
 @pytest.mark.parametrize("memory", ["off", "low"])

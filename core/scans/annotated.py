@@ -7,7 +7,7 @@ Where an organ is annotated, background means that it is not there. Where it is 
 about it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,12 @@ def write_annotated(data_dir: str | Path, organs: Mapping[str, Sequence[str]]) -
 def annotated_classes(names: Sequence[str] | None, organs: Sequence[str]) -> np.ndarray:
     """Return (K,) bool: the classes among the `names` of annotated organs, and the background; None: all."""
     return np.array([True, *(names is None or any(same_name(organ, name) for name in names) for organ in organs[1:])])
+
+
+def unknown_names(annotated: Iterable[Sequence[str] | None], organs: Sequence[str]) -> list[str]:
+    """Return the names of annotated organs that none of the organ list has, each once."""
+    names = dict.fromkeys(name for of_case in annotated for name in of_case or ())
+    return [name for name in names if not any(same_name(organ, name) for organ in organs[1:])]
 
 
 def check_both_sides(ids: Sequence[str], annotated: Sequence[np.ndarray], organs: Sequence[str]) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,12 @@ from core.system.exits import one_line
 from core.system.files import whole_file
 
 CHECKSUM_BYTES = 4  # of CRC-32, at the end of a cache file
-CACHE_VERSION = 5  # raise it when the content for the same scan and settings changes
+
+
+@cache
+def code_checksum(modules: Sequence[str]) -> int:
+    """Return a CRC-32 of the source of modules, by name: an edit of how cases are prepared makes their cache anew."""
+    return isal_zlib.crc32(b"".join(Path(sys.modules[name].__file__).read_bytes() for name in modules))
 
 
 def write_cache(path: Path, volumes: np.ndarray, facts: dict) -> None:

@@ -17,8 +17,12 @@ def words_of(name: str) -> list[str]:
 
     A capital letter after a small one begins a word, and so does a number: `kidneyRight2` is `2 kidney right`.
     """
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    return sorted(re.findall(r"[^\W\d_]+|\d+", name.casefold())) or [name]
+    return sorted(re.findall(r"[^\W\d_]+|\d+", split_capitals(name))) or [name]
+
+
+def split_capitals(name: str) -> str:
+    """Return a name in lower case, with a blank where a capital letter follows a small one."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold()
 
 
 def letters_of(name: str) -> str:
@@ -47,8 +51,9 @@ def mirrored_ids(organs: Sequence[str]) -> list[int]:
     mirrored = []
     for i, name in enumerate(organs):
         words = words_of(standard_name(name))
-        glued = any(word.startswith(tuple(OTHER_SIDE)) for word in words)  # rightlung
-        short = SHORT_SIDES & set(re.findall(r"[^\W_]+", name.casefold()))  # kidney_l, but not the vertebra L1
+        glued = any(word.startswith(side) or word.endswith(side) for word in words for side in OTHER_SIDE)  # rightlung
+        # kidney_l, kidneyL and LK, but not the vertebra L1
+        short = SHORT_SIDES & set(re.findall(r"[^\W_]+", split_capitals(name))) or re.fullmatch("[RL][A-Z]", name)
         if not set(words) & set(OTHER_SIDE) and (glued or short):
             raise ValueError(
                 f"augment_flip: {name!r} of organs may hold a side; expected right or left as a word of its own, as in "

@@ -3,6 +3,7 @@
 import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from core.config import Config
 from core.scans.anatomy import odd_organs
-from core.scans.annotated import ANNOTATED
+from core.scans.annotated import ANNOTATED, unknown_names
 from core.scans.files import listed
 from core.scans.organ_names import check_organ_names
 from core.scans.typical import ranges_of
@@ -178,7 +179,7 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
         FileNotFoundError, ValueError: when a file cannot be read, or a label map names other organs than the settings.
     """
     found = {"extent_mm": [], "hu_percentiles": [], "volumes_ml": []}  # of each case a row of numbers
-    fingerprints, counts = [], []
+    fingerprints, counts, ignored = [], [], []
     share = range(group.rank, len(dataset), group.size)
     for index in share:
         check_organ_names(dataset.cases[index].labels, dataset.organs)
@@ -187,6 +188,8 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
         for name, values in found.items():
             values += sample[name].tolist()
         counts += map(annotated_and_present, sample["annotated"], sample["labels"], sample["volumes_ml"])
+        left_out = (sample["volumes_ml"] > 0) & ~sample["annotated"]
+        ignored += [dataset.organs[organ] for organ in left_out.nonzero()[:, 1].tolist()]
         fingerprints += zip(sample["case"], map(fingerprint, *(sample[name] for name in SEEN)), strict=True)
         for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
             if swapped:
@@ -197,9 +200,11 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
     odd = odd_organs([{organ: ml for organ, ml in case.items() if ml} for case in volumes])
     if odd and group.first:
         print_warning(odd)
-    counts, fingerprints = (list(chain(*group.gather(values))) for values in (counts, fingerprints))
+    counts, fingerprints, ignored = (list(chain(*group.gather(each))) for each in (counts, fingerprints, ignored))
     if teaches and group.first:
-        say_what_teaches(counts, dataset.organs)
+        warn_of_annotated(dataset, ignored)
+        folders = {case.id: case.scan.parent.parent for case in dataset.cases}
+        say_what_teaches(counts, dataset.organs, [folders[case] for case, _ in fingerprints])
         if dataset.crop == "organs":
             warn_of_small_boxes([case for case, _ in fingerprints], found["extent_mm"], counts)
     taught = [organ for i, organ in enumerate(dataset.organs) if i and any(present[i] for _, present in counts)]
@@ -213,18 +218,43 @@ def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor, ml: tor
     return np.stack([annotated.numpy(), annotated.numpy() & (on_grid | (ml.numpy() > 0))])
 
 
-def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str]) -> None:
-    """Say in how many cases each organ is annotated; warn of organs that are annotated but found in no case."""
-    annotated, present = np.sum(counts, axis=0)[:, 1:]
+def warn_of_annotated(dataset: Dataset, ignored: Sequence[str]) -> None:
+    """Warn of names in annotated.csv that no organ has, and of organs of label maps that it leaves out, `ignored`."""
+    unknown = unknown_names((case.annotated for case in dataset.cases), dataset.organs)
+    if unknown:
+        print_warning(f"{ANNOTATED}: {listed(unknown)} is none of organs; names are separated by ;")
+    if ignored:
+        by_organ = ", ".join(f"{organ} in {n}" for organ, n in Counter(ignored).items())
+        print_warning(f"{ANNOTATED} leaves out organs that label maps hold ({by_organ} cases); they count as unknown")
+
+
+def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str], folders: Sequence[Path]) -> None:
+    """Say in how many cases each organ is annotated; warn of organs that are annotated but found in no case.
+
+    `folders` are the data sets of the cases: an organ that one of them never holds may not be annotated there.
+    """
+    annotated = np.sum(counts, axis=0)[0, 1:]
     if (annotated < len(counts)).any():
         by_organ = (f"{organ} {n}" for organ, n in zip(organs[1:], annotated, strict=True))
         print(f"{ANNOTATED}: of {len(counts)} cases to train on, so many annotate {', '.join(by_organ)}", flush=True)
-    absent = [organ for organ, n, found in zip(organs[1:], annotated, present, strict=True) if n and not found]
-    if absent:
-        print_warning(
-            f"in none of the {len(counts)} cases to train on: {listed(absent)}; if one is there but not annotated, "
-            f"say so in {ANNOTATED} (docs/data.md)"
-        )
+    for folder in dict.fromkeys(folders):
+        own = [count for count, place in zip(counts, folders, strict=True) if place == folder]
+        annotated, present = np.sum(own, axis=0)[:, 1:]
+        absent = [organ for organ, n, found in zip(organs[1:], annotated, present, strict=True) if n and not found]
+        if absent:
+            where = "" if len(own) == len(counts) else f" of {folder}"
+            print_warning(
+                f"in none of the {len(own)} cases to train on{where}: {listed(absent)}; if one is there but not "
+                f"annotated, say so in {ANNOTATED} (docs/data.md)"
+            )
+
+
+def warn_of_same_data(to_train: dict[str, str], held_out: dict[str, str]) -> None:
+    """Warn of cases that are trained on and held out under two ids; both arguments give fingerprints by id."""
+    twins = {mark: case for case, mark in to_train.items()}
+    same = [f"{twins[mark]} and {case}" for case, mark in held_out.items() if mark in twins]
+    if same:
+        print_warning(f"the same data are trained on and held out, under two ids: {listed(same)}; remove one")
 
 
 def warn_of_small_boxes(cases: Sequence[str], extents_mm: Sequence, counts: Sequence[np.ndarray]) -> None:

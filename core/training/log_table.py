@@ -9,6 +9,8 @@ from core.scoring.results import format_cell
 from core.system.exits import print_warning
 from core.system.files import open_text, whole_file
 
+KNOWN_BY = {"epoch", "train_loss"}  # columns that every log of a run has; a researcher may add others
+
 
 class LogTable:
     """The rows of log.csv, which is read when the first row is added."""
@@ -26,21 +28,21 @@ class LogTable:
             OSError: when the file cannot be read or written.
         """
         if self.rows is None:
-            self.rows = self.read(row)
+            self.rows = self.read()
         self.rows = [old for old in self.rows if int(old["epoch"]) < row["epoch"]]
         self.rows.append({key: format_cell(value) for key, value in row.items()})
         with whole_file(self.path) as temporary, open_text(temporary, "w") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for each in self.rows for key in each)), restval="")
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def read(self, like: dict[str, Any]) -> list[dict[str, str]]:
+    def read(self) -> list[dict[str, str]]:
         """Return the rows of the file; none, with a warning, when another program has made another table of it."""
         if not self.path.is_file():
             return []
         with open_text(self.path) as file:
             rows = list(csv.DictReader(file))
-        if all(row.keys() <= like.keys() and (row.get("epoch") or "").isdecimal() for row in rows):
+        if all(row.keys() >= KNOWN_BY and None not in row and (row.get("epoch") or "").isdecimal() for row in rows):
             return rows
         old = self.path.with_name(f"{self.path.name}.old")
         os.replace(self.path, old)

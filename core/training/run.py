@@ -18,7 +18,7 @@ from core.config import Config
 from core.scans.annotated import with_known
 from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
 from core.system.processes import join_group, leave_group, own_device
-from core.training.batches import make_loader, naming_dead_workers, workers_that_fit
+from core.training.batches import Description, make_loader, naming_dead_workers, warn_of_same_data, workers_that_fit
 from core.training.device import choose_device
 from core.training.log_table import summary_line
 from core.training.memory_plans import choose_plan, peak_gib
@@ -115,7 +115,7 @@ class Run:
         self.group.wait()  # until all processes have looked at the folder
         self.facts["cases"] = cases
         if self.resumed:
-            self.folder.check_same_cases(self.resumed["cases"], cases)
+            self.folder.check_same_cases({"made": cases["made"]} | self.resumed["cases"], cases)
             self.folder.check_same_processes(self.resumed.get("processes"), self.group.size)
         elif not self.folder.replaces:
             self.folder.start(self.device, cases)
@@ -124,17 +124,21 @@ class Run:
         made = f" ({len(cases['made'])} with labels that a network has made)" if cases["made"] else ""
         self.say(f"{len(cases['train'])} cases to train on{made}; {how}; {where}")
 
-    def prepare(self, train_set: Dataset, training_data: dict, fingerprints: dict[str, str]) -> None:
+    def prepare(self, train_set: Dataset, to_train: Description, held_out: Description) -> None:
         """Finish what the first step needs: the facts of the data, the memory plan, the output bias.
 
         Args:
             train_set: the training cases.
-            training_data: ranges over the training cases, with which infer.py compares new scans.
-            fingerprints: by case id, a value that changes when the case's data do.
+            to_train: of them; with its ranges infer.py compares new scans.
+            held_out: of the others.
         """
         training, config = self.training, self.config
         training.untaught = train_set.untaught(self.known)
-        training_data["organs"] = with_known(training_data["organs"], self.known, config.organs)
+        if self.group.first:
+            warn_of_same_data(to_train.fingerprints, held_out.fingerprints)
+        fingerprints = to_train.fingerprints | held_out.fingerprints
+        taught = with_known(to_train.ranges["organs"], self.known, config.organs)
+        training_data = to_train.ranges | {"organs": taught}
         self.facts |= {"training_data": training_data, "fingerprints": fingerprints}
         training.plan = choose_plan(training, config, self.device, self.group, self.folder)
         if self.folder.replaces:  # only now: a run that is refused leaves the earlier one
@@ -233,7 +237,8 @@ class Run:
             NotFiniteError: when the loss of the step before is NaN or infinite.
         """
         step = len(self.losses) + (self.pending is not None) + 1
-        pending = PendingLoss(loss, f"epoch {self.epoch}, step {step}, case {', '.join(batch['case'])}")
+        where = f"epoch {self.epoch}, step {step}, case {', '.join(batch['case'])}"
+        pending = PendingLoss(loss, where, batch["annotated"])
         self.read_loss()
         self.pending = pending
         self.bar.update()

@@ -177,7 +177,7 @@ class RunFolder:
 
     def check_same_cases(self, before: dict[str, list[str]], now: dict[str, list[str]]) -> None:
         """Check that the run so far was trained on the same cases, else some held out would be trained on."""
-        for part, what in (("train", "to train on"), ("val", "held out")):
+        for part, what in (("train", "to train on"), ("val", "held out"), ("made", "with made labels")):
             changed = sorted(set(before[part]) ^ set(now[part]))
             if changed:
                 raise ValueError(

@@ -35,13 +35,15 @@ def split_cases(
         raise ValueError(f"all {len(cases)} cases are in {WEIGHTS}, which lists labels that a network has made")
     if val_cases is not None:
         held_out, source = read_case_ids(val_cases), "val_cases"
+    elif val_fraction == 0:
+        held_out, source = [], "val_fraction: 0"
     else:
         held_out, source = read_case_ids([str(DEFAULT_VAL_CASES)]), "data/val_cases.txt"
     if made.intersection(held_out):
         raise ValueError(f"{source}: {listed(sorted(made.intersection(held_out)))} in {WEIGHTS}: a network's labels")
     missing = [case for case in held_out if case not in ids]
-    if val_cases is None and len(missing) == len(held_out):
-        count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1) if val_fraction > 0 else 0
+    if val_cases is None and val_fraction and len(missing) == len(held_out):
+        count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1)
         drawn = np.random.default_rng(seed).permutation(len(ids))[:count]
         held_out = [ids[i] for i in drawn]
         how = f"{count} of {len(ids)} held out by val_fraction and seed (data/val_cases.txt is for other data)"
@@ -87,6 +89,10 @@ def split(cases: Sequence, config: Config) -> tuple[list, list, str]:
         ValueError: when they cannot be split so.
     """
     if not config.folds:
+        if config.fold:
+            raise ValueError(
+                f"fold: got {config.fold} without folds, expected the number of folds too, as in --folds 5"
+            )
         return split_cases(cases, config.val_cases, config.val_fraction, config.seed)
     if config.val_cases is not None:
         raise ValueError("folds: got val_cases too, expected one of the two; val_cases: null leaves it to the folds")

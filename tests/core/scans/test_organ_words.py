@@ -29,7 +29,9 @@ def test_sides_are_found_in_words_that_are_glued(right):
     assert mirrored_ids(["background", right, "liver", left]) == [0, 3, 2, 1]
 
 
-@pytest.mark.parametrize("name", ["Kidney (R)", "kidney_L", "rt kidney", "R. kidney", "rightlung"])
+@pytest.mark.parametrize(
+    "name", ["Kidney (R)", "kidney_L", "rt kidney", "R. kidney", "rightlung", "lungright", "kidneyL", "KidneyRt", "LK"]
+)
 def test_a_side_that_cannot_be_told_is_refused(name):
     with pytest.raises(ValueError, match="of organs may hold a side; expected right or left as a word of its own"):
         mirrored_ids(["background", "liver", name])
