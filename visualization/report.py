@@ -19,7 +19,7 @@ import numpy as np
 
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
-from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE
+from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE
 from core.scans.anatomy import organs_in, plausible_ml, remarks, rounded
 from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.organ_list import load_given

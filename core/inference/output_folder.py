@@ -6,8 +6,6 @@ last. They are renamed when the case fails.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,44 +15,35 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from core.inference.colour_tables import ITK_SNAP, SLICER, colour_tables
+from core.inference.colour_tables import colour_tables
 from core.inference.dicom_seg import write_segmentation
 from core.inference.dicom_source import read_sources
 from core.inference.inputs import named_case
 from core.inference.measures import measure_organs
+from core.inference.output_files import (
+    EXTRAS,
+    PROBABILITIES,
+    REPORTS,
+    SEGMENTATION,
+    STRUCTURES,
+    check_dicom_extras,
+    check_inputs_are_elsewhere,
+    check_paths_are_free,
+    extra_path,
+    label_map_path,
+    make_folder,
+    report_files,
+)
 from core.inference.rtstruct import write_structures
 from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
 from core.scans.files import listed
 from core.scans.organ_names import read_network
 from core.scans.volumes import save_label_map, save_probabilities
-from core.system.exits import one_line, print_error, print_warning
-from core.system.files import check_room, locked, read_text, whole_file, write_text
+from core.system.exits import print_error, print_warning
+from core.system.files import check_room, locked, read_text, rename_old, whole_file, write_text
 
-BLOCK_BYTES = 4096  # of a disk; a full disk cannot store one more
-# What is written beside a case's label map, if asked for: the flag, and the end of the file's name.
-PROBABILITIES, SEGMENTATION, STRUCTURES = "--probabilities", "--dicom-seg", "--rtstruct"
-EXTRAS = {PROBABILITIES: "_probabilities.nii.gz", SEGMENTATION: "_seg.dcm", STRUCTURES: "_rtstruct.dcm"}
 PROBABILITY_BYTES = 2  # for each voxel and class, in the temporary file from which they are compressed
-
-# The folder of reports, and the files of one case's report beside the viewer.
-REPORTS, REPORT_PAGE, REPORT_NUMBERS = "reports", "index.html", "report.json"
-
-
-def label_map_path(output: Path, case: str) -> Path:
-    """Return the path of a case's label map."""
-    return output / f"{case}.nii.gz"
-
-
-def extra_path(output: Path, case: str, flag: str) -> Path:
-    """Return the path of what a flag of EXTRAS adds to a case's label map."""
-    return output / f"{case}{EXTRAS[flag]}"
-
-
-def report_files(output: Path, case: str) -> tuple[Path, Path]:
-    """Return the paths of a case's report: its page, and its numbers."""
-    folder = output / REPORTS / case
-    return folder / REPORT_PAGE, folder / REPORT_NUMBERS
 
 
 @dataclass(frozen=True)
@@ -258,87 +247,3 @@ class OutputFolder:
             for case in finished
             if case not in others and not all(path.is_file() for path in report_files(self.path, case))
         }
-
-
-# ---- Checks before the work starts -----------------------------------------------------------------------------------
-
-
-def check_dicom_extras(extras: Collection[str], cases: dict[str, Path]) -> None:
-    """Check that DICOM results can be written, if asked for: highdicom is installed, and the scans are DICOM.
-
-    Raises:
-        ValueError: naming what to install, or a scan that is not DICOM.
-    """
-    if SEGMENTATION in extras:
-        try:
-            import highdicom  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"{SEGMENTATION}: needs highdicom ({one_line(error)}); pip install highdicom") from error
-    for flag in {SEGMENTATION, STRUCTURES} & {*extras}:
-        for scan in cases.values():
-            if not scan.is_dir():
-                raise ValueError(f"{flag}: {scan} is NIfTI, expected a DICOM series, to whose slices the result refers")
-
-
-def check_inputs_are_elsewhere(output: Path, inputs: Iterable[Path]) -> None:
-    """Refuse a folder in which results could take the place of inputs or of their reference label maps.
-
-    Args:
-        output: the folder for the results; need not exist.
-        inputs: scans and folders of DICOM series, also those that cannot be read.
-
-    Raises:
-        ValueError: when the folder holds one of the inputs or their label maps, or is inside a series' folder.
-    """
-    for path in inputs:
-        if path.is_dir() and Path(os.path.realpath(path)) in (output.resolve(), *output.resolve().parents):
-            raise ValueError(f"--output: {output} lies in the input folder {path}; choose another folder")
-        stands, leads = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path)).parent  # of a link
-        for folder in (stands, leads):
-            if output.resolve() == folder and not path.is_dir():
-                raise ValueError(f"--output: {output} holds the scan {path}; choose another folder")
-            if folder.name == "images" and output.resolve() == folder.parent / "labels":
-                raise ValueError(f"--output: {output} holds the data's own label maps; choose another folder")
-
-
-def make_folder(output: Path) -> None:
-    """Make the folder, and check that a file can be written there.
-
-    Raises:
-        OSError: when nothing can be written there.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryFile(dir=output) as file:
-            file.write(bytes(BLOCK_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(output)) from error
-
-
-def check_paths_are_free(output: Path, cases: dict[str, Path]) -> None:
-    """Check that the results of cases, given with their scans, can be written, and that volumes.csv can be read.
-
-    Raises:
-        OSError, ValueError: when a folder, a scan itself or a table of another kind has a result's name.
-    """
-    for name in (SLICER, ITK_SNAP):
-        if (output / name).is_dir():
-            raise ValueError(f"{output / name}: is a folder where a table is to be written; move it away")
-    for case, scan in cases.items():
-        for path in (label_map_path(output, case), *(extra_path(output, case, flag) for flag in EXTRAS)):
-            if path.is_dir():
-                raise ValueError(f"{path}: is a folder where case {case} is to be written; move it away")
-            if path.exists() and scan.exists() and path.samefile(scan):
-                raise ValueError(f"--output: {path} is the scan {scan} itself (a link); choose another folder")
-    with locked(output / VOLUMES_LOCK):
-        read_volumes(output)
-
-
-def rename_old(path: Path, why: str) -> None:
-    """Rename an earlier file, if there is one, to *.old, and print it on stderr; an older *.old file is replaced."""
-    if path.is_file():
-        old = path.with_name(f"{path.name}.old")
-        os.replace(path, old)
-        print_warning(f"{why}, so the earlier {path.name} is now {old}")

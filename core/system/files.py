@@ -111,6 +111,14 @@ def remove_left_over(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def rename_old(path: Path, why: str) -> None:
+    """Rename an earlier file, if there is one, to *.old, and print it on stderr; an older *.old file is replaced."""
+    if path.is_file():
+        old = path.with_name(f"{path.name}.old")
+        os.replace(path, old)
+        print_warning(f"{why}, so the earlier {path.name} is now {old}")
+
+
 def sync_folder(folder: Path) -> None:
     """Sync a directory to disk (fsync), where the system supports it."""
     if os.name == "posix":
