@@ -615,6 +615,22 @@ def test_earlier_probabilities_do_not_stay_beside_a_new_label_map(run, scans, tm
     }  # fmt: skip
 
 
+def test_a_label_map_that_no_network_has_made_is_kept(run, scans, tmp_path):
+    drawn = save_scan(tmp_path / "out" / "two.nii.gz", np.ones((6, 6, 6), np.uint8))
+    (tmp_path / "out" / "three.nii.gz").write_bytes(b"no label map")
+    before = drawn.read_bytes()
+    code, _, err = run(scans)
+    assert code == 0
+    assert [line.split(": the label map")[0] for line in err.splitlines()] == [
+        "warning: case three", "warning: case two",
+    ]  # fmt: skip
+    assert f"so the earlier two.nii.gz is now {drawn}.old" in err
+    assert (tmp_path / "out" / "two.nii.gz.old").read_bytes() == before
+    assert (tmp_path / "out" / "three.nii.gz.old").read_bytes() == b"no label map"
+    assert run(scans)[::2] == (0, "")  # a network's own label map is replaced
+    assert (tmp_path / "out" / "two.nii.gz.old").read_bytes() == before
+
+
 @pytest.mark.parametrize("others", [True, False])
 def test_an_input_that_is_gone_counts_as_failed_too(run, scans, tmp_path, others):
     out = tmp_path / "out"

@@ -163,6 +163,7 @@ class OutputFolder:
             save_label_map(labels, scan.geometry, label_map, organs, network)
             self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
             self.retire_report(scan.case)
+            self.keep_foreign(scan.case)
 
     def write_extra(
         self,
@@ -226,6 +227,12 @@ class OutputFolder:
         for case in {named_case(path) for path in refused} - set(cases):
             self.set_aside(case)
 
+    def keep_foreign(self, case: str) -> None:
+        """Rename a label map in a case's place to *.old when it names no network: a person may have drawn it."""
+        path = self.label_map(case)
+        if path.is_file() and not names_network(path):
+            rename_old(path, f"case {case}: the label map there names no network of this program")
+
     def retire_report(self, case: str) -> None:
         """Rename a case's report of an earlier label map to *.old; remove it if it is going to be written anew.
 
@@ -247,3 +254,11 @@ class OutputFolder:
             for case in finished
             if case not in others and not all(path.is_file() for path in report_files(self.path, case))
         }
+
+
+def names_network(label_map: Path) -> bool:
+    """Return True when a label map says which network of this program made it; False where it cannot be read."""
+    try:
+        return bool(read_network(label_map))
+    except (OSError, ValueError):
+        return False
