@@ -216,9 +216,10 @@ def test_other_organs_come_from_another_settings_file(run, tmp_path):
     (tmp_path / "config.yaml").write_text(text[:start] + "organs: [nothing, stone]\n" + text[end:], encoding="utf-8")
     labels = np.zeros(SHAPE)
     labels[0] = 1
-    save(tmp_path / "labels" / "a.nii.gz", labels)
+    for name in ("labels", "predictions"):
+        save(tmp_path / name / "a.nii.gz", labels)
     code, *_ = run(*(f"--{flag}={tmp_path / name}" for flag, name in [
-        ("labels", "labels"), ("predictions", "labels"), ("output", "scores"), ("config", "config.yaml"),
+        ("labels", "labels"), ("predictions", "predictions"), ("output", "scores"), ("config", "config.yaml"),
     ]))  # fmt: skip
     assert code == 0
     rows, summary = read(tmp_path / "scores")
@@ -316,6 +317,28 @@ def test_a_folder_for_other_cases_is_wrong_usage(folders, run, tmp_path):
     assert (code, out) == (2, "")
     assert "none of its label maps (seg_1, seg_2) belongs to a case of the references (case1, case2)" in err
     assert not (tmp_path / "scores").exists()
+
+
+def test_references_are_no_predictions_of_themselves(folders, run, tmp_path):
+    labels, output = tmp_path / "labels", tmp_path / "scores"
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "case1.nii.gz").symlink_to(labels / "case1.nii.gz")
+    for references, predictions in ((labels, labels), (tmp_path, tmp_path), (labels, tmp_path / "links")):
+        code, _, err = run(f"--labels={references}", f"--predictions={predictions}", f"--output={output}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith("error: case case1: ")
+        assert err.endswith("case1.nii.gz is the reference itself, expected a prediction\n")
+        assert not output.exists()
+
+
+def test_predictions_beside_a_folder_of_labels_are_the_ones_scored(folders, run, tmp_path):
+    assert run(*folders)[0] == 0
+    scores = (tmp_path / "scores" / "metrics.csv").read_bytes()
+    for path in (tmp_path / "predictions").iterdir():
+        path.rename(tmp_path / path.name)  # beside labels/
+    flags = (f"--labels={tmp_path}", f"--predictions={tmp_path}", f"--output={tmp_path / 'scores'}")
+    assert run(*flags)[::2] == (0, "")
+    assert (tmp_path / "scores" / "metrics.csv").read_bytes() == scores
 
 
 def test_no_case_that_can_be_scored_is_no_perfect_score(folders, run, tmp_path):
