@@ -415,6 +415,23 @@ def test_skip_existing_leaves_finished_cases_alone(run, scans, tmp_path):
     assert (tmp_path / "out" / "two.nii.gz").read_bytes() != b"done before"
 
 
+def test_skip_existing_keeps_no_label_map_of_another_scan(run, scans, tmp_path):
+    assert run(scans)[0] == 0
+    before = files_in(tmp_path / "out")
+    moved = AFFINE.copy()
+    moved[2, 3] += 40  # another patient's scan under the same name
+    save_scan(scans / "two_0000.nii.gz", make_voxels(SIZE, seed=7), affine=moved)
+    code, out, err = run(scans, "--skip-existing")
+    assert (code, out.splitlines()[0]) == (0, f"1 of 1 scans segmented into {tmp_path / 'out'}")
+    (warning,) = err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path / 'out' / 'two.nii.gz'}: the scan has 32x32x16 voxels")
+    assert warning.endswith("; --skip-existing does not keep a label map of another scan")
+    after = files_in(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name]} == {"two.nii.gz", "volumes.csv"}
+    assert np.array_equal(nib.load(tmp_path / "out" / "two.nii.gz").affine, moved)
+    assert run(scans, "--skip-existing")[1:] == (f"0 of 0 scans segmented into {tmp_path / 'out'}\n", "")
+
+
 def test_skip_existing_warns_of_label_maps_of_another_network(run, checkpoint, config, scans, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     torch.manual_seed(1)

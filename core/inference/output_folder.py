@@ -38,8 +38,10 @@ from core.inference.rtstruct import write_structures
 from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
 from core.scans.files import listed
+from core.scans.geometry import check_same_grid
+from core.scans.nifti import Reading
 from core.scans.organ_names import read_network
-from core.scans.volumes import save_label_map, save_probabilities
+from core.scans.volumes import read_geometry, save_label_map, save_probabilities
 from core.system.exits import print_error, print_warning
 from core.system.files import check_room, locked, read_text, rename_old, whole_file, write_text
 
@@ -87,14 +89,15 @@ class OutputFolder:
         return label_map_path(self.path, case)
 
     def unfinished(self, cases: dict[str, Path], fingerprint: str, warn: bool = True) -> dict[str, Path]:
-        """Return the cases without a label map, or without what is wanted beside it.
+        """Return the cases without a label map on the scan's grid, or without what is wanted beside it.
 
         Args:
             cases: the scans by case id.
             fingerprint: of the networks that segment the others.
-            warn: whether to name the label maps that are there but not known to be made by these networks.
+            warn: whether to name the label maps that are there but on another grid, or not known to be made by these
+                networks.
         """
-        finished = [case for case in cases if self.is_finished(case)]
+        finished = [case for case, scan in cases.items() if self.is_finished(case, scan, warn)]
         for what, others in self.not_made_by(finished, fingerprint).items() if warn else ():
             print_warning(
                 f"{self.path}: {len(others)} of {len(finished)} label maps that --skip-existing keeps {what}: "
@@ -116,10 +119,15 @@ class OutputFolder:
                 found.setdefault(what, []).append(case)
         return found
 
-    def is_finished(self, case: str) -> bool:
-        """Return True when a case's label map exists, and all that is wanted beside it."""
-        extras = all(extra_path(self.path, case, flag).is_file() for flag in self.extras)
-        return self.label_map(case).is_file() and extras
+    def is_finished(self, case: str, scan: Path, warn: bool = False) -> bool:
+        """Return True when a case's label map exists, on the grid of its scan, and all that is wanted beside it."""
+        wanted = [self.label_map(case), *(extra_path(self.path, case, flag) for flag in self.extras)]
+        if not all(path.is_file() for path in wanted):
+            return False
+        difference = grid_difference(scan, self.label_map(case))
+        if difference and warn:
+            print_warning(f"{difference}; --skip-existing does not keep a label map of another scan")
+        return not difference
 
     def check(self, scan: Segmentation) -> None:
         """Refuse a scan, once it is read, whose results cannot be written as asked for.
@@ -247,7 +255,7 @@ class OutputFolder:
 
     def without_report(self, cases: dict[str, Path], fingerprint: str) -> dict[str, Path]:
         """Return the cases that these networks have finished but for the report that is asked for."""
-        finished = [case for case in cases if self.report and self.is_finished(case)]
+        finished = [case for case, scan in cases.items() if self.report and self.is_finished(case, scan)]
         others = set(chain(*self.not_made_by(finished, fingerprint).values()))
         return {
             case: cases[case]
@@ -262,3 +270,20 @@ def names_network(label_map: Path) -> bool:
         return bool(read_network(label_map))
     except (OSError, ValueError):
         return False
+
+
+def grid_difference(scan: Path, label_map: Path) -> str | None:
+    """Describe how a label map's grid differs from its scan's; None where it does not, or a header cannot be read.
+
+    A DICOM series, whose grid is only known when all of its slices are read, counts as equal.
+    """
+    reading = Reading(math.inf, assume_ras=True)
+    try:
+        grids = [read_geometry(path, reading) for path in (scan, label_map)]
+    except (OSError, ValueError):
+        return None
+    try:
+        check_same_grid(*grids, str(label_map))
+    except ValueError as error:
+        return str(error)
+    return None
