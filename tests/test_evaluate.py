@@ -363,6 +363,30 @@ def test_what_an_earlier_run_left_is_gone_when_this_one_breaks(folders, run, tmp
     assert {path.name for path in results.iterdir()} == {"metrics.csv", "summary.json", "scores.png"}
 
 
+def test_results_of_other_programs_are_kept(folders, run, tmp_path):
+    results = tmp_path / "scores"
+    results.mkdir()
+    foreign = {
+        "metrics.csv": b"epoch,loss\n1,0.5\n",
+        "summary.json": b'{"metric_per_case": [], "mean": {}}',  # nnU-Net's
+        "comparison.json": b"[1]",
+        "scores.png": b"a picture",
+    }
+    for name, content in foreign.items():
+        (results / name).write_bytes(content)
+    code, _, err = run(*folders)
+    assert code == 0
+    assert err.splitlines() == [
+        f"warning: not known to be a result of evaluate.py, so the earlier {name} is now {results / name}.old"
+        for name in foreign
+    ]
+    assert run(*folders)[2] == ""  # our own are replaced
+    assert {path.name for path in results.iterdir()} == {
+        "metrics.csv", "summary.json", "scores.png", *(f"{name}.old" for name in foreign),
+    }  # fmt: skip
+    assert all((results / f"{name}.old").read_bytes() == content for name, content in foreign.items())
+
+
 def test_cases_by_id_and_by_file(folders, run, tmp_path):
     listed = tmp_path / "val_cases.txt"
     listed.write_text("# held out\ncase2\n")
