@@ -15,8 +15,8 @@ BLOCK_BYTES = 4096  # of a disk; a full disk cannot store one more
 PROBABILITIES, SEGMENTATION, STRUCTURES = "--probabilities", "--dicom-seg", "--rtstruct"
 EXTRAS = {PROBABILITIES: "_probabilities.nii.gz", SEGMENTATION: "_seg.dcm", STRUCTURES: "_rtstruct.dcm"}
 
-# The folder of reports, and the files of one case's report beside the viewer.
-REPORTS, REPORT_PAGE, REPORT_NUMBERS = "reports", "index.html", "report.json"
+# The folder of reports, and the files of one case's report; the folder's own page lists all cases.
+REPORTS, REPORT_PAGE, REPORT_VIEWER, REPORT_NUMBERS = "reports", "index.html", "viewer.html", "report.json"
 
 
 def label_map_path(output: Path, case: str) -> Path:
@@ -29,10 +29,9 @@ def extra_path(output: Path, case: str, flag: str) -> Path:
     return output / f"{case}{EXTRAS[flag]}"
 
 
-def report_files(output: Path, case: str) -> tuple[Path, Path]:
-    """Return the paths of a case's report: its page, and its numbers."""
-    folder = output / REPORTS / case
-    return folder / REPORT_PAGE, folder / REPORT_NUMBERS
+def report_files(output: Path, case: str) -> tuple[Path, ...]:
+    """Return the paths of a case's report: its page, its viewer, and its numbers."""
+    return tuple(output / REPORTS / case / name for name in (REPORT_PAGE, REPORT_VIEWER, REPORT_NUMBERS))
 
 
 # ---- Checks before the work starts -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from core.inference.measures import measure_organs
 from core.inference.output_files import (
     EXTRAS,
     PROBABILITIES,
+    REPORT_PAGE,
     REPORTS,
     SEGMENTATION,
     STRUCTURES,
@@ -218,7 +219,7 @@ class OutputFolder:
         stderr names what is renamed and what cannot be; an older *.old file is replaced.
         """
         extras = [extra_path(self.path, case, flag) for flag in EXTRAS]
-        paths = (self.label_map(case), *extras, *report_files(self.path, case))
+        paths = (self.label_map(case), *extras, *self.reported(case))
         for path in paths:
             try:
                 rename_old(path, f"case {case}: failed")
@@ -241,15 +242,20 @@ class OutputFolder:
         if path.is_file() and not names_network(path):
             rename_old(path, f"case {case}: the label map there names no network of this program")
 
+    def reported(self, case: str) -> tuple[Path, ...]:
+        """Return the files of a case's report and the page that lists it; none when the case has no report."""
+        files = report_files(self.path, case)
+        return (*files, self.reports / REPORT_PAGE) if any(path.is_file() for path in files) else ()
+
     def retire_report(self, case: str) -> None:
-        """Rename a case's report of an earlier label map to *.old; remove it if it is going to be written anew.
+        """Rename a case's report of an earlier label map, and the list, to *.old; remove them if written anew later.
 
         Raises:
             OSError: when that fails.
         """
-        for path in report_files(self.path, case):
-            if self.report and path.is_file():
-                path.unlink()
+        for path in self.reported(case):
+            if self.report:
+                path.unlink(missing_ok=True)
             else:
                 rename_old(path, f"{case}: segmented without --report")
 

@@ -113,10 +113,11 @@ def remove_left_over(path: Path) -> None:
 
 def rename_old(path: Path, why: str) -> None:
     """Rename an earlier file, if there is one, to *.old, and print it on stderr; an older *.old file is replaced."""
-    if path.is_file():
-        old = path.with_name(f"{path.name}.old")
-        os.replace(path, old)
-        print_warning(f"{why}, so the earlier {path.name} is now {old}")
+    old = path.with_name(f"{path.name}.old")
+    with suppress(FileNotFoundError):  # another process may be faster
+        if path.is_file():
+            os.replace(path, old)
+            print_warning(f"{why}, so the earlier {path.name} is now {old}")
 
 
 def sync_folder(folder: Path) -> None:
