@@ -738,6 +738,18 @@ def test_left_overs_of_a_killed_run_are_in_nobodys_way(run, scans, tmp_path):
     assert left.items() <= {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}.items()
 
 
+def test_what_a_killed_run_left_of_a_case_is_removed_with_it(run, scans, tmp_path):
+    out, token = tmp_path / "out", "0123456789ab"
+    out.mkdir()
+    (scans / "two_0000.nii.gz").rename(scans / "t[wo]_0000.nii.gz")
+    names = [f".{token}.one.nii.gz", f".{token}..{token}.t[wo].nii.gz", f".{token}.t[wo]_probabilities.nii.gz"]
+    others = [f".{token}.four.nii.gz", ".one.nii.gz"]
+    for name in (*names, *others):
+        (out / name).write_bytes(b"half")
+    assert run(scans)[::2] == (0, "")
+    assert set(files_in(out)) == {"one.nii.gz", "t[wo].nii.gz", "three.nii.gz", *TABLES, *others}
+
+
 # ---- Disks and links -------------------------------------------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ from core.scans.nifti import Reading
 from core.scans.organ_names import read_network
 from core.scans.volumes import read_geometry, save_label_map, save_probabilities
 from core.system.exits import print_error, print_warning
-from core.system.files import check_room, locked, read_text, rename_old, whole_file, write_text
+from core.system.files import check_room, locked, read_text, remove_left_over, rename_old, whole_file, write_text
 
 PROBABILITY_BYTES = 2  # for each voxel and class, in the temporary file from which they are compressed
 
@@ -161,6 +161,8 @@ class OutputFolder:
             OSError: when a file cannot be written, or the disk has no room for the probabilities.
             ValueError: when a DICOM series lacks what is copied from it, or a table is another kind of table.
         """
+        for path in (self.label_map(scan.case), *(extra_path(self.path, scan.case, flag) for flag in EXTRAS)):
+            remove_left_over(path)
         with whole_file(self.label_map(scan.case)) as label_map, ExitStack() as moves:
             for flag in EXTRAS:
                 path = extra_path(self.path, scan.case, flag)
