@@ -473,6 +473,17 @@ def test_hd95_leaves_out_the_farthest_twentieth_of_the_surface(run, tmp_path):
     assert (row["hd95_mm"], row["hd_mm"]) == ("0", "2")
 
 
+@pytest.mark.parametrize(("degrees", "warned"), [(0.2, False), (15, True)])
+def test_distances_on_sheared_slices_come_with_a_warning(run, tmp_path, degrees, warned):
+    sheared = AFFINE.copy()
+    sheared[1, 2] = SPACING_MM[2] * math.tan(math.radians(degrees))
+    for name in ("labels", "predictions"):
+        save(tmp_path / name / "a.nii.gz", column(0, 3, LIVER), affine=sheared)
+    code, _, err = run(*(f"--{name}={tmp_path / name}" for name in ("labels", "predictions", "output")))
+    warning = "warning: case a: NSD and HD95 are not exact, since its slices are sheared (tilted gantry)\n"
+    assert (code, err.count(warning)) == (0, int(warned))
+
+
 def test_tolerances_go_by_name_and_others_by_the_flag(folders, run, tmp_path):
     text = (ROOT / "config.yaml").read_text(encoding="utf-8")
     start, end = text.index("\norgans:") + 1, text.index("# ---- Network")

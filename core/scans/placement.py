@@ -135,7 +135,12 @@ def warn_of_identity(affine: np.ndarray, warn: Callable[[str], None]) -> None:
 
 def warn_of_shear(affine: np.ndarray, warn: Callable[[str], None]) -> None:
     """Warn when the axes are not at right angles, as with a tilted gantry; such scans are read correctly too."""
-    axes = affine[:3, :3] / voxel_sizes(affine)
-    degrees = 90 - np.degrees(np.arccos(np.clip(np.abs(axes.T @ axes)[np.triu_indices(3, 1)], 0, 1))).min()
+    degrees = shear_degrees(affine)
     if degrees > SHEAR_DEGREES:
         warn(f"its slices are sheared by {degrees:.1f} degrees (tilted gantry); the affine keeps that")
+
+
+def shear_degrees(affine: np.ndarray) -> float:
+    """Return by how many degrees two axes of an affine are off a right angle, at most."""
+    axes = affine[:3, :3] / voxel_sizes(affine)
+    return 90 - np.degrees(np.arccos(np.clip(np.abs(axes.T @ axes)[np.triu_indices(3, 1)], 0, 1))).min()

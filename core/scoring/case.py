@@ -13,6 +13,7 @@ import numpy as np
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
 from core.scans.organ_names import check_organ_names
+from core.scans.placement import SHEAR_DEGREES, shear_degrees
 from core.scans.volumes import DEFAULT_READING, load_labels
 from core.scoring.flare22 import flare22_scores
 from core.scoring.overlap import SCORES, confusion_matrix, organ_scores, voxel_accuracy
@@ -129,6 +130,10 @@ def score_case(task: Task, rules: Rules) -> Scored:
     if task.prediction:
         prediction, prediction_geometry = read_label_map(task.prediction, rules)
         check_same_grid(geometry, prediction_geometry, f"case {task.case}", "the reference", "the prediction")
+    if shear_degrees(geometry.affine) > SHEAR_DEGREES:
+        rules.reading.warn(
+            f"case {task.case}: NSD and HD95 are not exact, since its slices are sheared (tilted gantry)"
+        )
     reference, prediction = (keep_organs(labels, task, rules) for labels in (reference, prediction))
     matrix = confusion_matrix(reference, prediction, len(rules.organs))
     if rules.protocol == "flare22" and not task.prediction:
