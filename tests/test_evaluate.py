@@ -659,6 +659,21 @@ def test_flare22_takes_the_voxel_size_from_pixdim(run, tmp_path):
     assert nsd["flare22"] < 0.95
 
 
+@pytest.mark.parametrize("pixdim", [0, np.nan, np.inf, -3])
+def test_flare22_takes_the_affine_where_pixdim_is_no_size(run, tmp_path, pixdim):
+    reference, prediction = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    reference[0, 0, 0:4] = prediction[0, 0, 1:5] = LIVER  # 3 mm off by the affine
+    for name, labels in (("labels", reference), ("predictions", prediction)):
+        content = bytearray(nib.Nifti1Image(labels, AFFINE).to_bytes())
+        content[88:92] = np.float32(pixdim).tobytes()  # pixdim[3], which nibabel would not write
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.nii").write_bytes(content)
+    names = ("labels", "predictions", "output")
+    code, _, err = run(*(f"--{name}={tmp_path / name}" for name in names), "--protocol=flare22")
+    assert (code, err) == (0, "warning: case a: its header's pixdim is no voxel size; the affine's is used\n")
+    assert float(read(tmp_path / "output")[0]["a", LIVER]["nsd"]) == 1
+
+
 def test_flare22_gives_a_missing_prediction_nothing(folders, run, tmp_path):
     (tmp_path / "predictions" / "case2.nii.gz").unlink()
     code, *_ = run(*folders, "--protocol=flare22")
