@@ -25,7 +25,7 @@ import evaluate
 from core.config import load_organs
 from core.scoring.case import CEILING_SCORES
 from core.scoring.statistics import bootstrap_interval, spread
-from core.scoring.tables import ceiling_table, comparison_table, score_table
+from core.scoring.tables import ceiling_table, comparison_table, lay_out, score_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE, SPACING_MM, VOXEL_ML = (10, 8, 6), (2.0, 1.5, 3.0), 0.009
@@ -514,6 +514,13 @@ def test_a_markdown_table_has_the_same_numbers(folders, run, tmp_path):
     assert by_organ["liver"] == cells[1][1:]
     assert by_organ["left kidney"] == cells[13][1:]
     assert by_organ["mean over organs"] == [cell for cell in cells[14][1:] if cell]
+
+
+def test_names_of_two_sides_are_cut_in_their_middle():
+    lines = [["organ", "Dice"], *([f"gluteus_maximus_muscle_{side}", "1"] for side in ("left", "right"))]
+    assert [line.split("  ")[0] for line in lay_out(lines, markdown=False).splitlines()[1:]] == [
+        "gluteus_m…uscle_left", "gluteus_m…scle_right",
+    ]  # fmt: skip
 
 
 def test_tables_fit_100_columns_with_a_thousand_cases_and_long_names(run):
