@@ -1,6 +1,7 @@
 """The scoring script as users run it, on small label maps whose scores can be counted."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from core.config import load_organs
 from core.scoring.case import CEILING_SCORES
 from core.scoring.statistics import bootstrap_interval, spread
 from core.scoring.tables import ceiling_table, comparison_table, lay_out, score_table
+from core.system.files import open_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE, SPACING_MM, VOXEL_ML = (10, 8, 6), (2.0, 1.5, 3.0), 0.009
@@ -1042,3 +1044,25 @@ def test_without_matplotlib_only_the_picture_is_missing(folders, run, tmp_path, 
     assert err == "warning: no scores.png, since matplotlib is not installed\n"
     assert out.splitlines()[-1].endswith("metrics.csv, summary.json")
     assert not (tmp_path / "scores" / "scores.png").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_table(folders, run, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "scores.png")
+
+    monkeypatch.setattr("visualization.scores.draw_scores", full)
+    code, out, err = run(*folders)
+    assert (code, err) == (0, "warning: no scores.png: [Errno 28] No space left on device: 'scores.png'\n")
+    assert out.startswith("organ ")
+    assert out.splitlines()[-1].endswith("metrics.csv, summary.json")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("name", ["metrics.csv", "ceiling.csv"])
+def test_a_full_disk_stops_the_command_with_the_files_name(folders, run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("core.scoring.cases.open_text", lambda _, mode: open_text("/dev/full", mode))
+    flags = folders if name == "metrics.csv" else [folders[0], folders[2], "--ceiling", "--size", "8", "8", "8"]
+    code, _, err = run(*flags)
+    assert code == 3
+    assert err.splitlines()[-1] == f"error: [Errno 28] No space left on device: '{tmp_path / 'scores' / name}'"
+    assert run(folders[0], folders[1], "--output=/dev/full/scores")[0] == 2  # never a folder

@@ -16,7 +16,7 @@ from core.scans.not_found import looked_for
 from core.scoring.case import Rules, Scored, Task, score_case
 from core.scoring.results import csv_text
 from core.system.exits import print_error, print_warning
-from core.system.files import open_text, write_text
+from core.system.files import naming, open_text, write_text
 from core.system.parallel import in_processes
 
 Score = Callable[[Task, Rules], Scored]
@@ -82,7 +82,7 @@ def score_cases(
         OSError: when the file cannot be written.
     """
     done: dict[str, Scored] = {}
-    with open_text(path, "w") as file, tqdm(total=len(tasks), unit="case", disable=None) as bar:
+    with naming(path), open_text(path, "w") as file, tqdm(total=len(tasks), unit="case", disable=None) as bar:
         file.write(csv_text([], rules.columns, header=True))
         file.flush()
         one = partial(score_or_refuse, score=score, rules=rules)
