@@ -23,10 +23,10 @@ from core.scoring.case import Rules, Task
 from core.scoring.cases import mark_annotated, name_unpaired, pair_up, score_cases
 from core.scoring.ceiling import score_ceiling
 from core.scoring.flare22 import TOLERANCE_MM
-from core.scoring.results import RESULTS, prepare_output, write_comparison, write_summary
+from core.scoring.results import CEILING_RESULTS, RESULTS, prepare_output, write_comparison, write_summary
 from core.scoring.rules import make_rules
 from core.scoring.tables import comparison_text, print_notes, score_table
-from core.system.exits import DONE, REFUSED, USAGE, print_warning, refusing, run_command
+from core.system.exits import DONE, REFUSED, STOPPED, USAGE, one_line, print_warning, refusing, run_command
 from core.system.files import user_path
 from core.system.parallel import MOST_WORKERS
 
@@ -38,14 +38,16 @@ def main() -> int:
         references = find_label_maps(arguments.labels)
         chosen = select_cases(references, arguments.cases)
         if arguments.ceiling:
-            tasks = [Task(case, reference) for case, reference in chosen.items()]
-            rules, workers = make_rules(tasks, [], arguments)
-            tasks = mark_annotated(tasks, arguments.labels, rules.organs)
-            return score_ceiling(tasks, rules, workers, arguments.output, arguments.table == "md")
-        tasks, extra = pair_up(arguments.predictions, references, chosen)
-        others, _ = pair_up(arguments.against, references, chosen) if arguments.against else ([], [])
+            tasks, others, extra = [Task(case, reference) for case, reference in chosen.items()], [], []
+        else:
+            tasks, extra = pair_up(arguments.predictions, references, chosen)
+            others, _ = pair_up(arguments.against, references, chosen) if arguments.against else ([], [])
         rules, workers = make_rules(tasks, others, arguments)
         tasks, others = (mark_annotated(group, arguments.labels, rules.organs) for group in (tasks, others))
+        prepare_output(arguments.output, CEILING_RESULTS if arguments.ceiling else RESULTS)
+    with refusing(STOPPED):  # results that cannot be written
+        if arguments.ceiling:
+            return score_ceiling(tasks, rules, workers, arguments.output, arguments.table == "md")
         return score_predictions(tasks, others, extra, rules, workers, arguments)
 
 
@@ -59,13 +61,12 @@ def score_predictions(
 ) -> int:
     """Score the predictions, and those of --against; write, draw and print the results; return the exit code."""
     output, markdown = arguments.output, arguments.table == "md"
-    prepare_output(output, RESULTS)
     missing = name_unpaired(tasks, extra, arguments.predictions)
     results = score_cases(tasks, rules, workers, output / "metrics.csv")
     summary = write_summary(output, results, rules, missing, extra)
-    written = ["metrics.csv", "summary.json", *(draw_picture(output) if summary["cases"] else [])]
     print(score_table(summary, len(summary["cases"]), markdown))
     print_notes(summary, rules)
+    written = ["metrics.csv", "summary.json", *(draw_picture(output) if summary["cases"] else [])]
     failed = bool(missing or summary["refused"])
     if others:
         failed |= bool(name_unpaired(others, [], arguments.against))
@@ -81,7 +82,7 @@ def score_predictions(
 
 
 def draw_picture(output: Path) -> list[str]:
-    """Draw scores.png from metrics.csv; return the names of the files drawn: none without matplotlib (optional)."""
+    """Draw scores.png from metrics.csv; return its name, or nothing when it cannot be drawn."""
     try:
         from visualization.scores import draw_scores
     except ModuleNotFoundError as error:
@@ -89,7 +90,11 @@ def draw_picture(output: Path) -> list[str]:
             raise
         print_warning("no scores.png, since matplotlib is not installed")
         return []
-    draw_scores(output / "metrics.csv", output / "scores.png")
+    try:
+        draw_scores(output / "metrics.csv", output / "scores.png")
+    except OSError as error:
+        print_warning(f"no scores.png: {one_line(error)}")
+        return []
     return ["scores.png"]
 
 

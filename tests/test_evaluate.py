@@ -1,6 +1,7 @@
 """The scoring script as users run it, on small label maps whose scores can be counted."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -25,7 +26,8 @@ import evaluate
 from core.config import load_organs
 from core.scoring.case import CEILING_SCORES
 from core.scoring.statistics import bootstrap_interval, spread
-from core.scoring.tables import ceiling_table, comparison_table, score_table
+from core.scoring.tables import ceiling_table, comparison_table, lay_out, score_table
+from core.system.files import open_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE, SPACING_MM, VOXEL_ML = (10, 8, 6), (2.0, 1.5, 3.0), 0.009
@@ -216,9 +218,10 @@ def test_other_organs_come_from_another_settings_file(run, tmp_path):
     (tmp_path / "config.yaml").write_text(text[:start] + "organs: [nothing, stone]\n" + text[end:], encoding="utf-8")
     labels = np.zeros(SHAPE)
     labels[0] = 1
-    save(tmp_path / "labels" / "a.nii.gz", labels)
+    for name in ("labels", "predictions"):
+        save(tmp_path / name / "a.nii.gz", labels)
     code, *_ = run(*(f"--{flag}={tmp_path / name}" for flag, name in [
-        ("labels", "labels"), ("predictions", "labels"), ("output", "scores"), ("config", "config.yaml"),
+        ("labels", "labels"), ("predictions", "predictions"), ("output", "scores"), ("config", "config.yaml"),
     ]))  # fmt: skip
     assert code == 0
     rows, summary = read(tmp_path / "scores")
@@ -318,6 +321,28 @@ def test_a_folder_for_other_cases_is_wrong_usage(folders, run, tmp_path):
     assert not (tmp_path / "scores").exists()
 
 
+def test_references_are_no_predictions_of_themselves(folders, run, tmp_path):
+    labels, output = tmp_path / "labels", tmp_path / "scores"
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "case1.nii.gz").symlink_to(labels / "case1.nii.gz")
+    for references, predictions in ((labels, labels), (tmp_path, tmp_path), (labels, tmp_path / "links")):
+        code, _, err = run(f"--labels={references}", f"--predictions={predictions}", f"--output={output}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith("error: case case1: ")
+        assert err.endswith("case1.nii.gz is the reference itself, expected a prediction\n")
+        assert not output.exists()
+
+
+def test_predictions_beside_a_folder_of_labels_are_the_ones_scored(folders, run, tmp_path):
+    assert run(*folders)[0] == 0
+    scores = (tmp_path / "scores" / "metrics.csv").read_bytes()
+    for path in (tmp_path / "predictions").iterdir():
+        path.rename(tmp_path / path.name)  # beside labels/
+    flags = (f"--labels={tmp_path}", f"--predictions={tmp_path}", f"--output={tmp_path / 'scores'}")
+    assert run(*flags)[::2] == (0, "")
+    assert (tmp_path / "scores" / "metrics.csv").read_bytes() == scores
+
+
 def test_no_case_that_can_be_scored_is_no_perfect_score(folders, run, tmp_path):
     for case in two_cases():
         (tmp_path / "predictions" / f"{case}.nii.gz").write_text("no NIfTI at all")
@@ -338,6 +363,30 @@ def test_what_an_earlier_run_left_is_gone_when_this_one_breaks(folders, run, tmp
     }  # fmt: skip
     assert run(*folders)[0] == 0
     assert {path.name for path in results.iterdir()} == {"metrics.csv", "summary.json", "scores.png"}
+
+
+def test_results_of_other_programs_are_kept(folders, run, tmp_path):
+    results = tmp_path / "scores"
+    results.mkdir()
+    foreign = {
+        "metrics.csv": b"epoch,loss\n1,0.5\n",
+        "summary.json": b'{"metric_per_case": [], "mean": {}}',  # nnU-Net's
+        "comparison.json": b"[1]",
+        "scores.png": b"a picture",
+    }
+    for name, content in foreign.items():
+        (results / name).write_bytes(content)
+    code, _, err = run(*folders)
+    assert code == 0
+    assert err.splitlines() == [
+        f"warning: not known to be a result of evaluate.py, so the earlier {name} is now {results / name}.old"
+        for name in foreign
+    ]
+    assert run(*folders)[2] == ""  # our own are replaced
+    assert {path.name for path in results.iterdir()} == {
+        "metrics.csv", "summary.json", "scores.png", *(f"{name}.old" for name in foreign),
+    }  # fmt: skip
+    assert all((results / f"{name}.old").read_bytes() == content for name, content in foreign.items())
 
 
 def test_cases_by_id_and_by_file(folders, run, tmp_path):
@@ -426,6 +475,17 @@ def test_hd95_leaves_out_the_farthest_twentieth_of_the_surface(run, tmp_path):
     assert (row["hd95_mm"], row["hd_mm"]) == ("0", "2")
 
 
+@pytest.mark.parametrize(("degrees", "warned"), [(0.2, False), (15, True)])
+def test_distances_on_sheared_slices_come_with_a_warning(run, tmp_path, degrees, warned):
+    sheared = AFFINE.copy()
+    sheared[1, 2] = SPACING_MM[2] * math.tan(math.radians(degrees))
+    for name in ("labels", "predictions"):
+        save(tmp_path / name / "a.nii.gz", column(0, 3, LIVER), affine=sheared)
+    code, _, err = run(*(f"--{name}={tmp_path / name}" for name in ("labels", "predictions", "output")))
+    warning = "warning: case a: NSD and HD95 are not exact, since its slices are sheared (tilted gantry)\n"
+    assert (code, err.count(warning)) == (0, int(warned))
+
+
 def test_tolerances_go_by_name_and_others_by_the_flag(folders, run, tmp_path):
     text = (ROOT / "config.yaml").read_text(encoding="utf-8")
     start, end = text.index("\norgans:") + 1, text.index("# ---- Network")
@@ -456,6 +516,13 @@ def test_a_markdown_table_has_the_same_numbers(folders, run, tmp_path):
     assert by_organ["liver"] == cells[1][1:]
     assert by_organ["left kidney"] == cells[13][1:]
     assert by_organ["mean over organs"] == [cell for cell in cells[14][1:] if cell]
+
+
+def test_names_of_two_sides_are_cut_in_their_middle():
+    lines = [["organ", "Dice"], *([f"gluteus_maximus_muscle_{side}", "1"] for side in ("left", "right"))]
+    assert [line.split("  ")[0] for line in lay_out(lines, markdown=False).splitlines()[1:]] == [
+        "gluteus_m…uscle_left", "gluteus_m…scle_right",
+    ]  # fmt: skip
 
 
 def test_tables_fit_100_columns_with_a_thousand_cases_and_long_names(run):
@@ -599,6 +666,21 @@ def test_flare22_takes_the_voxel_size_from_pixdim(run, tmp_path):
         nsd[protocol] = float(read(tmp_path / "output")[0]["a", LIVER]["nsd"])
     assert nsd["default"] == 1
     assert nsd["flare22"] < 0.95
+
+
+@pytest.mark.parametrize("pixdim", [0, np.nan, np.inf, -3])
+def test_flare22_takes_the_affine_where_pixdim_is_no_size(run, tmp_path, pixdim):
+    reference, prediction = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    reference[0, 0, 0:4] = prediction[0, 0, 1:5] = LIVER  # 3 mm off by the affine
+    for name, labels in (("labels", reference), ("predictions", prediction)):
+        content = bytearray(nib.Nifti1Image(labels, AFFINE).to_bytes())
+        content[88:92] = np.float32(pixdim).tobytes()  # pixdim[3], which nibabel would not write
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.nii").write_bytes(content)
+    names = ("labels", "predictions", "output")
+    code, _, err = run(*(f"--{name}={tmp_path / name}" for name in names), "--protocol=flare22")
+    assert (code, err) == (0, "warning: case a: its header's pixdim is no voxel size; the affine's is used\n")
+    assert float(read(tmp_path / "output")[0]["a", LIVER]["nsd"]) == 1
 
 
 def test_flare22_gives_a_missing_prediction_nothing(folders, run, tmp_path):
@@ -962,3 +1044,25 @@ def test_without_matplotlib_only_the_picture_is_missing(folders, run, tmp_path, 
     assert err == "warning: no scores.png, since matplotlib is not installed\n"
     assert out.splitlines()[-1].endswith("metrics.csv, summary.json")
     assert not (tmp_path / "scores" / "scores.png").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_table(folders, run, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "scores.png")
+
+    monkeypatch.setattr("visualization.scores.draw_scores", full)
+    code, out, err = run(*folders)
+    assert (code, err) == (0, "warning: no scores.png: [Errno 28] No space left on device: 'scores.png'\n")
+    assert out.startswith("organ ")
+    assert out.splitlines()[-1].endswith("metrics.csv, summary.json")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("name", ["metrics.csv", "ceiling.csv"])
+def test_a_full_disk_stops_the_command_with_the_files_name(folders, run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("core.scoring.cases.open_text", lambda _, mode: open_text("/dev/full", mode))
+    flags = folders if name == "metrics.csv" else [folders[0], folders[2], "--ceiling", "--size", "8", "8", "8"]
+    code, _, err = run(*flags)
+    assert code == 3
+    assert err.splitlines()[-1] == f"error: [Errno 28] No space left on device: '{tmp_path / 'scores' / name}'"
+    assert run(folders[0], folders[1], "--output=/dev/full/scores")[0] == 2  # never a folder

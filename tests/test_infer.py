@@ -415,6 +415,23 @@ def test_skip_existing_leaves_finished_cases_alone(run, scans, tmp_path):
     assert (tmp_path / "out" / "two.nii.gz").read_bytes() != b"done before"
 
 
+def test_skip_existing_keeps_no_label_map_of_another_scan(run, scans, tmp_path):
+    assert run(scans)[0] == 0
+    before = files_in(tmp_path / "out")
+    moved = AFFINE.copy()
+    moved[2, 3] += 40  # another patient's scan under the same name
+    save_scan(scans / "two_0000.nii.gz", make_voxels(SIZE, seed=7), affine=moved)
+    code, out, err = run(scans, "--skip-existing")
+    assert (code, out.splitlines()[0]) == (0, f"1 of 1 scans segmented into {tmp_path / 'out'}")
+    (warning,) = err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path / 'out' / 'two.nii.gz'}: the scan has 32x32x16 voxels")
+    assert warning.endswith("; --skip-existing does not keep a label map of another scan")
+    after = files_in(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name]} == {"two.nii.gz", "volumes.csv"}
+    assert np.array_equal(nib.load(tmp_path / "out" / "two.nii.gz").affine, moved)
+    assert run(scans, "--skip-existing")[1:] == (f"0 of 0 scans segmented into {tmp_path / 'out'}\n", "")
+
+
 def test_skip_existing_warns_of_label_maps_of_another_network(run, checkpoint, config, scans, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     torch.manual_seed(1)
@@ -615,6 +632,22 @@ def test_earlier_probabilities_do_not_stay_beside_a_new_label_map(run, scans, tm
     }  # fmt: skip
 
 
+def test_a_label_map_that_no_network_has_made_is_kept(run, scans, tmp_path):
+    drawn = save_scan(tmp_path / "out" / "two.nii.gz", np.ones((6, 6, 6), np.uint8))
+    (tmp_path / "out" / "three.nii.gz").write_bytes(b"no label map")
+    before = drawn.read_bytes()
+    code, _, err = run(scans)
+    assert code == 0
+    assert [line.split(": the label map")[0] for line in err.splitlines()] == [
+        "warning: case three", "warning: case two",
+    ]  # fmt: skip
+    assert f"so the earlier two.nii.gz is now {drawn}.old" in err
+    assert (tmp_path / "out" / "two.nii.gz.old").read_bytes() == before
+    assert (tmp_path / "out" / "three.nii.gz.old").read_bytes() == b"no label map"
+    assert run(scans)[::2] == (0, "")  # a network's own label map is replaced
+    assert (tmp_path / "out" / "two.nii.gz.old").read_bytes() == before
+
+
 @pytest.mark.parametrize("others", [True, False])
 def test_an_input_that_is_gone_counts_as_failed_too(run, scans, tmp_path, others):
     out = tmp_path / "out"
@@ -703,6 +736,18 @@ def test_left_overs_of_a_killed_run_are_in_nobodys_way(run, scans, tmp_path):
     assert run(tmp_path / "out", "--output", tmp_path / "again")[0] == 0  # its label maps, taken for scans
     assert set(files_in(tmp_path / "again")) == {"one.nii.gz", "two.nii.gz", "three.nii.gz", *TABLES}
     assert left.items() <= {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}.items()
+
+
+def test_what_a_killed_run_left_of_a_case_is_removed_with_it(run, scans, tmp_path):
+    out, token = tmp_path / "out", "0123456789ab"
+    out.mkdir()
+    (scans / "two_0000.nii.gz").rename(scans / "t[wo]_0000.nii.gz")
+    names = [f".{token}.one.nii.gz", f".{token}..{token}.t[wo].nii.gz", f".{token}.t[wo]_probabilities.nii.gz"]
+    others = [f".{token}.four.nii.gz", ".one.nii.gz"]
+    for name in (*names, *others):
+        (out / name).write_bytes(b"half")
+    assert run(scans)[::2] == (0, "")
+    assert set(files_in(out)) == {"one.nii.gz", "t[wo].nii.gz", "three.nii.gz", *TABLES, *others}
 
 
 # ---- Disks and links -------------------------------------------------------------------------------------------------

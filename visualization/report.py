@@ -19,7 +19,7 @@ import numpy as np
 
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
-from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE
+from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORT_VIEWER
 from core.scans.anatomy import organs_in, plausible_ml, remarks, rounded
 from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.organ_list import load_given
@@ -38,7 +38,6 @@ from visualization.viewer import make_viewer
 
 FRAMES, SIZE = 96, (960, 540)  # of the movie in a page
 SLICES = 20  # axial ones on the sheet
-VIEWER = "viewer.html"
 
 
 def write_report(shown: Shown, folder: Path, provenance: dict[str, str]) -> Path:
@@ -57,7 +56,7 @@ def write_report(shown: Shown, folder: Path, provenance: dict[str, str]) -> Path
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"case": shown.title, "provenance": provenance} | describe(shown)
-    write_page(folder / VIEWER, make_viewer(shown))
+    write_page(folder / REPORT_VIEWER, make_viewer(shown))
     write_page(folder / REPORT_PAGE, make_report(shown, facts))
     write_text(folder / REPORT_NUMBERS, json.dumps(facts, indent=2) + "\n")
     return folder / REPORT_PAGE
@@ -110,7 +109,7 @@ def make_report(shown: Shown, facts: dict) -> str:
     body = Template(read_text(FOLDER / "report.html")).substitute(
         title=escaped(shown.title),
         about=escaped(describe_scan(shown)),
-        viewer=VIEWER,
+        viewer=REPORT_VIEWER,
         remarks=flags(facts["remarks"]),
         organs=organ_table(facts),
         slices=slices(shown),

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 from tqdm import tqdm
 
-from core.inference.output_folder import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
+from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import DEFAULT_READING

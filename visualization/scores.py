@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from core.scoring.tables import shorten
 from core.system.exits import DONE, REFUSED, refusing, run_command
 from core.system.files import user_path
 from visualization.fonts import drawable, drawable_organs
@@ -131,25 +132,24 @@ def name_cells(axes: Axes, table: np.ndarray, cases: Sequence[str], organs: Sequ
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set_xticks(
-        range(len(organs)), [shorten(organ) for organ in organs], rotation=50, ha="right", rotation_mode="anchor"
+        range(len(organs)),
+        [shorten(organ, NAME_LETTERS) for organ in organs],
+        rotation=50,
+        ha="right",
+        rotation_mode="anchor",
     )
     axes.tick_params(axis="x", labelsize=min(NAME_SIZE, NAMES_LENGTH / len(organs)))
     axes.yaxis.tick_right()
     if len(cases) <= NAMED_CASES:
-        axes.set_yticks(range(len(cases)), [shorten(case) for case in cases])
+        axes.set_yticks(range(len(cases)), [shorten(case, NAME_LETTERS) for case in cases])
         axes.tick_params(axis="y", labelsize=min(NAME_SIZE, NAMES_LENGTH / len(cases)))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(f"lowest: {', '.join(shorten(case) for case in cases[:3])}")
+        axes.set_xlabel(f"lowest: {', '.join(shorten(case, NAME_LETTERS) for case in cases[:3])}")
     if len(cases) <= NUMBERED_CASES and len(organs) <= NUMBERED_CASES:
         for (row, column), value in np.ndenumerate(table):
             text, colour = ("-", INK) if np.isnan(value) else (f"{value:.2f}", INK if value < DARK_BELOW else PAPER)
             axes.text(column, row, text, ha="center", va="center", size=7.5, color=colour)
-
-
-def shorten(name: str) -> str:
-    """Shorten a long name of a case or organ in its middle: ids differ at their ends."""
-    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS // 2 - 1]}…{name[-NAME_LETTERS // 2 :]}"
 
 
 def draw_scores(metrics_path: str | Path, output_path: str | Path) -> None:
@@ -172,7 +172,7 @@ def draw_scores(metrics_path: str | Path, output_path: str | Path) -> None:
         axes.set(title=title)
     defined = (~np.isnan(scores.tables["dice"])).sum(axis=0)
     organs = drawable_organs(list(scores.organs.values()), list(scores.organs))
-    names = [f"{shorten(organ)}  {n}" for organ, n in zip(organs, defined, strict=True)]
+    names = [f"{shorten(organ, NAME_LETTERS)}  {n}" for organ, n in zip(organs, defined, strict=True)]
     boxes[0].set_yticks(range(len(names)), names, size=min(NAME_SIZE, NAMES_LENGTH / len(names)))
     boxes[0].set_xlabel("beside the names: in how many cases it is defined")
     draw_heat_map(heat_map, scores.tables["dice"], [drawable(case) for case in scores.cases], organs)

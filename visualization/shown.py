@@ -51,14 +51,14 @@ def read_shown(args: argparse.Namespace, given: Config | None) -> tuple[Shown, s
         given: the settings whose organ names count, from `load_given`; None: the label maps' own.
 
     Returns:
-        what to look at, and a note for the user when the organ names are the default ones.
+        what to look at, and a note for the user when a label map has no organ names.
 
     Raises:
         OSError, ValueError: when a file cannot be read, is not on the scan's grid, or holds other organs.
     """
     reading = Reading(args.max_gib, args.assume_ras)
     paths = {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "reference": args.truth}
-    organs, note = choose_organs(given, *([path] for path in paths.values()))
+    organs, note = choose_organs(given, {name: [path] for name, path in paths.items()})
     voxels, geometry = load_scan(args.scan, reading)
     label_maps = read_label_maps(paths, geometry, organs, reading)
     return Shown(title_of(case_id(args.scan)), voxels, geometry, label_maps, organs), note

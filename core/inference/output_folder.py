@@ -6,8 +6,6 @@ last. They are renamed when the case fails.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,44 +15,38 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from core.inference.colour_tables import ITK_SNAP, SLICER, colour_tables
+from core.inference.colour_tables import colour_tables
 from core.inference.dicom_seg import write_segmentation
 from core.inference.dicom_source import read_sources
 from core.inference.inputs import named_case
 from core.inference.measures import measure_organs
+from core.inference.output_files import (
+    EXTRAS,
+    PROBABILITIES,
+    REPORT_PAGE,
+    REPORTS,
+    SEGMENTATION,
+    STRUCTURES,
+    check_dicom_extras,
+    check_inputs_are_elsewhere,
+    check_paths_are_free,
+    extra_path,
+    label_map_path,
+    make_folder,
+    report_files,
+)
 from core.inference.rtstruct import write_structures
 from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
 from core.scans.files import listed
+from core.scans.geometry import check_same_grid
+from core.scans.nifti import Reading
 from core.scans.organ_names import read_network
-from core.scans.volumes import save_label_map, save_probabilities
-from core.system.exits import one_line, print_error, print_warning
-from core.system.files import check_room, locked, read_text, whole_file, write_text
+from core.scans.volumes import read_geometry, save_label_map, save_probabilities
+from core.system.exits import print_error, print_warning
+from core.system.files import check_room, locked, read_text, remove_left_over, rename_old, whole_file, write_text
 
-BLOCK_BYTES = 4096  # of a disk; a full disk cannot store one more
-# What is written beside a case's label map, if asked for: the flag, and the end of the file's name.
-PROBABILITIES, SEGMENTATION, STRUCTURES = "--probabilities", "--dicom-seg", "--rtstruct"
-EXTRAS = {PROBABILITIES: "_probabilities.nii.gz", SEGMENTATION: "_seg.dcm", STRUCTURES: "_rtstruct.dcm"}
 PROBABILITY_BYTES = 2  # for each voxel and class, in the temporary file from which they are compressed
-
-# The folder of reports, and the files of one case's report beside the viewer.
-REPORTS, REPORT_PAGE, REPORT_NUMBERS = "reports", "index.html", "report.json"
-
-
-def label_map_path(output: Path, case: str) -> Path:
-    """Return the path of a case's label map."""
-    return output / f"{case}.nii.gz"
-
-
-def extra_path(output: Path, case: str, flag: str) -> Path:
-    """Return the path of what a flag of EXTRAS adds to a case's label map."""
-    return output / f"{case}{EXTRAS[flag]}"
-
-
-def report_files(output: Path, case: str) -> tuple[Path, Path]:
-    """Return the paths of a case's report: its page, and its numbers."""
-    folder = output / REPORTS / case
-    return folder / REPORT_PAGE, folder / REPORT_NUMBERS
 
 
 @dataclass(frozen=True)
@@ -98,14 +90,15 @@ class OutputFolder:
         return label_map_path(self.path, case)
 
     def unfinished(self, cases: dict[str, Path], fingerprint: str, warn: bool = True) -> dict[str, Path]:
-        """Return the cases without a label map, or without what is wanted beside it.
+        """Return the cases without a label map on the scan's grid, or without what is wanted beside it.
 
         Args:
             cases: the scans by case id.
             fingerprint: of the networks that segment the others.
-            warn: whether to name the label maps that are there but not known to be made by these networks.
+            warn: whether to name the label maps that are there but on another grid, or not known to be made by these
+                networks.
         """
-        finished = [case for case in cases if self.is_finished(case)]
+        finished = [case for case, scan in cases.items() if self.is_finished(case, scan, warn)]
         for what, others in self.not_made_by(finished, fingerprint).items() if warn else ():
             print_warning(
                 f"{self.path}: {len(others)} of {len(finished)} label maps that --skip-existing keeps {what}: "
@@ -127,10 +120,15 @@ class OutputFolder:
                 found.setdefault(what, []).append(case)
         return found
 
-    def is_finished(self, case: str) -> bool:
-        """Return True when a case's label map exists, and all that is wanted beside it."""
-        extras = all(extra_path(self.path, case, flag).is_file() for flag in self.extras)
-        return self.label_map(case).is_file() and extras
+    def is_finished(self, case: str, scan: Path, warn: bool = False) -> bool:
+        """Return True when a case's label map exists, on the grid of its scan, and all that is wanted beside it."""
+        wanted = [self.label_map(case), *(extra_path(self.path, case, flag) for flag in self.extras)]
+        if not all(path.is_file() for path in wanted):
+            return False
+        difference = grid_difference(scan, self.label_map(case))
+        if difference and warn:
+            print_warning(f"{difference}; --skip-existing does not keep a label map of another scan")
+        return not difference
 
     def check(self, scan: Segmentation) -> None:
         """Refuse a scan, once it is read, whose results cannot be written as asked for.
@@ -163,6 +161,8 @@ class OutputFolder:
             OSError: when a file cannot be written, or the disk has no room for the probabilities.
             ValueError: when a DICOM series lacks what is copied from it, or a table is another kind of table.
         """
+        for path in (self.label_map(scan.case), *(extra_path(self.path, scan.case, flag) for flag in EXTRAS)):
+            remove_left_over(path)
         with whole_file(self.label_map(scan.case)) as label_map, ExitStack() as moves:
             for flag in EXTRAS:
                 path = extra_path(self.path, scan.case, flag)
@@ -174,6 +174,7 @@ class OutputFolder:
             save_label_map(labels, scan.geometry, label_map, organs, network)
             self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
             self.retire_report(scan.case)
+            self.keep_foreign(scan.case)
 
     def write_extra(
         self,
@@ -220,7 +221,7 @@ class OutputFolder:
         stderr names what is renamed and what cannot be; an older *.old file is replaced.
         """
         extras = [extra_path(self.path, case, flag) for flag in EXTRAS]
-        paths = (self.label_map(case), *extras, *report_files(self.path, case))
+        paths = (self.label_map(case), *extras, *self.reported(case))
         for path in paths:
             try:
                 rename_old(path, f"case {case}: failed")
@@ -237,21 +238,32 @@ class OutputFolder:
         for case in {named_case(path) for path in refused} - set(cases):
             self.set_aside(case)
 
+    def keep_foreign(self, case: str) -> None:
+        """Rename a label map in a case's place to *.old when it names no network: a person may have drawn it."""
+        path = self.label_map(case)
+        if path.is_file() and not names_network(path):
+            rename_old(path, f"case {case}: the label map there names no network of this program")
+
+    def reported(self, case: str) -> tuple[Path, ...]:
+        """Return the files of a case's report and the page that lists it; none when the case has no report."""
+        files = report_files(self.path, case)
+        return (*files, self.reports / REPORT_PAGE) if any(path.is_file() for path in files) else ()
+
     def retire_report(self, case: str) -> None:
-        """Rename a case's report of an earlier label map to *.old; remove it if it is going to be written anew.
+        """Rename a case's report of an earlier label map, and the list, to *.old; remove them if written anew later.
 
         Raises:
             OSError: when that fails.
         """
-        for path in report_files(self.path, case):
-            if self.report and path.is_file():
-                path.unlink()
+        for path in self.reported(case):
+            if self.report:
+                path.unlink(missing_ok=True)
             else:
                 rename_old(path, f"{case}: segmented without --report")
 
     def without_report(self, cases: dict[str, Path], fingerprint: str) -> dict[str, Path]:
         """Return the cases that these networks have finished but for the report that is asked for."""
-        finished = [case for case in cases if self.report and self.is_finished(case)]
+        finished = [case for case, scan in cases.items() if self.report and self.is_finished(case, scan)]
         others = set(chain(*self.not_made_by(finished, fingerprint).values()))
         return {
             case: cases[case]
@@ -260,85 +272,26 @@ class OutputFolder:
         }
 
 
-# ---- Checks before the work starts -----------------------------------------------------------------------------------
-
-
-def check_dicom_extras(extras: Collection[str], cases: dict[str, Path]) -> None:
-    """Check that DICOM results can be written, if asked for: highdicom is installed, and the scans are DICOM.
-
-    Raises:
-        ValueError: naming what to install, or a scan that is not DICOM.
-    """
-    if SEGMENTATION in extras:
-        try:
-            import highdicom  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"{SEGMENTATION}: needs highdicom ({one_line(error)}); pip install highdicom") from error
-    for flag in {SEGMENTATION, STRUCTURES} & {*extras}:
-        for scan in cases.values():
-            if not scan.is_dir():
-                raise ValueError(f"{flag}: {scan} is NIfTI, expected a DICOM series, to whose slices the result refers")
-
-
-def check_inputs_are_elsewhere(output: Path, inputs: Iterable[Path]) -> None:
-    """Refuse a folder in which results could take the place of inputs or of their reference label maps.
-
-    Args:
-        output: the folder for the results; need not exist.
-        inputs: scans and folders of DICOM series, also those that cannot be read.
-
-    Raises:
-        ValueError: when the folder holds one of the inputs or their label maps, or is inside a series' folder.
-    """
-    for path in inputs:
-        if path.is_dir() and Path(os.path.realpath(path)) in (output.resolve(), *output.resolve().parents):
-            raise ValueError(f"--output: {output} lies in the input folder {path}; choose another folder")
-        stands, leads = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path)).parent  # of a link
-        for folder in (stands, leads):
-            if output.resolve() == folder and not path.is_dir():
-                raise ValueError(f"--output: {output} holds the scan {path}; choose another folder")
-            if folder.name == "images" and output.resolve() == folder.parent / "labels":
-                raise ValueError(f"--output: {output} holds the data's own label maps; choose another folder")
-
-
-def make_folder(output: Path) -> None:
-    """Make the folder, and check that a file can be written there.
-
-    Raises:
-        OSError: when nothing can be written there.
-    """
-    output.mkdir(parents=True, exist_ok=True)
+def names_network(label_map: Path) -> bool:
+    """Return True when a label map says which network of this program made it; False where it cannot be read."""
     try:
-        with tempfile.TemporaryFile(dir=output) as file:
-            file.write(bytes(BLOCK_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(output)) from error
+        return bool(read_network(label_map))
+    except (OSError, ValueError):
+        return False
 
 
-def check_paths_are_free(output: Path, cases: dict[str, Path]) -> None:
-    """Check that the results of cases, given with their scans, can be written, and that volumes.csv can be read.
+def grid_difference(scan: Path, label_map: Path) -> str | None:
+    """Describe how a label map's grid differs from its scan's; None where it does not, or a header cannot be read.
 
-    Raises:
-        OSError, ValueError: when a folder, a scan itself or a table of another kind has a result's name.
+    A DICOM series, whose grid is only known when all of its slices are read, counts as equal.
     """
-    for name in (SLICER, ITK_SNAP):
-        if (output / name).is_dir():
-            raise ValueError(f"{output / name}: is a folder where a table is to be written; move it away")
-    for case, scan in cases.items():
-        for path in (label_map_path(output, case), *(extra_path(output, case, flag) for flag in EXTRAS)):
-            if path.is_dir():
-                raise ValueError(f"{path}: is a folder where case {case} is to be written; move it away")
-            if path.exists() and scan.exists() and path.samefile(scan):
-                raise ValueError(f"--output: {path} is the scan {scan} itself (a link); choose another folder")
-    with locked(output / VOLUMES_LOCK):
-        read_volumes(output)
-
-
-def rename_old(path: Path, why: str) -> None:
-    """Rename an earlier file, if there is one, to *.old, and print it on stderr; an older *.old file is replaced."""
-    if path.is_file():
-        old = path.with_name(f"{path.name}.old")
-        os.replace(path, old)
-        print_warning(f"{why}, so the earlier {path.name} is now {old}")
+    reading = Reading(math.inf, assume_ras=True)
+    try:
+        grids = [read_geometry(path, reading) for path in (scan, label_map)]
+    except (OSError, ValueError):
+        return None
+    try:
+        check_same_grid(*grids, str(label_map))
+    except ValueError as error:
+        return str(error)
+    return None

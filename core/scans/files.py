@@ -37,13 +37,13 @@ def find_label_maps(folder: str | Path, cases: Collection[str] | None = None) ->
 
     Args:
         folder: where they are.
-        cases: ids that they are expected to have; None: those of the scans, in a data set.
+        cases: ids that predictions are expected to have; None: those of the scans, in a data set.
 
     Raises:
         FileNotFoundError: when there is no such folder, or no label map in it.
         ValueError: when two files mean the same case.
     """
-    folder = label_folder(folder)
+    folder = label_folder(folder) if cases is None else prediction_folder(folder)
     scans = Path(os.path.abspath(folder)).parent / "images"
     if cases is None:
         cases = list_files(scans) if folder.name == "labels" and scans.is_dir() else ()
@@ -60,6 +60,12 @@ def label_folder(folder: str | Path) -> Path:
     """Return the folder of label maps that a path means: that of a data set is its `labels`."""
     folder = Path(folder)
     return folder / "labels" if (folder / "labels").is_dir() else folder
+
+
+def prediction_folder(folder: str | Path) -> Path:
+    """Return the folder of predictions that a path means: `labels` in it only where it holds no label map itself."""
+    folder = Path(folder)
+    return folder if folder.is_dir() and nifti_in(folder) else label_folder(folder)
 
 
 def find_files(folder: str | Path, cases: Collection[str] | None = None) -> dict[str, Path]:

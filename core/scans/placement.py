@@ -6,6 +6,7 @@ from collections.abc import Callable
 import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.nifti1 import xform_codes
 from nibabel.spatialimages import HeaderDataError
 
 from core.system.exits import one_line
@@ -23,11 +24,13 @@ def affine_of(
 ) -> np.ndarray:
     """Return the affine from voxel indices to mm in the patient: the sform if its code is above 0, else the qform.
 
-    An sform of zeros or of numbers that are not finite is marked as absent in the header when there is a qform.
+    An sform of zeros or of numbers that are not finite is marked as absent in the header when there is a qform. A code
+    that the standard does not have becomes 1 there.
 
     Raises:
         ValueError: when both codes are 0 and `assume_ras` is False, or when a scan cannot have this affine.
     """
+    replace_unknown_codes(header, warn)
     ways = {}
     if header["sform_code"] > 0:
         ways["sform"] = header.get_sform()
@@ -61,6 +64,14 @@ def affine_of(
     if "assumed" not in ways:
         warn_of_identity(affine, warn)
     return affine
+
+
+def replace_unknown_codes(header: nib.Nifti1Header, warn: Callable[[str], None]) -> None:
+    """Replace codes above 0 that nibabel does not know by 1 (scanner): it would write label maps without a place."""
+    for name in ("sform_code", "qform_code"):
+        if header[name] > 0 and int(header[name]) not in xform_codes.value_set():
+            warn(f"has the unknown {name} {header[name]}; taken as 1 (scanner)")
+            header[name] = 1
 
 
 def qform_of(header: nib.Nifti1Header) -> np.ndarray:
@@ -135,7 +146,12 @@ def warn_of_identity(affine: np.ndarray, warn: Callable[[str], None]) -> None:
 
 def warn_of_shear(affine: np.ndarray, warn: Callable[[str], None]) -> None:
     """Warn when the axes are not at right angles, as with a tilted gantry; such scans are read correctly too."""
-    axes = affine[:3, :3] / voxel_sizes(affine)
-    degrees = 90 - np.degrees(np.arccos(np.clip(np.abs(axes.T @ axes)[np.triu_indices(3, 1)], 0, 1))).min()
+    degrees = shear_degrees(affine)
     if degrees > SHEAR_DEGREES:
         warn(f"its slices are sheared by {degrees:.1f} degrees (tilted gantry); the affine keeps that")
+
+
+def shear_degrees(affine: np.ndarray) -> float:
+    """Return by how many degrees two axes of an affine are off a right angle, at most."""
+    axes = affine[:3, :3] / voxel_sizes(affine)
+    return 90 - np.degrees(np.arccos(np.clip(np.abs(axes.T @ axes)[np.triu_indices(3, 1)], 0, 1))).min()

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
 from core.scans.organ_names import check_organ_names
+from core.scans.placement import SHEAR_DEGREES, shear_degrees
 from core.scans.volumes import DEFAULT_READING, load_labels
 from core.scoring.flare22 import flare22_scores
 from core.scoring.overlap import SCORES, confusion_matrix, organ_scores, voxel_accuracy
@@ -129,6 +131,12 @@ def score_case(task: Task, rules: Rules) -> Scored:
     if task.prediction:
         prediction, prediction_geometry = read_label_map(task.prediction, rules)
         check_same_grid(geometry, prediction_geometry, f"case {task.case}", "the reference", "the prediction")
+    if shear_degrees(geometry.affine) > SHEAR_DEGREES:
+        rules.reading.warn(
+            f"case {task.case}: NSD and HD95 are not exact, since its slices are sheared (tilted gantry)"
+        )
+    if rules.protocol == "flare22" and pixdim_of(geometry) != geometry.header["pixdim"][1:4].tolist():
+        rules.reading.warn(f"case {task.case}: its header's pixdim is no voxel size; the affine's is used")
     reference, prediction = (keep_organs(labels, task, rules) for labels in (reference, prediction))
     matrix = confusion_matrix(reference, prediction, len(rules.organs))
     if rules.protocol == "flare22" and not task.prediction:
@@ -176,8 +184,7 @@ def score_organs(
     """
     if rules.protocol == "flare22":
         stored = [geometry.from_ras(labels) for labels in (reference, prediction)]
-        pixdim_mm = [float(mm) for mm in geometry.header.get_zooms()]
-        found = flare22_scores(*stored, rules.organs, rules.tolerances_mm, pixdim_mm, rules.threads)
+        found = flare22_scores(*stored, rules.organs, rules.tolerances_mm, pixdim_of(geometry), rules.threads)
         return [{"dice": dice, "nsd": surface_dice} for dice, surface_dice in found]
     scores = []
     overlap = organ_scores(matrix)
@@ -189,6 +196,12 @@ def score_organs(
             of_organ |= {"hd_mm": hausdorff_mm(both), "mean_distance_mm": mean_distance_mm(both)}
         scores.append(of_organ)
     return scores
+
+
+def pixdim_of(geometry: Geometry) -> list[float]:
+    """Return the voxel size that the header's pixdim gives, along the stored axes; the affine's where it gives none."""
+    pixdim = [float(mm) for mm in geometry.header["pixdim"][1:4]]
+    return pixdim if all(0 < mm < math.inf for mm in pixdim) else voxel_sizes(geometry.affine).tolist()
 
 
 def outcome(task: Task, scores: Sequence[dict[str, float]], matrix: np.ndarray, rules: Rules) -> Scored:

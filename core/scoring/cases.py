@@ -11,12 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from core.scans.annotated import annotated_classes, read_annotated
-from core.scans.files import find_label_maps, label_folder, listed
+from core.scans.files import find_label_maps, label_folder, listed, prediction_folder
 from core.scans.not_found import looked_for
 from core.scoring.case import Rules, Scored, Task, score_case
 from core.scoring.results import csv_text
 from core.system.exits import print_error, print_warning
-from core.system.files import open_text, write_text
+from core.system.files import naming, open_text, write_text
 from core.system.parallel import in_processes
 
 Score = Callable[[Task, Rules], Scored]
@@ -26,7 +26,7 @@ def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) 
     """Return the chosen cases with their predictions in a folder, and the folder's cases that have no reference.
 
     Raises:
-        FileNotFoundError, ValueError: when the folder holds no prediction of any reference's case.
+        FileNotFoundError, ValueError: when the folder holds no prediction of any reference's case, or the references.
     """
     predictions = find_label_maps(folder, references)
     if not predictions.keys() & references.keys():
@@ -35,6 +35,10 @@ def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) 
             f"({listed(list(references), 3)}); a prediction is CASE.nii.gz"
         )
     tasks = [Task(case, reference, predictions.get(case)) for case, reference in chosen.items()]
+    for task in tasks:
+        both_exist = task.prediction and task.prediction.exists() and task.reference.exists()
+        if both_exist and task.prediction.samefile(task.reference):
+            raise ValueError(f"case {task.case}: {task.prediction} is the reference itself, expected a prediction")
     return tasks, [case for case in predictions if case not in references]
 
 
@@ -60,7 +64,7 @@ def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: Path) -> 
         print_warning(f"{folder}: no reference for {len(extra)}: {listed(extra)}")
     missing = [task.case for task in tasks if task.prediction is None]
     for case in missing:
-        hint = looked_for(case, label_folder(folder), [task.prediction for task in tasks if task.prediction])
+        hint = looked_for(case, prediction_folder(folder), [task.prediction for task in tasks if task.prediction])
         print_error(FileNotFoundError(f"case {case}: no prediction in {folder}; scored as missed; {hint}"))
     return missing
 
@@ -78,7 +82,7 @@ def score_cases(
         OSError: when the file cannot be written.
     """
     done: dict[str, Scored] = {}
-    with open_text(path, "w") as file, tqdm(total=len(tasks), unit="case", disable=None) as bar:
+    with naming(path), open_text(path, "w") as file, tqdm(total=len(tasks), unit="case", disable=None) as bar:
         file.write(csv_text([], rules.columns, header=True))
         file.flush()
         one = partial(score_or_refuse, score=score, rules=rules)

@@ -11,7 +11,7 @@ from core.scans.resample import apply_weights, axis_weights, logits_to_labels, r
 from core.scoring.case import COMPARED, Rules, Scored, Task, keep_organs, outcome, read_label_map, score_organs
 from core.scoring.cases import score_cases
 from core.scoring.overlap import confusion_matrix
-from core.scoring.results import CEILING_RESULTS, DEFINITIONS, prepare_output, summary_of, write_json
+from core.scoring.results import CEILING_RESULTS, DEFINITIONS, summary_of, write_json
 from core.scoring.tables import ceiling_table, print_notes
 from core.system.exits import DONE, REFUSED
 
@@ -26,7 +26,6 @@ def score_ceiling(tasks: list[Task], rules: Rules, workers: int, output: Path, m
         MemoryError: when a worker was killed.
         OSError: when the results cannot be written.
     """
-    prepare_output(output, CEILING_RESULTS)
     results = score_cases(tasks, rules, workers, output / "ceiling.csv", measure_ceiling)
     summary = summary_of(results, rules) | {"size": rules.size, "crop": rules.crop}
     summary["definitions"] |= DEFINITIONS["ceiling"]

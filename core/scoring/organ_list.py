@@ -1,7 +1,7 @@
 """Whose organ names count for label maps: those of --config or --checkpoint, of the label maps, or of config.yaml."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.checkpoint import load_checkpoint
@@ -10,6 +10,7 @@ from core.scans.organ_names import as_list, read_organ_names
 from core.scans.organ_words import same_name
 
 DEFAULT_NOTE = "Organ names from config.yaml, since the label maps hold none; --config or --checkpoint gives others."
+BORROWED_NOTE = "Organ names come from the {names}; there are none in the {others}, whose ids are read by them."
 
 
 def load_given(config: str | Path | None, checkpoint: str | Path | None) -> Config | None:
@@ -27,21 +28,21 @@ def load_given(config: str | Path | None, checkpoint: str | Path | None) -> Conf
     return settings or trained
 
 
-def choose_organs(given: Config | None, *groups: Iterable[Path]) -> tuple[tuple[str, ...], str | None]:
-    """Return the organ list that counts, names by id with the background first, and a note when it is the default.
+def choose_organs(given: Config | None, groups: dict[str, Sequence[Path]]) -> tuple[tuple[str, ...], str | None]:
+    """Return the organ list that counts, names by id with the background first, and a note when files lack names.
 
     The list is that of the settings given, else of the first group of label maps that hold names, else of config.yaml.
 
     Args:
         given: the settings from `load_given`.
-        groups: label maps, those whose names go first in front: predictions, then references.
+        groups: label maps by what they are called, those whose names go first in front: predictions, then references.
 
     Raises:
         ValueError: when label maps of the group that decides hold different names.
     """
     if given:
         return given.organs, None
-    for group in groups:
+    for title, group in groups.items():
         named = {path: names for path in group if (names := names_if_readable(path))}
         if not named:
             continue
@@ -53,7 +54,9 @@ def choose_organs(given: Config | None, *groups: Iterable[Path]) -> tuple[tuple[
                     f"{first} and {path} differ in the organ names of their headers: {difference}; "
                     "give the list that counts by --config or --checkpoint"
                 )
-        return as_list(names, first), None
+        nameless = [other for other, paths in groups.items() if paths and not any(map(names_if_readable, paths))]
+        note = BORROWED_NOTE.format(names=title, others=" and the ".join(nameless)) if nameless else None
+        return as_list(names, first), note
     return load_organs(), DEFAULT_NOTE
 
 

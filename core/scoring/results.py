@@ -21,7 +21,7 @@ from core.scoring.statistics import (
     spread,
     summarise,
 )
-from core.system.files import write_text
+from core.system.files import read_text, rename_old, write_text
 
 # All files that a run may write. Those of an earlier run are removed first: they would pass for results of this one.
 RESULTS = ("metrics.csv", "other_metrics.csv", "summary.json", "comparison.json", "scores.png")
@@ -176,7 +176,7 @@ def write_comparison(output: Path, results: dict[str, Scored], other: dict[str, 
 
 
 def prepare_output(output: Path, results: Sequence[str]) -> None:
-    """Make the folder for the results, and remove those of an earlier run.
+    """Make the folder for the results, and remove those of an earlier run; other programs' files become *.old.
 
     Raises:
         OSError: when it cannot be written to.
@@ -184,8 +184,25 @@ def prepare_output(output: Path, results: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written to is refused now, not after the work.
     tempfile.TemporaryFile(dir=output).close()
+    foreign = [name for name in results if not is_result(output / name)]
     for name in results:
-        (output / name).unlink(missing_ok=True)
+        if name in foreign:
+            rename_old(output / name, "not known to be a result of evaluate.py")
+        else:
+            (output / name).unlink(missing_ok=True)
+
+
+def is_result(path: Path) -> bool:
+    """Return True when the content of a file is that of our results; a picture's is judged by the table beside it."""
+    path = path.with_name("metrics.csv") if path.suffix == ".png" else path
+    text = read_text(path) if path.exists() else ""
+    if path.suffix == ".csv":
+        return text.startswith("case,id,organ,")
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"protocol", "definitions"} <= content.keys()
 
 
 def write_json(path: Path, content: dict) -> None:

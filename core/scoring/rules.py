@@ -20,8 +20,9 @@ def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argpars
         FileNotFoundError, ValueError: when a flag or a file that it names is wrong, or predictions differ in organs.
     """
     given = load_given(arguments.config, arguments.checkpoint)
-    predictions = [[task.prediction for task in group if task.prediction] for group in (tasks, others)]
-    organs, note = choose_organs(given, *predictions, [task.reference for task in tasks])
+    groups = {"predictions": tasks, "predictions of --against": others}
+    groups = {name: [task.prediction for task in group if task.prediction] for name, group in groups.items()}
+    organs, note = choose_organs(given, groups | {"references": [task.reference for task in tasks]})
     scored = choose_scored(arguments.organs, organs)
     if arguments.protocol == "flare22":
         for doubt in unknown_names([organs[organ] for organ in scored], complete=arguments.organs is None):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from core.scoring.case import Rules
 
 COLUMNS = 100  # of the terminal that text is wrapped for
-NAME_WIDTH = 20  # of an organ; longer names are cut, so that 100 columns are enough
+NAME_WIDTH = 20  # of an organ; longer names are cut in their middle, so that 100 columns are enough
 FEW_CASES = 10  # below this number, a bootstrap interval is too narrow to rely on
 NOT_DEFINED = "-"
 
@@ -147,7 +147,7 @@ def comparison_text(comparison: dict, markdown: bool = False) -> str:
 def lay_out(lines: Sequence[Sequence[str]], markdown: bool) -> str:
     """Return lines of cells as text, the header first; the first column is aligned left, numbers right."""
     if not markdown:
-        lines = [[line[0][:NAME_WIDTH], *line[1:]] for line in lines]
+        lines = [[shorten(line[0], NAME_WIDTH), *line[1:]] for line in lines]
     least = 3 if markdown else 1  # characters of Markdown's rule below the header
     widths = [max(least, *map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
@@ -158,6 +158,11 @@ def lay_out(lines: Sequence[Sequence[str]], markdown: bool) -> str:
         return "\n".join("  ".join(line).rstrip() for line in padded)
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
+
+
+def shorten(name: str, letters: int) -> str:
+    """Shorten a name that is longer than `letters` in its middle: ids of cases and sides of organs are at the end."""
+    return name if len(name) <= letters else f"{name[: letters // 2 - 1]}…{name[-letters // 2 :]}"
 
 
 def decimals(value: float | None, places: int = 4) -> str:

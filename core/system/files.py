@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -107,8 +108,19 @@ def lock_file(file: IO, path: Path, wait: bool = True) -> bool:
 
 def remove_left_over(path: Path) -> None:
     """Delete what killed processes left of `path` half written, when no other process writes it now."""
-    for temporary in path.parent.glob(f".{'[0-9a-f]' * 2 * TOKEN_BYTES}.{path.name}"):
-        temporary.unlink(missing_ok=True)
+    name = f".{'[0-9a-f]' * 2 * TOKEN_BYTES}."
+    for pattern in (name, name * 2):  # the second of a whole_file within a whole_file
+        for temporary in path.parent.glob(pattern + glob.escape(path.name)):
+            temporary.unlink(missing_ok=True)
+
+
+def rename_old(path: Path, why: str) -> None:
+    """Rename an earlier file, if there is one, to *.old, and print it on stderr; an older *.old file is replaced."""
+    old = path.with_name(f"{path.name}.old")
+    with suppress(FileNotFoundError):  # another process may be faster
+        if path.is_file():
+            os.replace(path, old)
+            print_warning(f"{why}, so the earlier {path.name} is now {old}")
 
 
 def sync_folder(folder: Path) -> None:

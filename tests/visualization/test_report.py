@@ -265,8 +265,10 @@ def test_infer_writes_a_report_a_case_and_a_page_for_all(checkpoint, tmp_path, r
     assert code == 1
     for case in ("a & b", "c"):
         names = {path.name for path in (output / "reports" / case).iterdir()}
-        assert names == {"index.html.old", "report.json.old", "viewer.html"}
+        assert names == {"index.html.old", "report.json.old", "viewer.html.old"}
     assert "segmented without --report" in err
+    # Nor does the list of all reports, which links to them.
+    assert {path.name for path in (output / "reports").iterdir() if path.is_file()} == {"index.html.old"}
 
 
 def test_a_case_of_specks_gets_a_report_without_a_movie(tmp_path, run_main, monkeypatch):

@@ -211,3 +211,19 @@ def test_a_little_may_follow_the_voxels_but_not_without_end(tmp_path):
     packed = write(tmp_path / "scan.nii.gz", gzip_member(plain + bytes(65 * 2**20)))
     with pytest.raises(ValueError, match="more than 64 MiB follow its voxels"):
         load_scan(packed)
+
+
+@pytest.mark.parametrize(("sform", "qform"), [(6, 6), (0, 99), (6, 0), (2, 7)])
+def test_an_unknown_code_leaves_label_maps_their_place(tmp_path, sform, qform):
+    """Nibabel would write 0 for it, and a file of two zeros does not say where it lies."""
+    path = write(tmp_path / "scan.nii", nifti(HU, AFFINE, sform_code=sform, qform_code=qform))
+    _, geometry, warnings = read(path)
+    codes = {"sform_code": sform, "qform_code": qform}
+    assert [line for line in warnings if "has the unknown" in line] == [
+        f"{path}: has the unknown {name} {code}; taken as 1 (scanner)" for name, code in codes.items() if code > 5
+    ]
+    labels = tmp_path / "labels.nii.gz"
+    save_label_map(np.zeros(SHAPE, np.uint8), geometry, labels)
+    header = nib.load(labels).header
+    assert {name: int(header[name]) for name in codes} == {name: 1 if c > 5 else c for name, c in codes.items()}
+    np.testing.assert_array_equal(read_geometry(labels).affine, geometry.affine)

@@ -157,7 +157,28 @@ def test_the_references_names_count_when_predictions_have_none(geometry, run, tm
     code, out, _ = run(*folders(tmp_path))
     assert code == 0
     assert DEFAULT_NOTE not in out
+    note = "Organ names come from the references; there are none in the predictions, whose ids are read by them."
+    assert out.replace("\n", " ").count(note) == 1
     assert names_in(tmp_path) == list(ORGANS[1:])
+    # With names on both sides nothing is to be said.
+    save_label_map(make_labels(), geometry, tmp_path / "predictions" / "a.nii.gz", ORGANS)
+    assert "Organ names" not in run(*folders(tmp_path))[1]
+
+
+def test_names_of_one_side_are_put_on_the_others_ids_with_a_note(geometry, run, tmp_path, capsys):
+    """The ids of left and right lung, say, may be exchanged in references that do not name them."""
+    scan, plain = make_scan(tmp_path / "a_0000.nii.gz"), save_plain(tmp_path / "labels" / "a.nii.gz", make_labels())
+    for name in ("predictions", "others"):
+        (tmp_path / name).mkdir()
+        save_label_map(make_labels(), geometry, tmp_path / name / "a.nii.gz", ORGANS)
+    code, out, _ = run(*folders(tmp_path), f"--against={tmp_path / 'others'}")
+    assert code == 0
+    note = "Organ names come from the predictions; there are none in the references, whose ids are read by them."
+    assert out.replace("\n", " ").count(note) == 1
+    named = tmp_path / "predictions" / "a.nii.gz"
+    assert overlay.main([str(scan), str(named), "--truth", str(plain), "--output", str(tmp_path / "o.png")]) == 0
+    note = "Organ names come from the prediction; there are none in the reference, whose ids are read by them."
+    assert capsys.readouterr().out.splitlines() == [f"wrote {tmp_path / 'o.png'}", note]
 
 
 def test_predictions_of_different_lists_are_refused(geometry, run, tmp_path):
