@@ -26,7 +26,7 @@ from core.scoring.flare22 import TOLERANCE_MM
 from core.scoring.results import CEILING_RESULTS, RESULTS, prepare_output, write_comparison, write_summary
 from core.scoring.rules import make_rules
 from core.scoring.tables import comparison_text, print_notes, score_table
-from core.system.exits import DONE, REFUSED, STOPPED, USAGE, one_line, print_warning, refusing, run_command
+from core.system.exits import DONE, REFUSED, STOPPED, USAGE, print_warning, refusing, run_command
 from core.system.files import user_path
 from core.system.parallel import MOST_WORKERS
 
@@ -93,7 +93,7 @@ def draw_picture(output: Path) -> list[str]:
     try:
         draw_scores(output / "metrics.csv", output / "scores.png")
     except OSError as error:
-        print_warning(f"no scores.png: {one_line(error)}")
+        print_warning(f"no scores.png: {error}")
         return []
     return ["scores.png"]
 
