@@ -26,7 +26,7 @@ def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) 
     """Return the chosen cases with their predictions in a folder, and the folder's cases that have no reference.
 
     Raises:
-        FileNotFoundError, ValueError: when the folder holds no prediction of any reference's case, or the references.
+        FileNotFoundError, ValueError: when the folder holds no prediction of any reference's case.
     """
     predictions = find_label_maps(folder, references)
     if not predictions.keys() & references.keys():
@@ -35,10 +35,12 @@ def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) 
             f"({listed(list(references), 3)}); a prediction is CASE.nii.gz"
         )
     tasks = [Task(case, reference, predictions.get(case)) for case, reference in chosen.items()]
-    for task in tasks:
-        both_exist = task.prediction and task.prediction.exists() and task.reference.exists()
-        if both_exist and task.prediction.samefile(task.reference):
-            raise ValueError(f"case {task.case}: {task.prediction} is the reference itself, expected a prediction")
+    pairs = [(task.case, os.path.realpath(task.reference), os.path.realpath(task.prediction or "")) for task in tasks]
+    same = [case for case, reference, prediction in pairs if reference == prediction]
+    if same:
+        print_warning(
+            f"{folder}: {len(same)} of {len(tasks)} predictions are the references themselves: {listed(same, 3)}"
+        )
     return tasks, [case for case in predictions if case not in references]
 
 

@@ -150,8 +150,8 @@ def check_settings(config: Config, network: nn.Module, processes: int) -> None:
         raise ValueError(f"compile: got true with memory: {config.memory}, expected false, or memory: auto or off")
     if not is_supported(network) and config.memory in ("low", "lowest"):
         raise ValueError(
-            f"memory: got {config.memory} for a {name} that runs otherwise than this repository's V-Net, expected auto "
-            "or off: the plans low and lowest know it alone"
+            f"memory: got {config.memory} for a {name}, expected auto or off: the plans low and lowest know V-Net alone"
+            ", without edits"
         )
     if config.init_output_bias:
         output_convolution(network, len(config.organs))
