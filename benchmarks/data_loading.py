@@ -21,17 +21,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import peers
-from benchmarks.measuring import (
-    THREE,
-    Contender,
-    make_parser,
-    measure_and_print,
-    resident_gib,
-    return_freed_memory,
-    summarise,
-    take_turns,
-)
+from benchmarks import measuring, peers
 from core.config import Config, load_config
 from core.system.exits import run_command
 from data.make_phantom import write_phantom
@@ -111,11 +101,11 @@ def compete(ways: dict[str, Way], cases: int, repeats: int) -> dict[str, Any]:
         dataset, rows[name] = set_up(way)
         for workers in WORKERS:
             loader = way.loader(dataset, batch_size=1, num_workers=workers, persistent_workers=workers > 0)
-            epochs[name, workers] = Contender(name, lambda _, loader=loader: run_epoch(loader), way.turns)
+            epochs[name, workers] = measuring.Contender(name, lambda _, loader=loader: run_epoch(loader), way.turns)
     # Workers start in the turn that does not count. Memory returned to the system would slow the samples.
-    take_turns(list(epochs.values()), repeats, memory=False)
+    measuring.take_turns(list(epochs.values()), repeats, memory=False)
     for name, row in rows.items():
-        later = {w: summarise([1000 * s / cases for s in epochs[name, w].seconds]) for w in WORKERS}
+        later = {w: measuring.summarise([1000 * s / cases for s in epochs[name, w].seconds]) for w in WORKERS}
         row["later_epochs_ms"] = {str(workers): ms for workers, ms in later.items()}
         row["samples_per_s"] = {str(workers): 1000 / ms["median"] for workers, ms in later.items()}
     return rows
@@ -130,9 +120,9 @@ def run_epoch(loader: DataLoader) -> None:
 def resident_mib() -> float | None:
     """Return the resident memory of this process, what was freed given back first; None where it cannot be told."""
     gc.collect()
-    return_freed_memory()
+    measuring.return_freed_memory()
     try:
-        return resident_gib("VmRSS") * MIB_PER_GIB
+        return measuring.resident_gib("VmRSS") * MIB_PER_GIB
     except OSError:
         return None
 
@@ -156,11 +146,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, and print."""
-    parser = make_parser(__doc__, repeats=20)
+    parser = measuring.make_parser(__doc__, repeats=20)
     parser.add_argument("--data-dir", metavar="DIR", help=f"a data set, of which {CASES} cases are used; else phantoms")
-    parser.add_argument("--shape", **THREE, default=SHAPE, help="of the phantoms")
-    parser.add_argument("--size", **THREE, help="default: that of config.yaml")
-    return measure_and_print(parser, measure)
+    parser.add_argument("--shape", **measuring.THREE, default=SHAPE, help="of the phantoms")
+    parser.add_argument("--size", **measuring.THREE, help="default: that of config.yaml")
+    return measuring.measure_and_print(parser, measure)
 
 
 if __name__ == "__main__":

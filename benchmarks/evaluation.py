@@ -18,16 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.measuring import (
-    THREE,
-    Contender,
-    installed_version,
-    make_parser,
-    measure_and_print,
-    ratios,
-    summarise,
-    take_turns,
-)
+from benchmarks import measuring
 from core.config import load_config
 from core.scoring.overlap import confusion_matrix, divide, organ_scores
 from core.scoring.surface import hausdorff_mm, nsd, organ_surfaces
@@ -153,14 +144,14 @@ TASKS = {  # who does it, this repository first
 
 def compete(scorers: list[Scorer], case: Case, repeats: int) -> dict[str, Any]:
     """Let the scorers take turns; return the numbers of each. The first turn loads what they need."""
-    contenders = [Contender(each.name, lambda _, each=each: each.score(case), each.turns) for each in scorers]
-    take_turns(contenders, repeats)
+    contenders = [measuring.Contender(each.name, lambda _, each=each: each.score(case), each.turns) for each in scorers]
+    measuring.take_turns(contenders, repeats)
     project = contenders[0]
     return {
         each.name: {
-            "seconds": summarise(each.seconds),
-            "ratio": ratios(each.seconds, project.seconds),
-            "rise_mib": summarise([rise * MIB_PER_GIB for rise in each.rise_gib]),
+            "seconds": measuring.summarise(each.seconds),
+            "ratio": measuring.ratios(each.seconds, project.seconds),
+            "rise_mib": measuring.summarise([rise * MIB_PER_GIB for rise in each.rise_gib]),
             "differs_by": differences(each.answer, project.answer),
             "note": scorer.note,
         }
@@ -192,7 +183,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prediction = np.roll(reference, SHIFT_VOXELS, axis=(0, 1, 2))
     case = Case(reference, prediction, tuple(map(float, spacing)), len(load_config().organs))
     packages = {
-        each.package: installed_version(each.package) for task in TASKS.values() for each in task if each.package
+        each.package: measuring.installed_version(each.package)
+        for task in TASKS.values()
+        for each in task
+        if each.package
     }
     tasks = {
         name: compete([each for each in task if not each.package or packages[each.package]], case, arguments.repeats)
@@ -213,9 +207,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, and print."""
-    parser = make_parser(__doc__, repeats=5)
-    parser.add_argument("--shape", **THREE, default=SHAPE, help="voxels")
-    return measure_and_print(parser, measure)
+    parser = measuring.make_parser(__doc__, repeats=5)
+    parser.add_argument("--shape", **measuring.THREE, default=SHAPE, help="voxels")
+    return measuring.measure_and_print(parser, measure)
 
 
 if __name__ == "__main__":

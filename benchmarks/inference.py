@@ -25,18 +25,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from benchmarks import peers
-from benchmarks.measuring import (
-    THREE,
-    Contender,
-    Laps,
-    make_parser,
-    measure_and_print,
-    positive,
-    ratios,
-    summarise,
-    take_turns,
-)
+from benchmarks import measuring, peers
 from core.checkpoint import load_network
 from core.config import Config, load_config
 from core.inference.output_folder import OutputFolder
@@ -63,7 +52,7 @@ ANY_SCAN = {
 }
 
 
-def run_project(inference: Inference, scans: dict[str, Path], _: Laps) -> None:
+def run_project(inference: Inference, scans: dict[str, Path], _: measuring.Laps) -> None:
     """Segment scans as infer.py does."""
     stages = [partial(stage, inference) for stage in (prepare, predict, finish)]
     for scan in run_overlapped(stages, scans, inference.device):
@@ -71,7 +60,7 @@ def run_project(inference: Inference, scans: dict[str, Path], _: Laps) -> None:
             raise ValueError(scan.failure)
 
 
-def run_project_in_turn(inference: Inference, scans: dict[str, Path], lap: Laps) -> None:
+def run_project_in_turn(inference: Inference, scans: dict[str, Path], lap: measuring.Laps) -> None:
     """Segment scans with the functions of infer.py's stages, one after the other."""
     config = inference.config
     for case, file in scans.items():
@@ -88,12 +77,12 @@ def run_project_in_turn(inference: Inference, scans: dict[str, Path], lap: Laps)
         lap("write")
 
 
-def run_monai(pipeline: peers.MonaiPipeline, scans: dict[str, Path], _: Laps) -> None:
+def run_monai(pipeline: peers.MonaiPipeline, scans: dict[str, Path], _: measuring.Laps) -> None:
     """Do the same with MONAI's transforms, while a process of its own reads ahead."""
     pipeline.run(list(scans.values()))
 
 
-def run_monai_in_turn(pipeline: peers.MonaiPipeline, scans: dict[str, Path], lap: Laps) -> None:
+def run_monai_in_turn(pipeline: peers.MonaiPipeline, scans: dict[str, Path], lap: measuring.Laps) -> None:
     """Do the same with MONAI's transforms, one after the other."""
     for file in scans.values():
         item = {"image": str(file)}
@@ -104,7 +93,7 @@ def run_monai_in_turn(pipeline: peers.MonaiPipeline, scans: dict[str, Path], lap
 
 def make_contenders(
     network: VNet, config: Config, device: torch.device, scans: dict[str, Path], folder: Path
-) -> dict[tuple[str, str], list[Contender]]:
+) -> dict[tuple[str, str], list[measuring.Contender]]:
     """Make infer.py and MONAI in both precisions, (name, precision): as it is meant to be used, and in turn.
 
     Each pair writes into a folder of its own, `output_of`.
@@ -113,8 +102,8 @@ def make_contenders(
 
     def add(name: str, precision: str, whole: Callable, in_turn: Callable, job: Any) -> None:
         contenders[name, precision] = [
-            Contender(f"{name}, {precision}", partial(whole, job, scans)),
-            Contender(f"{name}, {precision}, {IN_TURN}", partial(in_turn, job, scans)),
+            measuring.Contender(f"{name}, {precision}", partial(whole, job, scans)),
+            measuring.Contender(f"{name}, {precision}, {IN_TURN}", partial(in_turn, job, scans)),
         ]
 
     for precision, dtype in PRECISIONS.items():
@@ -149,7 +138,7 @@ def compete(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         contenders = make_contenders(network, config, device, scans, folder)
-        take_turns([each for pair in contenders.values() for each in pair], repeats, device, memory=False)
+        measuring.take_turns([each for pair in contenders.values() for each in pair], repeats, device, memory=False)
         same = {
             precision: same_voxels(*(output_of(folder, name, precision) for name in (PROJECT, PEER)), scans)
             for name, precision in contenders
@@ -160,10 +149,12 @@ def compete(
         peer = contenders.get((PEER, precision))
         for each in pair:
             rows[each.name] = {
-                "scan_s": summarise([seconds / len(scans) for seconds in each.seconds]),
-                "to_monai": peer and ratios(each.seconds, peer[0].seconds),
-                "to_in_turn": ratios(each.seconds, pair[1].seconds),
-                "stages_s": {stage: summarise([s / len(scans) for s in laps]) for stage, laps in each.laps.items()},
+                "scan_s": measuring.summarise([seconds / len(scans) for seconds in each.seconds]),
+                "to_monai": peer and measuring.ratios(each.seconds, peer[0].seconds),
+                "to_in_turn": measuring.ratios(each.seconds, pair[1].seconds),
+                "stages_s": {
+                    stage: measuring.summarise([s / len(scans) for s in laps]) for stage, laps in each.laps.items()
+                },
             }
     return {"contenders": rows, "same_voxels_as_monai": same}
 
@@ -208,13 +199,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, and print."""
-    parser = make_parser(__doc__, repeats=3, device=True)
+    parser = measuring.make_parser(__doc__, repeats=3, device=True)
     parser.add_argument("--checkpoint", metavar="FILE", help="a trained network (default: an untrained one)")
-    parser.add_argument("--size", **THREE, help="of the untrained network's grid (default: that of config.yaml)")
+    parser.add_argument(
+        "--size", **measuring.THREE, help="of the untrained network's grid (default: that of config.yaml)"
+    )
     parser.add_argument("--scans", metavar="DIR", help="a folder of scans (default: phantoms)")
-    parser.add_argument("--shape", **THREE, default=SHAPE, help="voxels of a phantom (default: 512 512 100)")
-    parser.add_argument("--cases", type=positive, default=3, metavar="N", help="phantoms (default: 3)")
-    return measure_and_print(parser, measure)
+    parser.add_argument("--shape", **measuring.THREE, default=SHAPE, help="voxels of a phantom (default: 512 512 100)")
+    parser.add_argument("--cases", type=measuring.positive, default=3, metavar="N", help="phantoms (default: 3)")
+    return measuring.measure_and_print(parser, measure)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 
 from core.scans.dicom_acquisitions import is_even
 from core.scans.dicom_header import is_dicom, kind_of, read_header, text
+from core.scans.not_found import visible
 from core.scans.volumes import NIFTI_SUFFIXES
 
 SLICE_SUFFIXES = {".dcm", ".dicom", ".ima"}  # of names that only DICOM files have
@@ -31,14 +32,8 @@ def is_series_folder(path: str | Path) -> bool:
 
 def files_of(folder: str | Path) -> list[Path]:
     """List the regular files of a folder by name, without hidden ones, the index DICOMDIR, and NIfTI files."""
-    files = (path for path in sorted(Path(folder).iterdir()) if path.is_file())
-    return [
-        path
-        for path in files
-        if not path.name.startswith(".")
-        and path.name.upper() != "DICOMDIR"
-        and not path.name.lower().endswith(NIFTI_SUFFIXES)
-    ]
+    files = (path for path in visible(Path(folder)) if path.is_file() and path.name.upper() != "DICOMDIR")
+    return [path for path in files if not path.name.lower().endswith(NIFTI_SUFFIXES)]
 
 
 def series_folders_within(folder: str | Path) -> list[Path]:

@@ -64,16 +64,9 @@ MARKS = (
 )
 HEADER_TAGS = [
     *("SOPClassUID", "SOPInstanceUID", "ImageType", "Modality", "SeriesDescription", "SeriesInstanceUID"),
-    *(
-        "FrameOfReferenceUID",
-        "PatientID",
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-        "NumberOfFrames",
-        "Rows",
-        "Columns",
-    ),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("FrameOfReferenceUID", "PatientID", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows"),
+    *("Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *(keyword for keyword in GROUP_OF if keyword not in MARKS),
 ]

@@ -15,18 +15,19 @@ between the eight voxels' centres. Scores weigh each point's distance to the oth
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from math import prod
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects
 from scipy.spatial import cKDTree
-from skimage.measure import marching_cubes
 
 # Corners of the box for each point asked for, below which a distance transform is faster than a tree: a point costs a
 # tree 1 to 6 us, a corner costs a transform 0.05 to 0.13 us (RESULTS.md).
 TRANSFORM_BELOW = 30
 POINTS_PER_LEAF = 32  # of a tree; 10 to 20 % faster than scipy's 16
 ROUNDING = 1e-12  # share of the area; rounding errors below it do not move a percentile
+CORNERS = tuple(product((0, 1), repeat=3))  # of a cube, in the order of a code's bits, the highest first
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def surface_points(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def neighbour_codes(mask: np.ndarray) -> np.ndarray:
-    """Return for each corner of the grid which of its eight voxels are inside, as bits: (0, 0, 0) the highest, Z first.
+    """Return for each corner of the grid which of its eight voxels are inside, as bits in the order of CORNERS.
 
     Args:
         mask: (X, Y, Z) bool.
@@ -188,7 +189,9 @@ def element_areas_mm2(spacing_mm: Sequence[float]) -> np.ndarray:
 def element_triangles() -> tuple[np.ndarray, np.ndarray]:
     """Return the triangles of the piece of surface within a cube of eight voxel centres, for all neighbour codes.
 
-    They are those of marching cubes (Lorensen and Cline 1987), with vertices half way between voxel centres.
+    The pieces are those of marching cubes (Lorensen and Cline 1987) with vertices half way between voxel centres. The
+    vertices of a piece form loops around its corners. Most loops are flat; a crooked one is cut into the triangles
+    with the largest area in a cube of equal sides, whatever the spacing.
 
     Returns:
         codes: (N,) the neighbour code that each triangle belongs to.
@@ -196,14 +199,51 @@ def element_triangles() -> tuple[np.ndarray, np.ndarray]:
     """
     codes, normals = [], []
     for code in range(1, 255):
-        # Inside and outside have the same surface; the fewer corners decide how it runs.
-        fewer = code if code.bit_count() <= 4 else 255 - code
-        cube = np.unpackbits(np.uint8([fewer])).reshape(2, 2, 2)
-        points, triangles, *_ = marching_cubes(cube, 0.5, method="lorensen")
-        first, second, third = points[triangles].swapaxes(0, 1)
-        normals.append(np.cross(second - first, third - first) / 2)
-        codes += [code] * len(triangles)
+        for loop in surface_loops(code):
+            normals.append(max(triangulations(loop), key=lambda cut: np.linalg.norm(cut, axis=1).sum()))
+            codes += [code] * len(normals[-1])
     return np.array(codes), np.concatenate(normals)
+
+
+def surface_loops(code: int) -> list[np.ndarray]:
+    """Return the closed loops where the surface of a code cuts the unit cube's faces, each (N, 3) in order."""
+    inside = {corner: bool(code & 128 >> bit) for bit, corner in enumerate(CORNERS)}
+    if code.bit_count() > 4:  # inside and outside have the same surface; the fewer corners decide how it runs
+        inside = {corner: not value for corner, value in inside.items()}
+    following = {}  # from each edge that the surface cuts, to the next one around a corner that is inside
+    for face in cube_faces():
+        for i in range(4):
+            if inside[face[i]] and not inside[face[i - 1]]:
+                # Two opposite corners of a face are cut off one by one, never joined.
+                last = next(j for j in range(i, i + 4) if not inside[face[(j + 1) % 4]])
+                following[frozenset((face[i - 1], face[i]))] = frozenset((face[last % 4], face[(last + 1) % 4]))
+    loops = []
+    while following:
+        start, edge = following.popitem()
+        loop = [start]
+        while edge != start:
+            loop.append(edge)
+            edge = following.pop(edge)
+        loops.append(np.array([np.mean(list(edge), axis=0) for edge in loop]))
+    return loops
+
+
+def cube_faces() -> Iterator[list[tuple[int, int, int]]]:
+    """Yield the four corners of each of a cube's six faces, counter-clockwise as seen from outside."""
+    for axis, side in product(range(3), (0, 1)):
+        ring = [np.roll((side, *corner), axis) for corner in ((0, 0), (1, 0), (1, 1), (0, 1))]
+        yield [tuple(map(int, corner)) for corner in (ring if side else ring[::-1])]
+
+
+def triangulations(loop: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield for each way to cut a loop, (N, 3), into triangles their normals, (N - 2, 3), as long as the areas."""
+    if len(loop) < 3:
+        yield np.empty((0, 3))
+        return
+    for k in range(1, len(loop) - 1):  # the triangle on the side from the first point to the last
+        normal = np.cross(loop[k] - loop[0], loop[-1] - loop[0])[None] / 2
+        for one, other in product(triangulations(loop[: k + 1]), triangulations(loop[k:])):
+            yield np.concatenate([normal, one, other])
 
 
 # ---- Nearest points --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import evaluation
+from benchmarks import evaluation, measuring
 from benchmarks.evaluation import PROJECT, TASKS, differences
 
 ALWAYS_THERE = {PROJECT, "boolean masks", "surface-distance"}  # the last one: for the tests
@@ -43,7 +43,7 @@ def test_all_contenders_score_the_same_case(run_main):
 
 
 def test_peers_that_are_missing_are_named(run_main, monkeypatch):
-    monkeypatch.setattr(evaluation, "installed_version", lambda package: None)
+    monkeypatch.setattr(measuring, "installed_version", lambda package: None)
     code, out, _ = run_main(evaluation, "--shape", 48, 40, 32, "--repeats", 1, "--json")
     assert code == 0
     result = json.loads(out)
