@@ -31,10 +31,8 @@ from core.scans.weights import read_weights
 
 NUMBERS = ("extent_mm", "hu_percentiles", "volumes_ml")  # facts of a case that a sample holds as float32
 # The code that a cached sample depends on; what it holds and how changes with an edit of these.
-PREPARED_BY = (
-    __name__,
-    *(f"core.scans.{name}" for name in ("volumes", "resample", "crop", "nifti", "anatomy", "typical")),
-)
+READING = ("volumes", "nifti", "placement", "geometry", "resample", "crop", "anatomy", "typical")
+PREPARED_BY = (__name__, *(f"core.scans.{name}" for name in READING))
 
 
 @dataclass(frozen=True)
