@@ -66,18 +66,14 @@ def convert(source: Source, organ_map: OrganMap, folder: DataFolder, copy: bool,
     results: list[Converted] = []
     if todo or finished:
         folder.start(todo)
-    try:
-        work = partial(convert_case, organ_map=organ_map, organs=folder.organs, data_dir=folder.path, copy=copy)
-        with closing(in_processes(work, todo, max(1, min(workers, len(todo))))) as done:
-            for case, result in tqdm(done, total=len(todo), desc="converting", disable=None):
-                if result.error:
-                    failures[case.id] = result.error
-                else:
-                    folder.finish(case, organ_map, result.present)
-                    results.append(result)
-    finally:
-        if todo or finished:
-            folder.write_annotated()
+    work = partial(convert_case, organ_map=organ_map, organs=folder.organs, data_dir=folder.path, copy=copy)
+    with closing(in_processes(work, todo, max(1, min(workers, len(todo))))) as done:
+        for case, result in tqdm(done, total=len(todo), desc="converting", disable=None):
+            if result.error:
+                failures[case.id] = result.error
+            else:
+                folder.finish(case, organ_map, result.present)
+                results.append(result)
     for line in [*summarise(results, organ_map), *doubts(folder.never_found(source.cases), source, organ_map, folder)]:
         print_warning(line)
     counts = f"{len(results)} cases converted, {len(finished)} were finished before, {len(failures)} failed"

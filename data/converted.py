@@ -22,13 +22,13 @@ from core.scans.files import list_files
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.organ_names import read_organ_names
 from core.scans.volumes import load_labels, read_geometry, save_label_map
-from core.system.files import read_text, whole_file, write_text
+from core.system.files import locked, read_text, whole_file, write_text
 from core.system.yaml_files import dump_yaml
 from data.label_names import Key, OrganMap, same_organ
 from data.layouts import SourceCase
 from data.other_formats import NIFTI_SUFFIXES, is_other_format, write_as_nifti
 
-RECORD, ORGANS = "convert.json", "organs.yaml"
+RECORD, ORGANS, LOCK = "convert.json", "organs.yaml", ".convert.lock"
 IDS = 256  # that a label map can hold
 
 
@@ -217,19 +217,25 @@ class DataFolder:
     def __init__(self, path: Path, organs: Sequence[str]):
         self.path, self.organs = path, tuple(organs)
         self.organs_file = path / ORGANS
-        self.cases: dict[str, dict] = {}
-        self.converted: list[str] = []  # ids of the cases that were finished now
-        record = path / RECORD
-        if record.is_file():
-            try:
-                content = json.loads(read_text(record))
-                before, self.cases = tuple(content["organs"]), dict(content["cases"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{record}: is damaged ({error}); convert into another DATA_DIR") from error
-            if before != self.organs:
-                raise ValueError(
-                    f"{path}: was converted with other organs ({', '.join(before)}); take another DATA_DIR"
-                )
+        self.own: list[str] = []  # ids of the cases that this command converts
+        self.converted: list[str] = []  # those that were finished now
+        self.cases = self.read_record()
+
+    def read_record(self) -> dict[str, dict]:
+        """Return what convert.json says of each case; raise a ValueError as the class does."""
+        record = self.path / RECORD
+        if not record.is_file():
+            return {}
+        try:
+            content = json.loads(read_text(record))
+            before, cases = tuple(content["organs"]), dict(content["cases"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{record}: is damaged ({error}); convert into another DATA_DIR") from error
+        if before != self.organs:
+            raise ValueError(
+                f"{self.path}: was converted with other organs ({', '.join(before)}); take another DATA_DIR"
+            )
+        return cases
 
     @property
     def annotated(self) -> dict[str, list[str]]:
@@ -271,9 +277,9 @@ class DataFolder:
         for name in ("images", "labels"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         write_text(self.organs_file, dump_yaml({"organs": list(self.organs)}))
+        self.own = [case.id for case in todo]
         self.cases |= {case.id: {"scan": str(case.scan.resolve()), "key": None, "annotated": []} for case in todo}
-        self.write_record()
-        self.write_annotated()  # without lines of an earlier conversion of these
+        self.save()  # without lines of an earlier conversion of these
 
     def finish(self, case: SourceCase, organ_map: OrganMap, present: Sequence[str]) -> None:
         """Note that a case is finished, and which organs occur in it."""
@@ -283,20 +289,19 @@ class DataFolder:
         annotated = [self.organs[organ] for organ in organ_map.annotated(keys)]
         self.cases[case.id] |= {"key": key_of(case, organ_map), "annotated": annotated, "present": list(present)}
         self.converted.append(case.id)
-        self.write_record()
+        self.save()
 
-    def write_record(self) -> None:
-        """Write convert.json."""
-        write_text(self.path / RECORD, json.dumps({"organs": self.organs, "cases": self.cases}, indent=1) + "\n")
-
-    def write_annotated(self) -> None:
-        """Write annotated.csv for the finished cases.
+    def save(self) -> None:
+        """Write convert.json, and annotated.csv for the finished cases; keep what another command wrote meanwhile.
 
         Lines that are there stay, whoever wrote them, but for those of cases that were converted now, or failed.
         """
-        failed = {case for case, about in self.cases.items() if not about["key"]}
-        there = {case: names for case, names in read_annotated(self.path).items() if case not in failed}
-        write_annotated(self.path, self.annotated | there | {case: self.annotated[case] for case in self.converted})
+        with locked(self.path / LOCK):
+            self.cases = self.read_record() | {case: self.cases[case] for case in self.own}
+            write_text(self.path / RECORD, json.dumps({"organs": self.organs, "cases": self.cases}, indent=1) + "\n")
+            failed = {case for case, about in self.cases.items() if not about["key"]}
+            there = {case: names for case, names in read_annotated(self.path).items() if case not in failed}
+            write_annotated(self.path, self.annotated | there | {case: self.annotated[case] for case in self.converted})
 
 
 def key_of(case: SourceCase, organ_map: OrganMap) -> str:

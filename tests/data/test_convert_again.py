@@ -26,6 +26,7 @@ from warm import run_script
 
 from data import doctor
 from data.converted import DataFolder
+from data.layouts import SourceCase
 from dataset import find_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +150,7 @@ def test_a_second_run_follows_changes_and_touches_nothing_of_others(phantoms, ru
 
 def kill(folder: DataFolder, *_: object) -> None:
     """End the command as SIGKILL does: nothing is written any more."""
-    folder.write_annotated = lambda: None
+    folder.save = lambda: None
     raise KeyboardInterrupt
 
 
@@ -177,6 +178,30 @@ def test_lines_of_annotated_csv_that_somebody_has_changed_stay(phantoms, run, tm
     code, _, err, _ = run(source, to=other)
     assert (code, err.count("from elsewhere")) == (1, 2)
     assert files_in(other) == before
+
+
+def test_a_killed_conversion_and_two_at_once_keep_what_is_annotated(phantoms, run, tmp_path, monkeypatch):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    names = "amos_{:04d}.nii.gz"
+    other = write_pairs(phantoms, tmp_path / "o", "imagesTr", "labelsTr", names, names, AMOS)
+    finish = DataFolder.finish
+
+    def finish_after_another(folder: DataFolder, case: SourceCase, *about: object) -> None:
+        monkeypatch.setattr(DataFolder, "finish", finish)
+        run(other)
+        finish(folder, case, *about)
+        monkeypatch.setattr(DataFolder, "finish", kill)  # the second case is never finished
+
+    monkeypatch.setattr(DataFolder, "finish", finish_after_another)
+    with pytest.raises(KeyboardInterrupt):
+        run(source)
+    data = tmp_path / "data"
+    assert list(annotated(data)) == ["amos_0001", "amos_0002", "img0001"]
+    monkeypatch.undo()
+    code, out, _, _ = run(source)
+    assert (code, "1 cases converted, 1 were finished before" in out) == (0, True)
+    assert sorted(json.loads((data / "convert.json").read_text())["cases"]) == list(annotated(data))
+    assert annotated(data)["img0002"] == ALL_BUT_DUODENUM
 
 
 def test_our_own_layout_keeps_what_is_annotated_and_made_labels_are_refused(phantoms, run, tmp_path):
