@@ -306,7 +306,8 @@ class DataFolder:
 
 def key_of(case: SourceCase, organ_map: OrganMap) -> str:
     """Return a value that changes when a case's files or the meaning of its ids do."""
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in case.files]
+    there = [path for path in case.files if path.exists()]  # a link may lead nowhere; its case fails when it is read
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in there]
     meaning: list[tuple[Key, int]] = sorted((str(key), organ) for key, organ in organ_map.target.items())
     told = [] if case.annotated is None else [case.annotated]
     return hashlib.sha256(json.dumps([files, meaning, *told]).encode()).hexdigest()[:16]

@@ -115,6 +115,17 @@ def test_a_case_that_is_damaged_later_goes(phantoms, run, tmp_path):
     assert list(annotated(data)) == ["img0001"]
 
 
+def test_a_link_that_leads_nowhere_costs_its_case_alone_also_in_a_second_run(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    (source / "label" / "label0002.nii.gz").unlink()
+    (source / "label" / "label0002.nii.gz").symlink_to("nowhere")
+    for before in (0, 1):
+        code, out, err, _ = run(source)
+        assert (code, f"{1 - before} cases converted, {before} were finished before, 1 failed" in out) == (1, True)
+        assert "case img0002" in err
+        assert "is a link to nowhere, which does not exist" in err
+
+
 def test_two_cases_of_one_name(phantoms, run, tmp_path):
     names = "amos_{:04d}.nii.gz"
     source = write_pairs(phantoms, tmp_path / "s", "imagesTr", "labelsTr", names, names, AMOS)
