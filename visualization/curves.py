@@ -2,7 +2,7 @@
 
     python -m visualization.curves RUN_DIR
 
-writes RUN_DIR/curves.png, as training does after every epoch.
+writes RUN_DIR/curves.png, as training does at most once a minute and at its end.
 """
 
 import argparse
