@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --dist loadfile \
 help:
 	@echo "make demo       make phantom scans, train a small network, segment, score and draw them: runs/demo (minutes)"
 	@echo "make test       check style, run the tests that take seconds"
-	@echo "make test-all   check style, run those that take ten seconds or more too, as .ci/run does"
+	@echo "make test-all   check style, run those that take five seconds or more too, as .ci/run does"
 	@echo "make test-long  run all tests, with those that take minutes"
 	@echo "make .venv/installed      only install requirements.txt, as make demo does"
 	@echo "make .venv/installed-dev  install requirements-dev.txt too, as make test does"

@@ -2,7 +2,7 @@
 
     python -m visualization.curves RUN_DIR
 
-writes RUN_DIR/curves.png, as training does after every epoch.
+writes RUN_DIR/curves.png, as training does at most once a minute and at its end.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.config import load_organs
+from core.scoring.tables import shorten
 from core.system.exits import DONE, REFUSED, refusing, run_command
 from core.system.files import user_path
 from visualization.fonts import drawable_organs
@@ -28,6 +29,7 @@ DECADE = 10
 FIGURE_INCHES = (13.0, 5.2)
 # Points: the size of the organs' names, and what all of them together may take of the panel's height.
 NAME_SIZE, NAMES_HEIGHT = 9, 230
+NAME_LETTERS = 22  # that fit beside the panel
 
 
 def read_log(log_path: Path, organs: Sequence[str]) -> dict[str, np.ndarray]:
@@ -116,7 +118,7 @@ def draw_dice(axes: Axes, log: dict[str, np.ndarray], organs: Sequence[str]) -> 
         }
         axes.text(1.12, height, "\u25a0", color=colour, **style)
         axes.text(1.155, height, value, **style)
-        axes.text(1.25, height, shown[name], **style)
+        axes.text(1.25, height, shorten(shown[name], NAME_LETTERS), **style)
         if ends[name] is not None:
             axes.annotate(
                 "", ends[name], (1.11, height), textcoords="axes fraction", annotation_clip=False,

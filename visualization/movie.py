@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from core.scoring.organ_list import choose_scored, load_given
+from core.scoring.tables import shorten
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.system.files import whole_file
 from visualization.fonts import drawable, drawable_organs, font_file
@@ -111,24 +112,30 @@ def draw_background(size: tuple[int, int], title: str, rows: Sequence[tuple[int,
     """
     width, height = size
     picture = Image.fromarray(np.round(255 * backdrop(size)).astype(np.uint8))
-    draw, letters = ImageDraw.Draw(picture), font(round(TEXT * height))
+    draw, title = ImageDraw.Draw(picture), drawable(title)
     left, right, y = width * (1 - LEGEND), width - MARGIN * height, MARGIN * height
-    title = drawable(title)
     heading = font(round(HEADING * height), title)
-    while draw.textlength(title, heading) > right - left and len(title) > 1:
-        title = title.rstrip("…")[:-1] + "…"
-    draw.text((left, y), title, INK, heading, "lm")
+    draw.text((left, y), fitted(title, heading, right - left), INK, heading, "lm")
     y += 1.5 * LINE * height
+    line = min(LINE * height, (height - MARGIN * height - y) / len(rows))  # lower where organs are many
+    pixels = max(1, round(TEXT / LINE * line))
+    letters = font(pixels)
     draw.text((right, y), "mL" if len(rows[0][2]) == 1 else "mL / reference", INK, letters, "rm")
     for organ, name, volumes_ml in rows:
-        y += LINE * height
-        colour, half = rgb_of(organ), 0.3 * LINE * height
+        y += line
+        colour, half = rgb_of(organ), 0.3 * line
         draw.rounded_rectangle((left, y - half, left + 2 * half, y + half), half / 2, colour)
-        draw.text((left + LINE * height, y), name, INK, font(round(TEXT * height), name), "lm")
-        draw.text(
-            (right, y), " / ".join(f"{ml:,.0f}" if ml >= 10 else f"{ml:.1f}" for ml in volumes_ml), INK, letters, "rm"
-        )
+        volumes = " / ".join(f"{ml:,.0f}" if ml >= 10 else f"{ml:.1f}" for ml in volumes_ml)
+        draw.text((right, y), volumes, INK, letters, "rm")
+        room, of_name = right - left - 1.5 * line - letters.getlength(volumes), font(pixels, name)
+        draw.text((left + line, y), fitted(name, of_name, room), INK, of_name, "lm")
     return picture
+
+
+def fitted(text: str, letters: ImageFont.FreeTypeFont, width: float) -> str:
+    """Return a text that is cut in its middle where it is wider than so many pixels."""
+    cuts = (shorten(text, count) for count in range(len(text), 2, -1))
+    return next((cut for cut in cuts if letters.getlength(cut) <= width), text[:1])
 
 
 def write_movie(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int]) -> None:
@@ -136,11 +143,12 @@ def write_movie(path: Path, frames: Iterator[np.ndarray], size: tuple[int, int])
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         if path.suffix.lower() == ".gif":
-            first, *rest = (Image.fromarray(frame) for frame in frames)
+            # The default palette of 256 colours goes by area, and leaves out the colours of small organs.
+            first, *rest = (Image.fromarray(frame).quantize(method=Image.Quantize.MAXCOVERAGE) for frame in frames)
             first.save(temporary, append_images=rest, duration=round(1000 / FRAMES_A_SECOND), loop=0)
             return
-        try:
-            write_h264(temporary, frames, size)
+        try:  # ffmpeg takes a relative path with a colon for an address
+            write_h264(temporary.absolute(), frames, size)
         except (OSError, RuntimeError) as error:  # both carry pages of ffmpeg's output
             raise OSError(f"{path}: ffmpeg could not write it whole; is the disk full?") from error
 

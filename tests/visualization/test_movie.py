@@ -4,15 +4,17 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import imageio_ffmpeg
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from warm import run_script
 
+from core.scans.organ_colours import rgb_of
 from core.scans.volumes import load_labels
 from visualization import movie
 from visualization.meshes import STEP_MM, Mesh, context_meshes, organ_mesh
@@ -286,6 +288,52 @@ def test_the_legend_has_the_volumes_of_the_organs_that_are_there(case, tmp_path,
     assert title == "scan"
     assert [row[:2] for row in rows] == [(LIVER, "liver"), (SPLEEN, "spleen")]
     np.testing.assert_allclose([row[2] for row in rows], [[ml[0]] * 2, [ml[1]] * 2], rtol=1e-5)
+
+
+def written(rows: list, monkeypatch) -> list[tuple[str, tuple]]:
+    """Return the texts of a legend with their boxes in pixels."""
+    texts, write = [], ImageDraw.ImageDraw.text
+
+    def writing(self, place, text, fill, font, anchor) -> None:
+        texts.append((text, self.textbbox(place, text, font, anchor)))
+        write(self, place, text, fill, font, anchor)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", writing)
+    draw_background((1280, 720), "case_" * 10 + "7", rows)
+    return texts
+
+
+def test_the_legend_of_forty_organs_with_long_names_stays_in_the_picture_and_apart(monkeypatch):
+    rows = [(organ, f"{'vein_' * organ}left", [1234.0, 1234.0]) for organ in range(1, 41)]
+    texts = written(rows, monkeypatch)
+    assert len(texts) == 2 + 2 * len(rows)
+    assert texts[0][0].endswith("_7")
+    assert all(name.endswith("left") for name, _ in texts if name.startswith("vein"))
+    for (_, (x0, y0, x1, y1)), (_, other) in combinations(texts, 2):
+        assert 0 < x0 < x1 < 1280
+        assert 0 < y0 < y1 < 720
+        assert x1 <= other[0] or other[2] <= x0 or y1 <= other[1] or other[3] <= y0
+
+
+def test_a_gif_keeps_the_colours_of_small_organs(tmp_path):
+    picture = draw_background((640, 360), "case", [(organ, "organ", [1.0]) for organ in range(1, 14)])
+    shades = np.broadcast_to(np.linspace(0, 255, 300, dtype=np.uint8)[:, None], (300, 140))
+    for channel in range(3):  # what organs' surfaces show, from dark to bright
+        bands = [Image.fromarray(shades * (band == channel)) for band in range(3)]
+        picture.paste(Image.merge("RGB", bands), (150 * channel, 0))
+    movie.write_movie(tmp_path / "o.gif", iter([np.asarray(picture)] * 2), picture.size)
+    legend = np.asarray(picture).astype(int)[:, 460:]
+    with Image.open(tmp_path / "o.gif") as gif:
+        off = np.abs(np.asarray(gif.convert("RGB"))[:, 460:] - legend).max(axis=2)
+    marks = [(legend == rgb_of(organ)).all(axis=2) for organ in range(1, 14)]
+    assert all(mark.any() for mark in marks)
+    assert max(off[mark].max() for mark in marks) < 16
+
+
+def test_a_movie_is_written_to_a_relative_path_with_a_colon(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*map(str, case), "--frames", "1", "--size", "320", "180", "--output", "scan:1 #%d/o.mp4"]) == 0
+    assert len(decoded(tmp_path / "scan:1 #%d" / "o.mp4")[1]) == 1
 
 
 @pytest.mark.slow

@@ -568,6 +568,15 @@ def test_names_beside_the_curves_do_not_touch(tmp_path, monkeypatch):
         assert not box.overlaps(other_box), f"{text.get_text()} lies on {other.get_text()}"
 
 
+def test_a_long_name_beside_the_curves_is_cut_in_its_middle(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ORGANS", ["background", "common_carotid_artery_right"])
+    row = {key: LOG[0][key] for key in ("epoch", "train_loss", "val_loss", "val_dice")}
+    figure = drawn_curves([{**row, "dice_common_carotid_artery_right": 0.5}], tmp_path, monkeypatch)
+    (name,) = (text for text in figure.axes[1].texts if text.get_text().startswith("common"))
+    assert name.get_text().endswith("right")
+    assert name.get_window_extent().x1 < figure.bbox.x1
+
+
 def test_curves_command(tmp_path):
     (tmp_path / "config.yaml").write_bytes((ROOT / "config.yaml").read_bytes())
     result = run_main("curves", tmp_path)
