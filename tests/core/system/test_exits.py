@@ -4,7 +4,9 @@ import subprocess
 import sys
 from collections import Counter
 
-from core.system.exits import print_error
+import pytest
+
+from core.system.exits import print_error, print_warning, use_utf8
 
 
 def test_the_last_line_of_a_message_does_not_stand_for_all_of_it(capsys):
@@ -37,3 +39,20 @@ def test_lines_of_several_threads_do_not_run_into_each_other():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert Counter(done.stderr.splitlines()) == {f"error: {'x' * 30}": 2000, f"warning: {'x' * 30}": 2000}
+
+
+def test_a_message_that_nobody_reads_any_more_ends_no_work(monkeypatch):
+    class Broken:
+        def write(self, _text: str) -> None:
+            raise BrokenPipeError(32, "Broken pipe")  # infer.py ... 2>&1 | head
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    print_warning("odd")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_takes_what_is_printed(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)  # as Python has it after 2>&-
+    use_utf8()
+    with getattr(sys, name) as stream:
+        print("odd", file=stream)
