@@ -804,6 +804,8 @@ def test_what_only_one_side_has_is_said_and_counts_against_it(ten_cases, run, tm
     assert f"error: case c1: no prediction in {tmp_path / 'worse'}; scored as missed" in err
     comparison = json.loads((tmp_path / "scores" / "comparison.json").read_text())
     assert (comparison["left_out"], len(comparison["cases"])) == (["c2"], 9)
+    assert comparison["missing"] == {"predictions": [], "against": ["c1"]}
+    assert "over 9 cases, 1 of them without a prediction on one side, compared as missed; p:" in " ".join(out.split())
     gallbladder = comparison["dice"]["organs"]["gallbladder"]
     assert (gallbladder["n"], gallbladder["n_unpaired"]) == (0, 1)
     assert "on one side only" in out
