@@ -667,7 +667,7 @@ def test_flare22_takes_the_voxel_size_from_pixdim(run, tmp_path):
     assert nsd["flare22"] < 0.95
 
 
-@pytest.mark.parametrize("pixdim", [0, np.nan, np.inf, -3])
+@pytest.mark.parametrize("pixdim", [0, np.nan, np.inf, -3, 0.003])  # the last in metres
 def test_flare22_takes_the_affine_where_pixdim_is_no_size(run, tmp_path, pixdim):
     reference, prediction = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
     reference[0, 0, 0:4] = prediction[0, 0, 1:5] = LIVER  # 3 mm off by the affine
