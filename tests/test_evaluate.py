@@ -24,7 +24,8 @@ from warm import run_script
 
 import evaluate
 from core.config import load_organs
-from core.scoring.case import CEILING_SCORES
+from core.scoring.case import CEILING_SCORES, Task
+from core.scoring.cases import score_or_refuse
 from core.scoring.statistics import bootstrap_interval, spread
 from core.scoring.tables import ceiling_table, comparison_table, lay_out, score_table
 from core.system.files import open_text
@@ -273,6 +274,14 @@ def test_each_bad_case_is_named_and_the_others_are_scored(folders, run, tmp_path
     assert summary["refused"].keys() == expected.keys()
     assert all(re.fullmatch(expected[case], reason) for case, reason in summary["refused"].items())
     assert summary["mean"]["dice"] == pytest.approx((5 / 6 + 0 + 0) / 3, abs=1e-6)  # as without them
+
+
+def test_a_case_of_one_digit_is_named_when_memory_runs_out():
+    def score(_task, _rules):
+        raise MemoryError("Unable to allocate 2.19 GiB")
+
+    task = Task("2", Path("labels/2.nii.gz"))
+    assert score_or_refuse(task, score, None).refusal == "case 2: Unable to allocate 2.19 GiB"
 
 
 def test_a_missing_prediction_is_an_error_and_scored_as_missed(folders, run, tmp_path):
