@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class Inference:
         output: the folder for the results.
         reading: which scans are accepted.
         series_uid: which of the series in a DICOM folder to read, UID or UID:N; None when there is only one.
-        fingerprint: of the networks; written into each label map.
+        fingerprint: of the networks and options that change label maps; written into each label map.
         locator: finds the part of a scan that the networks were trained on.
         largest_piece: whether only the largest connected piece of each organ is kept.
     """
@@ -165,6 +166,8 @@ def main() -> int:
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device)
             locator = Locator.load(arguments.locate, checkpoint, device)
+            checkpoint["fingerprint"] += "+largest-piece" * arguments.largest_piece
+            checkpoint["fingerprint"] += f"+{crc32(arguments.series.encode()):08x}" if arguments.series else ""
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
     if group.first and arguments.cases is None and not arguments.skip_existing:
         output.set_aside_refused(refused, cases)

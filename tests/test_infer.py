@@ -458,6 +458,23 @@ def test_skip_existing_warns_of_label_maps_of_another_network(run, checkpoint, c
     assert "keeps" not in both[2]
 
 
+def test_skip_existing_tells_label_maps_of_other_options(run, scans, series, tmp_path):
+    for path in series.glob("*.dcm"):
+        one = pydicom.dcmread(path)
+        one.AcquisitionNumber = 1 + round((one.ImagePositionPatient[2] - 30) / 2.5) % 2
+        one.save_as(path)
+    for scan, flags, others in (
+        (scans / "one_0000.nii.gz", (), ("--largest-piece",)),
+        (series, ("--series", "1.2.3.4:1"), ("--series", "1.2.3.4:2")),
+    ):
+        assert run(scan, *flags)[0] == 0
+        assert "keeps" not in run(scan, *flags, "--skip-existing")[2]
+        assert (
+            "keeps are of other options (--largest-piece, --locate, --series): "
+            in run(scan, *others, "--skip-existing")[2]
+        )
+
+
 # ---- What is refused
 
 

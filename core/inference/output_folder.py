@@ -107,7 +107,7 @@ class OutputFolder:
         return {case: scan for case, scan in cases.items() if case not in finished}
 
     def not_made_by(self, finished: Sequence[str], fingerprint: str) -> dict[str, list[str]]:
-        """Group cases whose label maps say another network's fingerprint, or none, by a description of that."""
+        """Group cases whose label maps say another fingerprint, or none, by a description of that."""
         found: dict[str, list[str]] = {}
         for case in finished:
             try:
@@ -117,6 +117,8 @@ class OutputFolder:
                 continue
             if network != fingerprint:
                 what = "are another network's" if network else "do not say which network made them"
+                if network and network.partition("+")[0] == fingerprint.partition("+")[0]:
+                    what = "are of other options (--largest-piece, --locate, --series)"
                 found.setdefault(what, []).append(case)
         return found
 
