@@ -663,6 +663,9 @@ def test_a_label_map_that_no_network_has_made_is_kept(run, scans, tmp_path):
     assert (tmp_path / "out" / "three.nii.gz.old").read_bytes() == b"no label map"
     assert run(scans)[::2] == (0, "")  # a network's own label map is replaced
     assert (tmp_path / "out" / "two.nii.gz.old").read_bytes() == before
+    (scans / "two_0000.nii.gz").write_text("no NIfTI at all")
+    assert run(scans, "--cases", "two")[0] == 1  # the network's becomes two.nii.gz.old in its turn
+    assert (tmp_path / "out" / "two.nii.gz.old.old").read_bytes() == before
 
 
 @pytest.mark.parametrize("others", [True, False])
