@@ -166,17 +166,15 @@ def main() -> int:
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device)
             locator = Locator.load(arguments.locate, checkpoint, device)
-            checkpoint["fingerprint"] += "+largest-piece" * arguments.largest_piece
-            checkpoint["fingerprint"] += f"+{crc32(arguments.series.encode()):08x}" if arguments.series else ""
+            checkpoint["fingerprint"] += mark_of_options(arguments)
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
     if group.first and arguments.cases is None and not arguments.skip_existing:
         output.set_aside_refused(refused, cases)
     if not cases:
         leave_group(group)
         return REFUSED
-    to_report = {}
+    to_report = output.without_report(cases, checkpoint["fingerprint"]) if arguments.skip_existing else {}
     if arguments.skip_existing:
-        to_report = output.without_report(cases, checkpoint["fingerprint"])
         cases = output.unfinished(cases, checkpoint["fingerprint"], warn=group.first)
     group.wait()  # all processes have listed the same cases before the first one is segmented
     own, to_report = (dict(list(each.items())[group.rank :: group.size]) for each in (cases, to_report))
@@ -198,6 +196,12 @@ def main() -> int:
                 print_stderr(f"error: failed: {', '.join(names)}")
     leave_group(group)
     return REFUSED if names else DONE
+
+
+def mark_of_options(arguments: argparse.Namespace) -> str:
+    """Return what a fingerprint has of the options that change a case's label map; "" for none of them."""
+    piece = "+largest-piece" * arguments.largest_piece
+    return piece + (f"+{crc32(arguments.series.encode()):08x}" if arguments.series else "")
 
 
 def parse_arguments() -> argparse.Namespace:
