@@ -147,8 +147,10 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
-        # Not print, which may be at work already on what the signal has interrupted.
-        os.write(sys.__stderr__.fileno(), b"stopping after this step; once more quits at once\n")
+        # Not print, which may be at work already on what the signal has interrupted. Nobody may read it: Ctrl-C
+        # ends tee, too (2>&1 | tee log), and with 2>&- there is no stderr.
+        with suppress(OSError, AttributeError):
+            os.write(sys.__stderr__.fileno(), b"stopping after this step; once more quits at once\n")
 
 
 def leave_signals_to_the_command(_worker: int = 0) -> None:

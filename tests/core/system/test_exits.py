@@ -1,12 +1,14 @@
 """How an error is printed: one sentence on stderr, never a traceback."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
 
-from core.system.exits import print_error, print_warning, use_utf8
+from core.system.exits import StopSignals, print_error, print_warning, use_utf8
 
 
 def test_the_last_line_of_a_message_does_not_stand_for_all_of_it(capsys):
@@ -48,6 +50,14 @@ def test_a_message_that_nobody_reads_any_more_ends_no_work(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Broken())
     print_warning("odd")
+
+
+def test_a_stop_is_noted_though_nobody_reads_that_it_is(monkeypatch):
+    signals = StopSignals()
+    with monkeypatch.context() as broken:  # train.py 2>&1 | tee log: Ctrl-C ends tee, too
+        broken.setattr(os, "write", lambda *_: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+        signals.note(signal.SIGINT, None)
+    assert signals.received == signal.SIGINT
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
