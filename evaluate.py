@@ -69,11 +69,11 @@ def score_predictions(
     written = ["metrics.csv", "summary.json", *(draw_picture(output) if summary["cases"] else [])]
     failed = bool(missing or summary["refused"])
     if others:
-        failed |= bool(name_unpaired(others, [], arguments.against))
+        without = {"predictions": missing, "against": name_unpaired(others, [], arguments.against)}
         other_results = score_cases(others, rules, workers, output / "other_metrics.csv")
-        comparison = write_comparison(output, results, other_results, rules)
+        comparison = write_comparison(output, results, other_results, rules, without)
         print(f"\n{comparison_text(comparison, markdown)}")
-        failed |= any(scored.refusal for scored in other_results.values())
+        failed |= bool(without["against"]) or any(scored.refusal for scored in other_results.values())
         written += ["other_metrics.csv", "comparison.json"]
     but = f", {len(summary['missing'])} of them as missed" if summary["missing"] else ""
     but += f", {len(summary['refused'])} refused" if summary["refused"] else ""

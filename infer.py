@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class Inference:
         output: the folder for the results.
         reading: which scans are accepted.
         series_uid: which of the series in a DICOM folder to read, UID or UID:N; None when there is only one.
-        fingerprint: of the networks; written into each label map.
+        fingerprint: of the networks and options that change label maps; written into each label map.
         locator: finds the part of a scan that the networks were trained on.
         largest_piece: whether only the largest connected piece of each organ is kept.
     """
@@ -165,15 +166,15 @@ def main() -> int:
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device)
             locator = Locator.load(arguments.locate, checkpoint, device)
+            checkpoint["fingerprint"] += mark_of_options(arguments)
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
     if group.first and arguments.cases is None and not arguments.skip_existing:
         output.set_aside_refused(refused, cases)
     if not cases:
         leave_group(group)
         return REFUSED
-    to_report = {}
+    to_report = output.without_report(cases, checkpoint["fingerprint"]) if arguments.skip_existing else {}
     if arguments.skip_existing:
-        to_report = output.without_report(cases, checkpoint["fingerprint"])
         cases = output.unfinished(cases, checkpoint["fingerprint"], warn=group.first)
     group.wait()  # all processes have listed the same cases before the first one is segmented
     own, to_report = (dict(list(each.items())[group.rank :: group.size]) for each in (cases, to_report))
@@ -195,6 +196,12 @@ def main() -> int:
                 print_stderr(f"error: failed: {', '.join(names)}")
     leave_group(group)
     return REFUSED if names else DONE
+
+
+def mark_of_options(arguments: argparse.Namespace) -> str:
+    """Return what a fingerprint has of the options that change a case's label map; "" for none of them."""
+    piece = "+largest-piece" * arguments.largest_piece
+    return piece + (f"+{crc32(arguments.series.encode()):08x}" if arguments.series else "")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -24,7 +24,8 @@ from warm import run_script
 
 import evaluate
 from core.config import load_organs
-from core.scoring.case import CEILING_SCORES
+from core.scoring.case import CEILING_SCORES, Task
+from core.scoring.cases import score_or_refuse
 from core.scoring.statistics import bootstrap_interval, spread
 from core.scoring.tables import ceiling_table, comparison_table, lay_out, score_table
 from core.system.files import open_text
@@ -273,6 +274,14 @@ def test_each_bad_case_is_named_and_the_others_are_scored(folders, run, tmp_path
     assert summary["refused"].keys() == expected.keys()
     assert all(re.fullmatch(expected[case], reason) for case, reason in summary["refused"].items())
     assert summary["mean"]["dice"] == pytest.approx((5 / 6 + 0 + 0) / 3, abs=1e-6)  # as without them
+
+
+def test_a_case_of_one_digit_is_named_when_memory_runs_out():
+    def score(_task, _rules):
+        raise MemoryError("Unable to allocate 2.19 GiB")
+
+    task = Task("2", Path("labels/2.nii.gz"))
+    assert score_or_refuse(task, score, None).refusal == "case 2: Unable to allocate 2.19 GiB"
 
 
 def test_a_missing_prediction_is_an_error_and_scored_as_missed(folders, run, tmp_path):
@@ -667,7 +676,7 @@ def test_flare22_takes_the_voxel_size_from_pixdim(run, tmp_path):
     assert nsd["flare22"] < 0.95
 
 
-@pytest.mark.parametrize("pixdim", [0, np.nan, np.inf, -3])
+@pytest.mark.parametrize("pixdim", [0, np.nan, np.inf, -3, 0.003])  # the last in metres
 def test_flare22_takes_the_affine_where_pixdim_is_no_size(run, tmp_path, pixdim):
     reference, prediction = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
     reference[0, 0, 0:4] = prediction[0, 0, 1:5] = LIVER  # 3 mm off by the affine
@@ -804,6 +813,8 @@ def test_what_only_one_side_has_is_said_and_counts_against_it(ten_cases, run, tm
     assert f"error: case c1: no prediction in {tmp_path / 'worse'}; scored as missed" in err
     comparison = json.loads((tmp_path / "scores" / "comparison.json").read_text())
     assert (comparison["left_out"], len(comparison["cases"])) == (["c2"], 9)
+    assert comparison["missing"] == {"predictions": [], "against": ["c1"]}
+    assert "over 9 cases, 1 of them without a prediction on one side, compared as missed; p:" in " ".join(out.split())
     gallbladder = comparison["dice"]["organs"]["gallbladder"]
     assert (gallbladder["n"], gallbladder["n_unpaired"]) == (0, 1)
     assert "on one side only" in out

@@ -458,6 +458,23 @@ def test_skip_existing_warns_of_label_maps_of_another_network(run, checkpoint, c
     assert "keeps" not in both[2]
 
 
+def test_skip_existing_tells_label_maps_of_other_options(run, scans, series, tmp_path):
+    for path in series.glob("*.dcm"):
+        one = pydicom.dcmread(path)
+        one.AcquisitionNumber = 1 + round((one.ImagePositionPatient[2] - 30) / 2.5) % 2
+        one.save_as(path)
+    for scan, flags, others in (
+        (scans / "one_0000.nii.gz", (), ("--largest-piece",)),
+        (series, ("--series", "1.2.3.4:1"), ("--series", "1.2.3.4:2")),
+    ):
+        assert run(scan, *flags)[0] == 0
+        assert "keeps" not in run(scan, *flags, "--skip-existing")[2]
+        assert (
+            "keeps are of other options (--largest-piece, --locate, --series): "
+            in run(scan, *others, "--skip-existing")[2]
+        )
+
+
 # ---- What is refused
 
 
@@ -646,6 +663,9 @@ def test_a_label_map_that_no_network_has_made_is_kept(run, scans, tmp_path):
     assert (tmp_path / "out" / "three.nii.gz.old").read_bytes() == b"no label map"
     assert run(scans)[::2] == (0, "")  # a network's own label map is replaced
     assert (tmp_path / "out" / "two.nii.gz.old").read_bytes() == before
+    (scans / "two_0000.nii.gz").write_text("no NIfTI at all")
+    assert run(scans, "--cases", "two")[0] == 1  # the network's becomes two.nii.gz.old in its turn
+    assert (tmp_path / "out" / "two.nii.gz.old.old").read_bytes() == before
 
 
 @pytest.mark.parametrize("others", [True, False])

@@ -7,7 +7,7 @@ last. They are renamed when the case fails.
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -107,7 +107,7 @@ class OutputFolder:
         return {case: scan for case, scan in cases.items() if case not in finished}
 
     def not_made_by(self, finished: Sequence[str], fingerprint: str) -> dict[str, list[str]]:
-        """Group cases whose label maps say another network's fingerprint, or none, by a description of that."""
+        """Group cases whose label maps say another fingerprint, or none, by a description of that."""
         found: dict[str, list[str]] = {}
         for case in finished:
             try:
@@ -117,6 +117,8 @@ class OutputFolder:
                 continue
             if network != fingerprint:
                 what = "are another network's" if network else "do not say which network made them"
+                if network and network.partition("+")[0] == fingerprint.partition("+")[0]:
+                    what = "are of other options (--largest-piece, --locate, --series)"
                 found.setdefault(what, []).append(case)
         return found
 
@@ -222,6 +224,7 @@ class OutputFolder:
         """
         extras = [extra_path(self.path, case, flag) for flag in EXTRAS]
         paths = (self.label_map(case), *extras, *self.reported(case))
+        keep_drawn(self.label_map(case))
         for path in paths:
             try:
                 rename_old(path, f"case {case}: failed")
@@ -242,6 +245,7 @@ class OutputFolder:
         """Rename a label map in a case's place to *.old when it names no network: a person may have drawn it."""
         path = self.label_map(case)
         if path.is_file() and not names_network(path):
+            keep_drawn(path)
             rename_old(path, f"case {case}: the label map there names no network of this program")
 
     def reported(self, case: str) -> tuple[Path, ...]:
@@ -278,6 +282,15 @@ def names_network(label_map: Path) -> bool:
         return bool(read_network(label_map))
     except (OSError, ValueError):
         return False
+
+
+def keep_drawn(path: Path) -> None:
+    """Rename PATH.old to PATH.old.old, and so on, before `path` takes its place, when a person may have drawn it."""
+    old = path.with_name(f"{path.name}.old")
+    with suppress(OSError, ValueError):  # no such file, or no label map
+        if path.is_file() and not read_network(old):
+            keep_drawn(old)
+            rename_old(old, "it names no network of this program")
 
 
 def grid_difference(scan: Path, label_map: Path) -> str | None:

@@ -14,7 +14,7 @@ from nibabel.affines import voxel_sizes
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
 from core.scans.organ_names import check_organ_names
-from core.scans.placement import SHEAR_DEGREES, shear_degrees
+from core.scans.placement import SHEAR_DEGREES, SPACING_MM, shear_degrees
 from core.scans.volumes import DEFAULT_READING, load_labels
 from core.scoring.flare22 import flare22_scores
 from core.scoring.overlap import SCORES, confusion_matrix, organ_scores, voxel_accuracy
@@ -199,9 +199,10 @@ def score_organs(
 
 
 def pixdim_of(geometry: Geometry) -> list[float]:
-    """Return the voxel size that the header's pixdim gives, along the stored axes; the affine's where it gives none."""
+    """Return the header's pixdim, along the stored axes, in mm; the affine's voxel size where pixdim is none of CT."""
     pixdim = [float(mm) for mm in geometry.header["pixdim"][1:4]]
-    return pixdim if all(0 < mm < math.inf for mm in pixdim) else voxel_sizes(geometry.affine).tolist()
+    low, high = SPACING_MM
+    return pixdim if all(low <= mm <= high for mm in pixdim) else voxel_sizes(geometry.affine).tolist()
 
 
 def outcome(task: Task, scores: Sequence[dict[str, float]], matrix: np.ndarray, rules: Rules) -> Scored:

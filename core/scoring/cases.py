@@ -108,4 +108,5 @@ def score_or_refuse(task: Task, score: Score, rules: Rules) -> Scored:
         return score(task, rules)
     except (ValueError, OSError, MemoryError) as error:
         reason = str(error) or "memory ran out"
-        return Scored(refusal=reason if task.case in reason else f"case {task.case}: {reason}")
+        named = reason.startswith((f"case {task.case}:", str(task.reference), str(task.prediction)))
+        return Scored(refusal=reason if named else f"case {task.case}: {reason}")

@@ -73,6 +73,7 @@ DEFINITIONS = {
         "p": "Wilcoxon's signed-rank test, two-sided (scipy's default), 1 where no pair differs; not corrected for the "
         "number of organs; with fewer than 6 pairs it cannot fall below 0.05",
         "left_out": "cases that were refused on either side",
+        "missing": "cases without a prediction on a side, compared as missed there",
     },
     "ceiling": {
         "dice, nsd": "the reference as each organ's share of every voxel of the grid, restored like a network's answer",
@@ -160,8 +161,17 @@ def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) ->
     }
 
 
-def write_comparison(output: Path, results: dict[str, Scored], other: dict[str, Scored], rules: Rules) -> dict:
-    """Compare two sets of predictions of the same cases pair by pair; write comparison.json and return its content."""
+def write_comparison(
+    output: Path,
+    results: dict[str, Scored],
+    other: dict[str, Scored],
+    rules: Rules,
+    missing: dict[str, Sequence[str]],
+) -> dict:
+    """Compare two sets of predictions of the same cases pair by pair; write comparison.json and return its content.
+
+    `missing` holds the cases without a prediction by side: predictions, against.
+    """
     cases = [case for case in results if not results[case].refusal and not other[case].refusal]
     here, there = tables_of(results, cases, rules), tables_of(other, cases, rules)
     comparison = {
@@ -169,6 +179,7 @@ def write_comparison(output: Path, results: dict[str, Scored], other: dict[str, 
         **{name: compare_tables(here[name], there[name], rules.names) for name in COMPARED},
         "cases": cases,
         "left_out": [case for case in results if case not in cases],
+        "missing": {side: [case for case in names if case in cases] for side, names in missing.items()},
         "definitions": DEFINITIONS["comparison"],
     }
     write_json(output / "comparison.json", comparison)

@@ -135,13 +135,15 @@ def comparison_text(comparison: dict, markdown: bool = False) -> str:
     """Return the tables of comparison.json, Dice and NSD, with a note.
 
     Args:
-        comparison: "dice", "nsd" and "cases" as in comparison.json.
+        comparison: "dice", "nsd", "cases" and "missing" as in comparison.json.
         markdown: True for Markdown, False for a terminal.
     """
     tables = [comparison_table(title, comparison[name], markdown) for name, title in (("dice", "Dice"), ("nsd", "NSD"))]
     cases = len(comparison["cases"])
-    note = f"difference: predictions - against, over {cases} cases; p: Wilcoxon's signed-rank test, not corrected."
-    return "\n\n".join([*tables, note])
+    missed = len({case for names in comparison["missing"].values() for case in names})
+    but = f", {missed} of them without a prediction on one side, compared as missed" if missed else ""
+    note = f"difference: predictions - against, over {cases} cases{but}; p: Wilcoxon's signed-rank test, not corrected."
+    return "\n\n".join([*tables, textwrap.fill(note, COLUMNS)])
 
 
 def lay_out(lines: Sequence[Sequence[str]], markdown: bool) -> str:

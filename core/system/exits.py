@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -50,7 +50,10 @@ def use_utf8() -> None:
     again = os.environ.get("PYTHONUTF8") != "1"  # once only: -X utf8=0 overrides the variable
     if os.name == "posix" and sys.getfilesystemencoding() != "utf-8" and again:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
-    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+    for name, errors in (("stdout", "surrogateescape"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed (2>&-)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):  # not where a program that runs the command collects its text
             stream.reconfigure(encoding="utf-8", errors=errors)
 
@@ -88,9 +91,10 @@ def is_out_of_memory(error: BaseException, smaller: bool = False) -> bool:
 def print_stderr(line: str) -> None:
     """Print a line on stderr, beside a progress bar if there is one.
 
-    The line and its end are one write: lines of several threads and processes never run into each other.
+    The line and its end are one write: lines of several threads and processes never run into each other. Where nobody
+    reads them any more (2>&1 | head), the work goes on.
     """
-    with tqdm.external_write_mode(file=sys.stderr):
+    with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
@@ -143,8 +147,10 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
-        # Not print, which may be at work already on what the signal has interrupted.
-        os.write(sys.__stderr__.fileno(), b"stopping after this step; once more quits at once\n")
+        # Not print, which may be at work already on what the signal has interrupted. Nobody may read it: Ctrl-C
+        # ends tee, too (2>&1 | tee log), and with 2>&- there is no stderr.
+        with suppress(OSError, AttributeError):
+            os.write(sys.__stderr__.fileno(), b"stopping after this step; once more quits at once\n")
 
 
 def leave_signals_to_the_command(_worker: int = 0) -> None:

@@ -1,10 +1,14 @@
 """How an error is printed: one sentence on stderr, never a traceback."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 
-from core.system.exits import print_error
+import pytest
+
+from core.system.exits import StopSignals, print_error, print_warning, use_utf8
 
 
 def test_the_last_line_of_a_message_does_not_stand_for_all_of_it(capsys):
@@ -37,3 +41,28 @@ def test_lines_of_several_threads_do_not_run_into_each_other():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert Counter(done.stderr.splitlines()) == {f"error: {'x' * 30}": 2000, f"warning: {'x' * 30}": 2000}
+
+
+def test_a_message_that_nobody_reads_any_more_ends_no_work(monkeypatch):
+    class Broken:
+        def write(self, _text: str) -> None:
+            raise BrokenPipeError(32, "Broken pipe")  # infer.py ... 2>&1 | head
+
+    monkeypatch.setattr(sys, "stderr", Broken())
+    print_warning("odd")
+
+
+def test_a_stop_is_noted_though_nobody_reads_that_it_is(monkeypatch):
+    signals = StopSignals()
+    with monkeypatch.context() as broken:  # train.py 2>&1 | tee log: Ctrl-C ends tee, too
+        broken.setattr(os, "write", lambda *_: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+        signals.note(signal.SIGINT, None)
+    assert signals.received == signal.SIGINT
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_takes_what_is_printed(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)  # as Python has it after 2>&-
+    use_utf8()
+    with getattr(sys, name) as stream:
+        print("odd", file=stream)
