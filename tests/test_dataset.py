@@ -27,6 +27,9 @@ from core.scans.anatomy import organs_in
 from core.scans.cache import code_checksum
 from core.scans.crop import crop_box
 from core.scans.files import find_label_maps, find_scans, read_case_ids, select_cases
+from core.scans.geometry import check_same_grid
+from core.scans.nifti import open_nifti
+from core.scans.placement import affine_of
 from core.scans.resample import resize_labels
 from core.scans.typical import hu_percentiles
 from core.scans.volumes import load_labels, load_scan, prepare_image
@@ -254,6 +257,19 @@ def test_folds_hold_out_every_case_once():
     assert len(firsts) > 10
 
 
+def test_cases_with_made_labels_are_in_every_training_and_in_no_fold():
+    made = [replace(case, weight=0.9) for case in cases_of(*"mnop")]
+    held_out = []
+    for fold in range(2):
+        train, val, how = split_by_fold([*cases_of(*"abc"), *made], 2, fold, 0)
+        assert ids_of(made) == ids_of(case for case in train if case.weight)
+        assert how.startswith(f"{len(val)} of 3 held out")
+        held_out += ids_of(val)
+    assert sorted(held_out) == list("abc")
+    with pytest.raises(ValueError, match=r"all 4 cases are in weights\.csv, which lists labels that a network"):
+        split_cases(made, None, 0.2, 0)
+
+
 def test_folds_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="fold: got 4 of 4 folds, expected 0 to 3"):
         split_by_fold(cases_of(*"abcde"), 4, 4, 0)
@@ -432,6 +448,7 @@ def test_the_cache_key_covers_size_window_classes_and_files(tmp_path):
 
 def test_the_cache_key_covers_the_code_that_prepares_a_case(tmp_path, monkeypatch):
     used = (CaseDataset, load_scan, prepare_image, resize_labels, crop_box, organs_in, hu_percentiles)
+    used += (open_nifti, affine_of, check_same_grid)
     assert {function.__module__ for function in used} <= set(dataset.PREPARED_BY)
     module = ModuleType("edited")
     module.__file__ = str(tmp_path / "edited.py")

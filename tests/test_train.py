@@ -585,6 +585,17 @@ def test_a_network_whose_checkpoints_could_not_be_loaded_is_refused(run, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_held_out_cases_without_an_organ_are_named(run, data, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(data, mine)
+    path = mine / "labels" / f"{CASES[0]}.nii.gz"
+    file = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(file.shape, np.uint8), file.affine), path)
+    said = "warning: no held-out case holds an organ that it annotates: their Dice says nothing, nor does best.pt"
+    assert said in run("--epochs", "1", "--data-dir", mine, "--val-cases", CASES[0])[2]
+    assert said not in run("--epochs", "1", "--data-dir", mine, "--val-cases", *CASES[:2], folder="usual")[2]
+
+
 def test_a_researchers_own_score_is_logged_though_not_in_every_epoch(run, tmp_path, monkeypatch):
     validate = train.validate
 
@@ -712,6 +723,12 @@ def test_ctrl_c_ends_in_one_sentence(data, tmp_path):
         "stopped by SIGINT; the run is saved: --resume goes on from here",
     ]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
+
+
+def test_the_network_sees_0_to_1():
+    image, labels = torch.tensor([0, 51, 255], dtype=torch.uint8), torch.tensor([0, 3, 13], dtype=torch.uint8)
+    seen, ids = train.to_device({"image": image, "labels": labels}, torch.device("cpu"))
+    assert (seen.tolist(), ids.tolist()) == (pytest.approx([0, 0.2, 1]), [0, 3, 13])
 
 
 def test_learning_rates_by_hand():

@@ -208,6 +208,8 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
         if dataset.crop == "organs":
             warn_of_small_boxes([case for case, _ in fingerprints], found["extent_mm"], counts)
     taught = [organ for i, organ in enumerate(dataset.organs) if i and any(present[i] for _, present in counts)]
+    if counts and not taught and not teaches and group.first:
+        print_warning("no held-out case holds an organ that it annotates: their Dice says nothing, nor does best.pt")
     return Description(ranges_of(found) | {"organs": taught}, dict(fingerprints))
 
 

@@ -74,14 +74,18 @@ def is_supported(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def runs_alike(network: VNet) -> bool:
-    """Return True when a copy of the network, in training mode, has the same logits by `features` as by itself."""
-    twin = copy.deepcopy(network).to("cpu", torch.float64).train()
+    """Return True when a copy of the network has the same logits by `features` as by itself, in either mode."""
+    twin = copy.deepcopy(network).to("cpu", torch.float64)
     side = 2 ** len(network.downs)
     image = torch.linspace(0, 1, 2 * side**3, dtype=torch.float64).reshape(1, 1, 2 * side, side, side).sin()
     with torch.random.fork_rng(devices=[]):  # a layer that draws numbers shall not move the run's
         try:
-            found = convolve(twin.classify, features(twin, image, torch.float64, keep=False))
-            return torch.allclose(twin(image), found)
+            for mode in (True, False):
+                twin.train(mode)
+                found = convolve(twin.classify, features(twin, image, torch.float64, keep=False))
+                if not torch.allclose(twin(image), found):
+                    return False
+            return True
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return False
 

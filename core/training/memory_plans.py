@@ -26,8 +26,8 @@ TIMED_STEPS, TIMED_SECONDS = 3, 10  # of a plan at most; with a first step each,
 FREED_GIB = 0.5  # of a card; when more is free than before, a plan may fit that did not
 # Settings, besides the organs, that change what a step computes.
 STEP_SETTINGS = (
-    "size", "batch_size", "accumulation_steps", "channels", "down_convs", "up_convs", "norm", "loss", "ema_decay",
-    "compile", "channels_last", "deterministic",
+    "size", "batch_size", "accumulation_steps", "channels", "down_convs", "up_convs", "norm", "optimizer", "loss",
+    "ema_decay", "compile", "channels_last", "deterministic",
 )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def format_tried(table: dict[str, Tried]) -> str:
 
 def conditions(training: Training, config: Config, device: torch.device, group: Group) -> dict[str, Any]:
     """Return what the time and memory of a step depend on, as JSON holds it."""
-    card = torch.cuda.get_device_properties(device)
+    card, network = torch.cuda.get_device_properties(device), training.network
     settings = {key: value for key, value in config_to_dict(config).items() if key in STEP_SETTINGS}
     return json.loads(
         json.dumps(
@@ -151,7 +151,7 @@ def conditions(training: Training, config: Config, device: torch.device, group: 
                 "versions": [torch.__version__, torch.version.cuda, torch.backends.cudnn.version()],
                 "processes": group.size,
                 "precision": str(training.precision),
-                "network": [type(training.network).__name__, sum(p.numel() for p in training.network.parameters())],
+                "network": [type(network).__name__, sum(p.numel() for p in network.parameters()), plans_for(network)],
                 "settings": settings | {"organs": len(config.organs)},
             }
         )

@@ -38,8 +38,8 @@ def test_a_side_that_cannot_be_told_is_refused(name):
 
 
 def test_a_vertebra_has_no_side():
-    organs = ["background", "vertebrae_L1", "vertebrae_T12", "rib_left_1", "rib_right_1"]
-    assert mirrored_ids(organs) == [0, 1, 2, 4, 3]
+    organs = ["background", "vertebrae_L1", "vertebrae_T12", "rib_left_1", "rib_right_1", "LIVER", "RECTUM", "L1"]
+    assert mirrored_ids(organs) == [0, 1, 2, 4, 3, 5, 6, 7]
 
 
 def test_names_that_differ_only_in_blanks_are_the_same():

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from core.config import load_config
 from core.scans.organ_words import mirrored_ids
-from core.training.augment import ELASTIC_POINTS, augment, draw_affine, draw_bend, flip_left_right, smooth, warp
+from core.training.augment import (
+    ELASTIC_POINTS,
+    augment,
+    change_values,
+    draw_affine,
+    draw_bend,
+    flip_left_right,
+    smooth,
+    warp,
+)
 
 NO_CHANGE = {
     f"augment_{name}": 0
@@ -28,6 +37,10 @@ class Fixed:
     def uniform(self, low: float, high: float, size: int | None = None):
         """Return the next value."""
         return self.values.pop(0)
+
+    def standard_normal(self, size: tuple, dtype: type):
+        """Return twos."""
+        return np.full(size, 2, dtype)
 
 
 def random_batch(samples: int = 3, size: tuple = (12, 10, 8)) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,6 +156,24 @@ def test_strengths_are_the_largest_change():
     assert 0.048 < np.abs(shifts).max() <= 0.05 + 1e-6
 
 
+def test_values_by_hand():
+    # Contrast 1.2 about the mean 0.4, brightness -0.1, gamma 1.5, and noise of 2 times 0.5 * 0.04.
+    image = torch.tensor([0.2, 0.6]).reshape(1, 2, 1, 1)
+    config = settings(augment_contrast=0.4, augment_brightness=0.2, augment_gamma=0.5, augment_noise=0.04)
+    changed = change_values(image, Fixed(0.5, -0.5, 1, 0.5), config)
+    expected = [(0.4 - 0.2 * 1.2 - 0.1) ** 1.5 + 0.04, (0.4 + 0.2 * 1.2 - 0.1) ** 1.5 + 0.04]
+    assert changed.ravel().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_sample_is_turned_by_its_own_extent():
+    image, labels, _ = random_batch(2)
+    extents = torch.tensor([[350.0, 250.0, 200.0], [350.0, 500.0, 200.0]])
+    config = settings(**NO_CHANGE | {"augment_rotation_degrees": 30})
+    together = augment(image, labels, extents, config, 1, [0, 1])[1]
+    alone = augment(image[1:], labels[1:], extents[1:], config, 1, [1])[1]
+    assert torch.equal(together[1:], alone)
+
+
 def test_values_stay_from_0_to_1_and_outside_is_0():
     image, labels, extent_mm = random_batch()
     config = settings(
@@ -205,16 +236,24 @@ def test_an_elastic_deformation_is_as_strong_as_asked_for_and_smooth():
     np.testing.assert_allclose(bends[0, 1], expected, atol=1e-6)
 
 
-def test_an_elastic_deformation_moves_image_and_labels_alike_along_its_own_axis():
-    image, labels, extent_mm = random_batch(2)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_elastic_deformation_moves_image_and_labels_alike_along_its_own_axis(axis):
+    image, labels, _ = random_batch(2)
     matrices = torch.eye(3, 4).expand(2, 3, 4)
     bends = torch.zeros(2, 3, *[ELASTIC_POINTS] * 3)
-    bends[1, 1] = 2 * 3 / image.shape[3]  # the same for all points: three voxels along Y
+    bends[1, axis] = 2 * 3 / image.shape[2 + axis]  # the same for all points: three voxels along the axis
     moved_image, moved = warp(image, labels, matrices, bends)
     assert torch.equal(moved[0], labels[0])
-    assert torch.equal(moved[1, :, :-3], labels[1, :, 3:])
-    torch.testing.assert_close(moved_image[1, 0, :, :-3], image[1, 0, :, 3:], atol=1e-4, rtol=0)
-    assert not moved[1, :, -3:].any()
+    moved_image, image, moved, before = (
+        volume.movedim(axis, 0) for volume in (moved_image[1, 0], image[1, 0], moved[1], labels[1])
+    )
+    assert torch.equal(moved[:-3], before[3:])
+    torch.testing.assert_close(moved_image[:-3], image[3:], atol=1e-4, rtol=0)
+    assert not moved[-3:].any()
+
+
+def test_an_elastic_deformation_depends_on_the_epoch():
+    image, labels, extent_mm = random_batch(2)
     config = settings(**NO_CHANGE | {"augment_elastic": 0.05})
     once, again, other = (augment(image, labels, extent_mm, config, epoch, [0, 1])[1] for epoch in (1, 1, 2))
     assert torch.equal(once, again)

@@ -31,6 +31,7 @@ def test_background_stands_for_organs_that_are_not_annotated():
     assert loss == pytest.approx((-math.log(0.1 + 0.3 + 0.4) - math.log(0.2)) / 2, rel=1e-6)
     merged = to_background(logits, TWO_LEFT_OUT).softmax(dim=1)
     assert merged[0, :, 0, 0, 0].tolist() == pytest.approx([0.8, 0.2, 0, 0])
+    assert isinstance(marginal(LOSSES["dice_cross_entropy"], TWO_LEFT_OUT), SlabLoss)  # still without whole logits
 
 
 def test_where_all_is_annotated_it_is_the_plain_loss():

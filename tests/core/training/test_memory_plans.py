@@ -287,6 +287,17 @@ def test_auto_takes_the_fastest_plan_and_measures_once(timed, tmp_path, card, mo
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     choose_plan(start(), SMALL, card, folder=folders[1])
     assert len(timed) == 36
+    choose_plan(start(), replace(SMALL, optimizer="muon"), card, folder=folders[1])
+    assert len(timed) == 48
+
+
+def test_a_plan_measured_of_v_net_is_not_taken_by_an_edited_one(timed, tmp_path, card):
+    folder = RunFolder(replace(SMALL, run_dir=str(tmp_path)))
+    (tmp_path / "run.json").write_text("{}")
+    assert choose_plan(start(), SMALL, card, folder=folder) == "low"
+    edited = start()  # its class and its parameters are those of V-Net
+    edited.network.first.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+    assert choose_plan(edited, SMALL, card, folder=folder) == "off"
 
 
 def test_a_plan_is_measured_again_when_more_of_the_card_is_free(timed, tmp_path, card, monkeypatch):

@@ -74,6 +74,33 @@ def test_the_step_of_hidden_convolutions_is_the_learning_rate_and_others_are_ada
             assert torch.equal(parameter, of_adam)
 
 
+def test_two_steps_by_hand_and_a_frozen_weight_stays():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(2, 3, (3, 1, 1), bias=False), nn.Conv3d(3, 2, 2)).double()
+    network[1].requires_grad_(False)
+    weight, frozen = (layer.weight for layer in network)
+    start, kept = weight.detach().clone(), frozen.detach().clone()
+    optimizer = Muon(network, 0.1)
+    first, second = torch.randn(2, *weight.shape, dtype=torch.double)
+    for gradient in (first, second):
+        weight.grad = gradient
+        optimizer.step()
+    # The momentum is 0.05 a, then 0.95 * 0.05 a + 0.05 b; a step looks ahead: 0.05 of its gradient and 0.95 of that.
+    ahead = (0.05 + 0.95 * 0.05) * first, 0.05 * second + 0.95 * (0.95 * 0.05 * first + 0.05 * second)
+    expected = start - 0.1 * 6**0.5 * sum(by_singular_values(each.flatten(1)).view_as(start) for each in ahead)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-9)  # (M, N) = (3, 6)
+    assert torch.equal(frozen, kept)
+
+
+def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """Return Muon's direction of a matrix, by its polynomial of the singular values."""
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    return (u * values) @ v
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     network = small_network()
     optimizer = make_optimizer(network, 0.01, "muon")
@@ -96,7 +123,7 @@ def test_the_scale_of_fp16_makes_no_difference():
     optimizers = [make_optimizer(network, 0.01, "muon") for network in networks]
     for scale in (1024.0, 512.0):
         for network, optimizer, by in zip(networks, optimizers, (1.0, scale), strict=True):
-            give_gradients(network, 1)
+            give_gradients(network, int(scale))  # another one in each step: the momentum of one alone has no scale
             for parameter in network.parameters():
                 parameter.grad *= by
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(by), torch.zeros(())

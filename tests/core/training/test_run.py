@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import math
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -28,6 +30,7 @@ from core.system import files
 from core.training import batches as loading
 from core.training.run import Run
 from core.training.run_folder import RunFolder
+from core.training.step import NotFiniteError
 from data.make_phantom import write_phantom
 from dataset import CaseDataset
 
@@ -538,6 +541,14 @@ def test_a_scan_that_vanishes_is_named(run, data, tmp_path, monkeypatch):
     assert "no such file" in err
 
 
+def test_a_loss_that_is_not_finite_names_organs_that_are_not_annotated():
+    run = SimpleNamespace(losses=[0.5], pending=None, epoch=3, read_loss=lambda: None, bar=SimpleNamespace(update=int))
+    annotated = torch.tensor([[True, True], [True, False]])
+    Run.note(run, torch.tensor(math.nan), {"case": ["a", "b"], "annotated": annotated})
+    with pytest.raises(NotFiniteError, match=r"^epoch 3, step 2, case a, b: the loss is nan; .* logits of -inf"):
+        run.pending.read()
+
+
 @pytest.mark.slow
 def test_extending_a_run_is_the_longer_run(run, tmp_path):
     constant = ["--schedule", "constant"]
@@ -553,8 +564,12 @@ def test_extending_a_run_is_the_longer_run(run, tmp_path):
     assert "--extend: the run had schedule constant and 4 epochs, this has 1" in err
 
 
-def test_another_memory_plan_is_said_to_change_the_last_bits(run):
+def test_another_memory_plan_is_said_to_change_the_last_bits(run, tmp_path):
     assert run("--epochs", "1")[0] == 0
+    last = tmp_path / "run" / "last.pt"
+    content = torch.load(last, weights_only=True)
+    del content["cases"]["made"]  # as of a run from before made labels
+    torch.save(content, last)
     code, _, err = run("--epochs", "1", "--resume", "--memory", "lowest")
     assert code == 0
     assert "memory was auto, is lowest: from here on the last bits may differ" in err

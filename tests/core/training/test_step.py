@@ -295,6 +295,14 @@ def test_statistics_are_not_rounded_to_the_type_of_the_volume(dtype):
     torch.testing.assert_close(variance.double(), expected.var(dim=(2, 3, 4), correction=0), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("value", [3.0, 7.0, 20.0, 45.0])
+def test_the_variance_of_a_flat_volume_is_never_below_zero(value):
+    for dtype in (torch.bfloat16, torch.float16):
+        mean, variance = moments(torch.full((1, 2, 12, 10, 7), value, dtype=dtype))
+        assert (variance >= 0).all()  # below -eps, the norm would be NaN
+        assert mean.tolist() == [pytest.approx([value] * 2)]
+
+
 @pytest.mark.parametrize("plan", PLANS[1:])
 def test_plans_give_the_plain_loss_in_float32(plan):
     torch.manual_seed(0)
@@ -450,7 +458,10 @@ def test_another_network_is_trained_and_validated_whole(loss):
     before = training_step(training, image, labels).item()
     assert training_step(training, image, labels).item() < before
     network.eval()
+    noted = []
+    network.register_forward_hook(lambda *_: noted.append(torch.is_grad_enabled()))
     value, predicted = validation_step(training, image, labels)
+    assert noted == [False]
     logits = network(image)
     assert value == pytest.approx(training.loss(logits, labels).item(), rel=1e-6)
     assert torch.equal(predicted, logits.argmax(dim=1).to(torch.uint8))
@@ -478,7 +489,23 @@ class Gate(nn.PReLU):
         return super().forward(x) * torch.sigmoid(x.mean())
 
 
+class Noisy(nn.PReLU):
+    """An edit that draws numbers, in training alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Twice(nn.PReLU):
+    """An edit that evaluation alone has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 if self.training else 2)
+
+
 EDITS = {
+    "in training": lambda network: network.first.activations.__setitem__(0, Noisy(2)),
+    "in evaluation": lambda network: network.first.activations.__setitem__(0, Twice(2)),
     "forward": lambda network: setattr(network.down_stages[0], "forward", lambda x: x),
     "hook": lambda network: network.first.register_forward_hook(lambda module, inputs, output: 1.5 * output),
     "padding": lambda network: setattr(network.first.convs[0], "padding_mode", "replicate"),
@@ -496,12 +523,18 @@ def test_an_edited_v_net_is_validated_by_its_own_forward(edit):
     network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
     EDITS[edit](network)
     state = torch.get_rng_state()
-    assert not is_supported(network)
+    assert not is_supported(network.eval())  # whatever mode it is in
     assert torch.equal(torch.get_rng_state(), state)
     image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8), dtype=torch.uint8)
     value, predicted = validation_step(start(network.eval()), image, labels)
     assert torch.equal(predicted, network(image).argmax(dim=1).to(torch.uint8))
     assert value == pytest.approx(LOSSES["cross_entropy"](network(image), labels).item(), rel=1e-6)
+
+
+def test_a_v_net_edited_to_give_several_outputs_is_no_more_supported():
+    network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
+    network.forward = lambda x: [x, x]
+    assert not is_supported(network)
 
 
 @pytest.mark.parametrize("plan", PLANS)
