@@ -53,7 +53,7 @@ def use_utf8() -> None:
     for name, errors in (("stdout", "surrogateescape"), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
         if stream is None:  # closed (2>&-)
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, io.TextIOWrapper(open(os.devnull, "wb")))  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):  # not where a program that runs the command collects its text
             stream.reconfigure(encoding="utf-8", errors=errors)
 

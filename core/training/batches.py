@@ -208,8 +208,6 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
         if dataset.crop == "organs":
             warn_of_small_boxes([case for case, _ in fingerprints], found["extent_mm"], counts)
     taught = [organ for i, organ in enumerate(dataset.organs) if i and any(present[i] for _, present in counts)]
-    if counts and not taught and not teaches and group.first:
-        print_warning("no held-out case holds an organ that it annotates: their Dice says nothing, nor does best.pt")
     return Description(ranges_of(found) | {"organs": taught}, dict(fingerprints))
 
 
@@ -251,12 +249,14 @@ def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str], folders: S
             )
 
 
-def warn_of_same_data(to_train: dict[str, str], held_out: dict[str, str]) -> None:
-    """Warn of cases that are trained on and held out under two ids; both arguments give fingerprints by id."""
-    twins = {mark: case for case, mark in to_train.items()}
-    same = [f"{twins[mark]} and {case}" for case, mark in held_out.items() if mark in twins]
+def warn_of_held_out(to_train: Description, held_out: Description) -> None:
+    """Warn of cases that are trained on and held out under two ids, and where no held-out case holds an organ."""
+    twins = {mark: case for case, mark in to_train.fingerprints.items()}
+    same = [f"{twins[mark]} and {case}" for case, mark in held_out.fingerprints.items() if mark in twins]
     if same:
         print_warning(f"the same data are trained on and held out, under two ids: {listed(same)}; remove one")
+    if held_out.fingerprints and not held_out.ranges["organs"]:
+        print_warning("no held-out case holds an organ that it annotates: their Dice says nothing, nor does best.pt")
 
 
 def warn_of_small_boxes(cases: Sequence[str], extents_mm: Sequence, counts: Sequence[np.ndarray]) -> None:

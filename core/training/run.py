@@ -18,7 +18,7 @@ from core.config import Config
 from core.scans.annotated import with_known
 from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
 from core.system.processes import join_group, leave_group, own_device
-from core.training.batches import Description, make_loader, naming_dead_workers, warn_of_same_data, workers_that_fit
+from core.training.batches import Description, make_loader, naming_dead_workers, warn_of_held_out, workers_that_fit
 from core.training.device import choose_device
 from core.training.log_table import summary_line
 from core.training.memory_plans import choose_plan, peak_gib
@@ -135,7 +135,7 @@ class Run:
         training, config = self.training, self.config
         training.untaught = train_set.untaught(self.known)
         if self.group.first:
-            warn_of_same_data(to_train.fingerprints, held_out.fingerprints)
+            warn_of_held_out(to_train, held_out)
         fingerprints = to_train.fingerprints | held_out.fingerprints
         taught = with_known(to_train.ranges["organs"], self.known, config.organs)
         training_data = to_train.ranges | {"organs": taught}

@@ -29,30 +29,13 @@ class NotFiniteError(ArithmeticError):
     """The loss is NaN or infinite; a further step would destroy the weights."""
 
 
-def training_step(
-    training: Training,
-    image: Tensor,
-    labels: Tensor,
-    check: Callable[[Tensor], None] = lambda loss: None,
-    after: Callable[[], None] = lambda: None,
-    annotated: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
+def training_step(training: Training, image: Tensor, labels: Tensor, **options: object) -> Tensor:
     """Change the network's weights once, for one batch; on a GPU this launches the step and does not wait for it.
 
-    Args:
-        training: with the network in training mode.
-        image: (B, 1, X, Y, Z) float32 in 0..1.
-        labels: (B, X, Y, Z), integer ids.
-        check: is shown the loss of each micro-batch before its backward pass.
-        after: is called after each micro-batch.
-        annotated: (B, K) bool on the CPU, the classes that each case's labels annotate; None: all.
-        weights: (B,) on the CPU, of the cases; the loss of a micro-batch counts their mean. None: all 1.
-
-    Returns:
-        the loss before the change, a scalar on the device; where it is NaN or infinite, no weight has changed.
+    Takes what `compute_gradients` takes. Returns the loss before the change, a scalar on the device; where it is NaN
+    or infinite, no weight has changed.
     """
-    return apply_gradients(training, compute_gradients(training, image, labels, check, after, annotated, weights))
+    return apply_gradients(training, compute_gradients(training, image, labels, **options))
 
 
 def apply_gradients(training: Training, loss: Tensor) -> Tensor:
@@ -82,7 +65,14 @@ def compute_gradients(
 ) -> Tensor:
     """Give the parameters the gradients of the loss, times the scaler's factor, and return the loss.
 
-    `check`, `after`, `annotated` and `weights` are those of `training_step`.
+    Args:
+        training: with the network in training mode.
+        image: (B, 1, X, Y, Z) float32 in 0..1.
+        labels: (B, X, Y, Z), integer ids.
+        check: is shown the loss of each micro-batch before its backward pass.
+        after: is called after each micro-batch.
+        annotated: (B, K) bool on the CPU, the classes that each case's labels annotate; None: all.
+        weights: (B,) on the CPU, of the cases; the loss of a micro-batch counts their mean. None: all 1.
     """
     training.optimizer.zero_grad(set_to_none=True)
     losses, steps = [], training.accumulation_steps
