@@ -17,17 +17,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
-from core.inference.dicom_source import (
-    DESCRIPTION,
-    MAKER,
-    SERIES_NUMBER,
-    UTF_8,
-    as_text,
-    item,
-    read_sources,
-    reference_to,
-    save,
-)
+from core.inference import dicom_source
 from core.scans.dicom_header import CT_IMAGE, DECODE_ERRORS, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
@@ -36,12 +26,12 @@ from core.scans.organ_words import OTHER_SIDE, standard_name
 
 OWN_CODES = "99ORGANS"  # the coding scheme of organs that DICOM has no code for; 99 marks private ones (PS3.3 8.2)
 ABOUT = {
-    "manufacturer": MAKER,
+    "manufacturer": dicom_source.MAKER,
     "manufacturer_model_name": "V-Net",
     "device_serial_number": "none",
     "content_label": "ORGANS",
-    "series_description": DESCRIPTION,
-    "series_number": SERIES_NUMBER,
+    "series_description": dicom_source.DESCRIPTION,
+    "series_number": dicom_source.SERIES_NUMBER,
     "instance_number": 1,
 }
 OF_SEVERAL_FRAMES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "NumberOfFrames")
@@ -70,7 +60,7 @@ def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[
     stack = geometry.from_ras(labels).transpose(2, 1, 0)  # (slice, row, column)
     # DICOM knows no segmentation without a frame: where no organ was found, those of the first slice are empty.
     slices = geometry.slices if stack.any() else geometry.slices[:1]
-    sources = read_sources(geometry.slices)
+    sources = dicom_source.read_sources(geometry.slices)
     gap_mm = float(np.linalg.norm(geometry.slices[1].position - geometry.slices[0].position))
     segments = [describe(organ, name, network) for organ, name in enumerate(organs) if organ]
     stand_ins = [as_single_slice(sources[one.path], one, gap_mm) for one in slices]
@@ -87,9 +77,9 @@ def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[
         )
     except DECODE_ERRORS as error:
         raise ValueError(f"no DICOM Segmentation can be made of this series ({reason(error)})") from error
-    refer_to(segmentation, stand_ins, [reference_to(sources[one.path], one) for one in slices])
-    segmentation.SpecificCharacterSet = UTF_8
-    save(segmentation, path)
+    refer_to(segmentation, stand_ins, [dicom_source.reference_to(sources[one.path], one) for one in slices])
+    segmentation.SpecificCharacterSet = dicom_source.UTF_8
+    dicom_source.save(segmentation, path)
 
 
 def as_single_slice(source: Dataset, one: Slice, gap_mm: float) -> Dataset:
@@ -97,7 +87,7 @@ def as_single_slice(source: Dataset, one: Slice, gap_mm: float) -> Dataset:
 
     highdicom accepts one multi-frame file, of one acquisition, or files of one slice; series are of all kinds.
     """
-    header = item(
+    header = dicom_source.item(
         SOPClassUID=CT_IMAGE,
         SOPInstanceUID=generate_uid(),
         ImagePositionPatient=[f"{mm:.10g}" for mm in one.position],
@@ -121,7 +111,7 @@ def refer_to(segmentation: Dataset, stand_ins: Sequence[Dataset], slices: Sequen
                 image.update(references.get(image.ReferencedSOPInstanceUID, {}))
     files = {one.ReferencedSOPInstanceUID: one.ReferencedSOPClassUID for one in slices}
     segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence = [
-        item(ReferencedSOPClassUID=kind, ReferencedSOPInstanceUID=uid) for uid, kind in files.items()
+        dicom_source.item(ReferencedSOPClassUID=kind, ReferencedSOPInstanceUID=uid) for uid, kind in files.items()
     ]
 
 
@@ -133,7 +123,7 @@ def describe(organ: int, name: str, network: str) -> Dataset:
     made_by = highdicom.AlgorithmIdentificationSequence("V-Net", codes.DCM.ArtificialIntelligence, network or "unknown")
     segment = highdicom.seg.SegmentDescription(
         segment_number=organ,
-        segment_label=as_text(name),
+        segment_label=dicom_source.as_text(name),
         segmented_property_category=category_of(name),
         segmented_property_type=kind,
         algorithm_type="AUTOMATIC",
@@ -160,5 +150,5 @@ def code_of(name: str) -> tuple[Code, Code | None]:
     try:
         kind = getattr(codes.SCT, keyword)
     except AttributeError:
-        return Code(hashlib.sha1(name.encode()).hexdigest()[:16], OWN_CODES, as_text(name)), None
+        return Code(hashlib.sha1(name.encode()).hexdigest()[:16], OWN_CODES, dicom_source.as_text(name)), None
     return kind, getattr(codes.SCT, sides[0].capitalize()) if len(sides) == 1 else None

@@ -12,25 +12,14 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 
-from core.inference.dicom_source import (
-    DESCRIPTION,
-    MAKER,
-    MAY_BE_EMPTY,
-    SERIES_NUMBER,
-    UTF_8,
-    as_text,
-    item,
-    read_sources,
-    reference_to,
-    save,
-)
+from core.inference import dicom_source
 from core.scans.dicom_header import DECODE_ERRORS, reason
 from core.scans.dicom_slice import Slice
 from core.scans.geometry import Geometry
 from core.scans.organ_colours import rgb_of
 
 RT_STRUCTURE_SET, STUDY_CLASS = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.3.1.2.3.1"
-COPIED = (*MAY_BE_EMPTY, "StudyInstanceUID", "FrameOfReferenceUID", "PositionReferenceIndicator")
+COPIED = (*dicom_source.MAY_BE_EMPTY, "StudyInstanceUID", "FrameOfReferenceUID", "PositionReferenceIndicator")
 
 
 def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[str], network: str, path: Path) -> None:
@@ -50,36 +39,36 @@ def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[st
         ValueError: when the series lacks what the object must copy from it.
     """
     stack = geometry.from_ras(labels).transpose(2, 1, 0)  # (slice, row, column)
-    sources = read_sources(geometry.slices)
+    sources = dicom_source.read_sources(geometry.slices)
     try:
         source = sources[geometry.slices[0].path]
-        images = [reference_to(sources[one.path], one) for one in geometry.slices]
+        images = [dicom_source.reference_to(sources[one.path], one) for one in geometry.slices]
         structures = structure_set(source, images, network)
         for organ, name in enumerate(organs[1:], start=1):
             add_organ(structures, organ, name, list(contours_of(stack == organ, geometry.slices, images)))
     except DECODE_ERRORS as error:
         raise ValueError(f"no RT Structure Set can be made of this series ({reason(error)})") from error
-    save(structures, path)
+    dicom_source.save(structures, path)
 
 
 def structure_set(source: Dataset, images: Sequence[Dataset], network: str) -> Dataset:
     """Make a structure set without organs, of a slice's patient and study, that refers to all slices."""
     now = datetime.now()
-    series = item(SeriesInstanceUID=source.SeriesInstanceUID, ContourImageSequence=images)
-    study = item(ReferencedSOPClassUID=STUDY_CLASS, ReferencedSOPInstanceUID=source.StudyInstanceUID)
+    series = dicom_source.item(SeriesInstanceUID=source.SeriesInstanceUID, ContourImageSequence=images)
+    study = dicom_source.item(ReferencedSOPClassUID=STUDY_CLASS, ReferencedSOPInstanceUID=source.StudyInstanceUID)
     study.RTReferencedSeriesSequence = [series]
-    frame = item(FrameOfReferenceUID=source.FrameOfReferenceUID, RTReferencedStudySequence=[study])
-    structures = item(
+    frame = dicom_source.item(FrameOfReferenceUID=source.FrameOfReferenceUID, RTReferencedStudySequence=[study])
+    structures = dicom_source.item(
         **{keyword: source.get(keyword) for keyword in COPIED},
-        SpecificCharacterSet=UTF_8,
+        SpecificCharacterSet=dicom_source.UTF_8,
         SOPClassUID=RT_STRUCTURE_SET,
         SOPInstanceUID=generate_uid(),
         Modality="RTSTRUCT",
         SeriesInstanceUID=generate_uid(),
-        SeriesNumber=SERIES_NUMBER,
-        SeriesDescription=DESCRIPTION,
+        SeriesNumber=dicom_source.SERIES_NUMBER,
+        SeriesDescription=dicom_source.DESCRIPTION,
         InstanceNumber=1,
-        Manufacturer=MAKER,
+        Manufacturer=dicom_source.MAKER,
         SoftwareVersions=network or "unknown",
         OperatorsName=None,
         ApprovalStatus="UNAPPROVED",
@@ -101,19 +90,21 @@ def add_organ(structures: Dataset, organ: int, name: str, contours: Sequence[Dat
     """Add an organ and its contours to a structure set."""
     frame = structures.FrameOfReferenceUID
     structures.StructureSetROISequence.append(
-        item(
+        dicom_source.item(
             ROINumber=organ,
             ReferencedFrameOfReferenceUID=frame,
-            ROIName=as_text(name),
+            ROIName=dicom_source.as_text(name),
             ROIGenerationAlgorithm="AUTOMATIC",
         )
     )
-    drawn = item(ReferencedROINumber=organ, ROIDisplayColor=list(rgb_of(organ)))
+    drawn = dicom_source.item(ReferencedROINumber=organ, ROIDisplayColor=list(rgb_of(organ)))
     if contours:
         drawn.ContourSequence = contours
     structures.ROIContourSequence.append(drawn)
     structures.RTROIObservationsSequence.append(
-        item(ObservationNumber=organ, ReferencedROINumber=organ, RTROIInterpretedType="ORGAN", ROIInterpreter=None)
+        dicom_source.item(
+            ObservationNumber=organ, ReferencedROINumber=organ, RTROIInterpretedType="ORGAN", ROIInterpreter=None
+        )
     )
 
 
@@ -129,7 +120,7 @@ def contours_of(mask: np.ndarray, slices: Sequence[Slice], images: Sequence[Data
         for contour in find_contours(np.pad(mask[k], 1).astype(np.uint8), 0.5):
             rows, columns = without_straight_points(contour[:-1] - 1).T
             points = one.position + np.outer(columns * column_mm, along_row) + np.outer(rows * row_mm, down_column)
-            yield item(
+            yield dicom_source.item(
                 ContourImageSequence=[images[k]],
                 ContourGeometricType="CLOSED_PLANAR",
                 NumberOfContourPoints=len(points),
