@@ -319,7 +319,7 @@ def test_the_organs_box_is_found_by_a_second_network(config, checkpoint, tmp_pat
     # Label maps say both networks.
     code, _, err = run_main(infer, *flags, "--locate", everywhere, "--skip-existing")
     assert code == 0
-    assert "another network" in err
+    assert "other options" in err
 
 
 def test_a_scan_longer_than_those_of_the_training_is_searched_in_windows(config, checkpoint, tmp_path, run_main):
