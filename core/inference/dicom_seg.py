@@ -46,7 +46,7 @@ def write_segmentation(labels: np.ndarray, geometry: Geometry, organs: Sequence[
         labels: in RAS+ order.
         geometry: of the DICOM series.
         organs: names by id, background first.
-        network: fingerprint of the network that made them, in hexadecimal.
+        network: fingerprint of the network and options that made them.
         path: the file.
 
     Raises:

@@ -31,7 +31,7 @@ def write_structures(labels: np.ndarray, geometry: Geometry, organs: Sequence[st
         labels: in RAS+ order.
         geometry: of the DICOM series.
         organs: names by id, background first.
-        network: fingerprint of the network that made them, in hexadecimal.
+        network: fingerprint of the network and options that made them.
         path: the file.
 
     Raises:

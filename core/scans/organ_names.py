@@ -34,7 +34,7 @@ def organ_names_extension(organs: Sequence[str], network: str = "") -> Nifti1Ext
 
     Args:
         organs: names by id, background first; the background is not written.
-        network: fingerprint of the network that made the label map, in hexadecimal; empty for none.
+        network: fingerprint of the network and options that made the label map; empty for none.
     """
     labels = []
     for organ, name in enumerate(organs[1:], start=1):
