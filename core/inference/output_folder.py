@@ -157,7 +157,7 @@ class OutputFolder:
             logits: (K, X, Y, Z) of its box.
             labels: (X, Y, Z) ids of the whole scan.
             organs: names by id, background first.
-            network: fingerprint of the network, in hexadecimal.
+            network: fingerprint of the network and options.
 
         Raises:
             OSError: when a file cannot be written, or the disk has no room for the probabilities.
