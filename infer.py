@@ -214,17 +214,13 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", required=True, nargs="+", type=user_path, metavar="FILE",
         help="best.pt or last.pt of a run; of several, as of all folds, the probabilities are averaged",
     )  # fmt: skip
-    parser.add_argument(
-        "--locate", type=user_path, metavar="FILE", help="the network that finds the box for crop: organs"
-    )
+    parser.add_argument("--locate", type=user_path, metavar="FILE", help="network that finds the box for crop: organs")
     parser.add_argument(
         "--output", required=True, type=user_path, metavar="DIR", help="folder for label maps and volumes.csv"
     )
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument(
-        "--precision", default="auto", help="auto (as trained; on a CPU float32), float32, bf16 or fp16"
-    )
+    parser.add_argument("--precision", default="auto", help="auto (as trained; on a CPU float32), float32, bf16, fp16")
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
     parser.add_argument("--largest-piece", action="store_true", help="keep only each organ's largest connected piece")
     extra = partial(parser.add_argument, action="append_const", dest="extras", default=[])

@@ -210,9 +210,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Measure this repository on a GPU.")
     parser.add_argument("--minutes", type=float, default=20, metavar="M", help="for all parts together (default: 20)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help=f"some of: {', '.join(PARTS)}")
-    parser.add_argument(
-        "--part", choices=PARTS, metavar="PART", help="measure this one in this process; print its JSON"
-    )
+    parser.add_argument("--part", choices=PARTS, metavar="PART", help="measure this in this process; print its JSON")
     parser.add_argument("--device", default="auto", help="auto, cuda:N, or cpu to try the command (default: auto)")
     parser.add_argument("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="voxels (default: config.yaml's)")
     parser.add_argument("--channels", type=int, metavar="C", help="of the first stage (default: config.yaml's)")

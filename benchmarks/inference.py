@@ -39,7 +39,7 @@ from core.system.exits import run_command
 from core.training.device import choose_device
 from data.make_phantom import write_phantom
 from infer import Inference, finish, predict, prepare
-from vnet import VNet, check_size
+from vnet import VNet
 
 SHAPE = (512, 512, 100)  # voxels of a clinical scan
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -171,7 +171,6 @@ def get_network(arguments: argparse.Namespace, device: torch.device) -> tuple[VN
         network, checkpoint = load_network(arguments.checkpoint, device)
         return network, checkpoint["config"]
     config = load_config(flags={"size": list(map(str, arguments.size))} if arguments.size else {})
-    check_size(config.size, len(config.up_convs))
     torch.manual_seed(config.seed)
     return build_network(config).to(device).eval(), config
 
@@ -201,9 +200,7 @@ def main() -> int:
     """Measure, and print."""
     parser = measuring.make_parser(__doc__, repeats=3, device=True)
     parser.add_argument("--checkpoint", metavar="FILE", help="a trained network (default: an untrained one)")
-    parser.add_argument(
-        "--size", **measuring.THREE, help="of the untrained network's grid (default: that of config.yaml)"
-    )
+    parser.add_argument("--size", **measuring.THREE, help="of the untrained network's grid (default: config.yaml's)")
     parser.add_argument("--scans", metavar="DIR", help="a folder of scans (default: phantoms)")
     parser.add_argument("--shape", **measuring.THREE, default=SHAPE, help="voxels of a phantom (default: 512 512 100)")
     parser.add_argument("--cases", type=measuring.positive, default=3, metavar="N", help="phantoms (default: 3)")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from core.inference.inputs import read_scan
 from core.scans.anatomy import comparable_ml, misplaced, odd_organs, odd_volumes, organs_in, plausible_ml, swapped_sides
-from core.scans.dicom_folders import is_series_folder
-from core.scans.dicom_series import load_series
+from core.scans.annotated import annotated_classes
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
 from core.scans.organ_names import check_organ_names
 from core.scans.resample import resize_image
 from core.scans.typical import hu_percentiles
-from core.scans.volumes import SHIFTED_HU, load_labels, load_scan, looks_too_high, window_hu
+from core.scans.volumes import SHIFTED_HU, load_labels, looks_too_high, window_hu
 
 ALL_CASES = "all cases"  # in the place of a case id, of a finding about the data set
 LEAST_CASES = 5  # from which on one can be far off the rest
@@ -121,17 +121,14 @@ def examine(
     voxels = ids = None
     try:
         if scan:
-            if is_series_folder(scan):
-                voxels, geometry = load_series(scan, warn=warnings.append, max_gib=reading.max_gib)
-            else:
-                voxels, geometry = load_scan(scan, reading)
+            voxels, geometry = read_scan(scan, reading)
             describe_scan(seen, voxels, geometry)
     except (ValueError, OSError, MemoryError) as error:
         seen.find("unreadable", str(error))
     try:
         if labels:
             ids, labels_geometry = load_labels(labels, len(organs), reading)
-            describe_labels(seen, ids, labels_geometry, organs, annotated.get(case, organs))
+            describe_labels(seen, ids, labels_geometry, organs, annotated.get(case))
             check_organ_names(labels, organs)
     except (ValueError, OSError, MemoryError) as error:
         about_ids = any(words in str(error) for words in ("organ ids", "ids outside", "its header says"))
@@ -163,13 +160,14 @@ def describe_scan(seen: Examined, voxels: np.ndarray, geometry: Geometry) -> Non
 
 
 def describe_labels(
-    seen: Examined, ids: np.ndarray, geometry: Geometry, organs: Sequence[str], annotated: Sequence[str]
+    seen: Examined, ids: np.ndarray, geometry: Geometry, organs: Sequence[str], annotated: Sequence[str] | None
 ) -> None:
-    """Note which organs are there, how large, and on which side; only annotated ones can be absent."""
+    """Note which organs are there, how large, and on which side; only annotated ones (None: all) can be absent."""
     found = organs_in(ids, geometry, organs)
     seen.volumes_ml = {name: organ.ml for name, organ in found.items()}
     seen.comparable_ml = comparable_ml(found)
-    absent = [name for name in organs[1:] if name in annotated and name not in found]
+    expected = zip(organs[1:], annotated_classes(annotated, organs)[1:], strict=True)
+    absent = [name for name, is_annotated in expected if is_annotated and name not in found]
     if not found:
         seen.find("no_organs", "its label map is empty")
     elif absent:
@@ -184,7 +182,7 @@ def describe_labels(
 
 def check_place(seen: Examined, voxels: np.ndarray, ids: np.ndarray, organs: Sequence[str]) -> None:
     """Note a label map that is not on the scan's organs; that values are SHIFTED_HU too high is no fault of it."""
-    if looks_too_high(voxels):  # load_scan has warned of it
+    if looks_too_high(voxels):  # read_scan has warned of it
         voxels = voxels - SHIFTED_HU
     off, mirrored = misplaced(voxels, ids, organs)
     if off and not misplaced(voxels - SHIFTED_HU, ids, organs)[0]:

@@ -167,9 +167,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("data_dir", **folder, metavar="DATA_DIR", help="folder to write, for train.py --data-dir")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--organs", nargs="+", metavar="NAME|FILE", help="organ list, or a file with one name per line")
-    which.add_argument(
-        "--config", **folder, default=DEFAULT_CONFIG, metavar="FILE", help="settings with the organ list"
-    )
+    which.add_argument("--config", **folder, default=DEFAULT_CONFIG, metavar="FILE", help="settings with the organs")
     parser.add_argument("--layout", choices=sorted(load_collections()), help="the collection, where it is not clear")
     parser.add_argument(
         "--source-organs", nargs="+", default=[], metavar="ID=NAME", help="names of the source's ids (or of its masks)"

@@ -21,10 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from core.config import DEFAULT_CONFIG, check, load_organs
-from core.scans.annotated import read_annotated
+from core.scans.annotated import read_annotated, warn_of_unknown_names
 from core.scans.dicom_folders import is_series_folder
 from core.scans.files import list_files
 from core.scans.nifti import MAX_GIB, Reading
+from core.scans.weights import read_weights
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.system.files import user_path, write_text
 from core.system.parallel import MOST_WORKERS, cores, in_processes
@@ -34,11 +35,10 @@ from dataset import find_data
 REPORT, SHEET = "doctor.json", "doctor.png"  # in the output folder
 
 
-def pair_files(data_dir: Path) -> tuple[list[tuple[str, Path | None, Path | None]], list[Finding]]:
+def pair_files(folder: Path) -> tuple[list[tuple[str, Path | None, Path | None]], list[Finding]]:
     """Return the files of every case, and what is wrong with their pairing; a DICOM series is a case alone."""
-    if data_dir.is_dir() and is_series_folder(data_dir):
-        return [(data_dir.resolve().name, data_dir, None)], []
-    folder = find_data(data_dir)
+    if is_series_folder(folder):
+        return [(folder.resolve().name, folder, None)], []
     scans = list_files(folder / "images")
     series = {
         path.name: [path]
@@ -88,9 +88,7 @@ def format_table(cases: Sequence[Examined], findings: Sequence[Finding], organs:
 def format_ranges(cases: Sequence[Examined], organs: Sequence[str]) -> list[str]:
     """Describe how spacing, size and HU are distributed over the cases, and in how many each organ is."""
     read = [seen for seen in cases if seen.shape]
-    lines = []
-    if read:
-        lines.append(f"{'over the cases':<22}  {'lowest':>18}  {'median':>18}  {'highest':>18}")
+    lines = [f"{'over the cases':<22}  {'lowest':>18}  {'median':>18}  {'highest':>18}"] if read else []
     for name, values in (
         ("voxels", [seen.shape for seen in read]),
         ("spacing, mm", [seen.spacing_mm for seen in read]),
@@ -133,9 +131,14 @@ def diagnose(data_dir: Path, output: Path, organs: tuple[str, ...], reading: Rea
     from visualization.sheet import draw_sheet
     from visualization.style import save_figure
 
-    pairs, findings = pair_files(data_dir)
+    folder = data_dir if data_dir.is_dir() and is_series_folder(data_dir) else find_data(data_dir)
+    pairs, findings = pair_files(folder)
+    ids = [case for case, *_ in pairs]
+    annotated = read_annotated(folder, ids)
+    warn_of_unknown_names(annotated.values(), organs)
+    read_weights(folder, ids)  # only to refuse what train.py would
     output.mkdir(parents=True, exist_ok=True)
-    look = partial(examine, organs=organs, reading=reading, annotated=read_annotated(data_dir))
+    look = partial(examine, organs=organs, reading=reading, annotated=annotated)
     with closing(in_processes(look, pairs, min(workers, len(pairs)))) as done:
         cases = [seen for _, seen in tqdm(done, total=len(pairs), desc="reading", disable=None)]
     cases.sort(key=lambda seen: seen.case)
@@ -171,9 +174,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("data_dir", type=user_path, metavar="DATA_DIR", help="folder with images and labels")
-    parser.add_argument(
-        "--output", type=user_path, metavar="DIR", help="folder for the results (default: DATA_DIR/doctor)"
-    )
+    parser.add_argument("--output", type=user_path, metavar="DIR", help="folder for results (default: DATA_DIR/doctor)")
     parser.add_argument("--config", type=user_path, default=DEFAULT_CONFIG, help="settings that name the organs")
     parser.add_argument("--workers", type=int, default=min(cores(), MOST_WORKERS), metavar="N", help="processes")
     parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest scan, as float32")

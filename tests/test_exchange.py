@@ -4,6 +4,8 @@ import csv
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -115,15 +117,40 @@ def test_what_another_network_cannot_do_is_refused_before_the_cases_are_read(hou
     done = run(house, "train.py", *flags("--run-dir", "refused", "--accumulation-steps", 2, "--batch-size", 2))
     assert done.returncode == 2
     assert "the network (UNet) has batch norm with accumulation_steps" in done.stderr
-    changed = (house / "core" / "network.py").read_text()
-    no_bias = changed.replace("nn.Conv3d(9, classes, 3, padding=1)", "nn.Conv3d(9, classes, 3, padding=1, bias=False)")
-    assert no_bias != changed
-    (house / "core" / "network.py").write_text(no_bias)
-    done = run(house, "train.py", *flags("--run-dir", "refused", "--init-output-bias"))
-    (house / "core" / "network.py").write_text(changed)
+    with changed(house, "nn.Conv3d(9, classes, 3, padding=1)", "nn.Conv3d(9, classes, 3, padding=1, bias=False)"):
+        done = run(house, "train.py", *flags("--run-dir", "refused", "--init-output-bias"))
     assert done.returncode == 2
     assert "init_output_bias: got true for a UNet whose last convolution is not one with a bias" in done.stderr
     assert not (house / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "returned"),
+    [
+        ("nn.Conv3d(9, classes,", "nn.Conv3d(9, classes + 1,", "(1, 15, 32, 32, 16)"),  # no error in any loss
+        ("3, padding=1)", "3)", "(1, 14, 30, 30, 14)"),
+        ("return self.last(", "return None, self.last(", "tuple"),
+    ],
+)
+def test_logits_of_another_shape_are_refused(house, old, new, returned):
+    with changed(house, old, new):
+        done = run(house, "train.py", *flags("--run-dir", "refused", "--epochs", 1, "--overwrite"))
+    assert done.returncode == 1
+    assert f"the network (UNet) returns {returned}, expected (1, 14, 32, 32, 16)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@contextmanager
+def changed(house: Path, old: str, new: str) -> Iterator[None]:
+    """Change the researcher's network until the block ends."""
+    network = house / "core" / "network.py"
+    text = network.read_text()
+    assert old in text
+    network.write_text(text.replace(old, new))
+    try:
+        yield
+    finally:
+        network.write_text(text)
 
 
 def test_a_loss_that_is_in_no_table_is_refused_with_those_that_are(house):

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from core.scans.case_table import read_case_table, write_case_table
+from core.scans.files import listed
 from core.scans.organ_words import mirrored_ids, same_name
+from core.system.exits import print_warning
 
 ANNOTATED = "annotated.csv"
 COLUMNS = ["case", "organs"]
@@ -44,10 +46,12 @@ def annotated_classes(names: Sequence[str] | None, organs: Sequence[str]) -> np.
     return np.array([True, *(names is None or any(same_name(organ, name) for name in names) for organ in organs[1:])])
 
 
-def unknown_names(annotated: Iterable[Sequence[str] | None], organs: Sequence[str]) -> list[str]:
-    """Return the names of annotated organs that none of the organ list has, each once."""
+def warn_of_unknown_names(annotated: Iterable[Sequence[str] | None], organs: Sequence[str]) -> None:
+    """Warn of names of annotated organs that none of the organ list has, each once."""
     names = dict.fromkeys(name for of_case in annotated for name in of_case or ())
-    return [name for name in names if not any(same_name(organ, name) for organ in organs[1:])]
+    unknown = [name for name in names if not any(same_name(organ, name) for organ in organs[1:])]
+    if unknown:
+        print_warning(f"{ANNOTATED}: {listed(unknown)} is none of organs; names are separated by {SEPARATOR}")
 
 
 def check_both_sides(ids: Sequence[str], annotated: Sequence[np.ndarray], organs: Sequence[str]) -> None:

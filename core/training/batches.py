@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from core.config import Config
 from core.scans.anatomy import odd_organs
-from core.scans.annotated import ANNOTATED, unknown_names
+from core.scans.annotated import ANNOTATED, warn_of_unknown_names
 from core.scans.files import listed
 from core.scans.organ_names import check_organ_names
 from core.scans.typical import ranges_of
@@ -220,9 +220,7 @@ def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor, ml: tor
 
 def warn_of_annotated(dataset: Dataset, ignored: Sequence[str]) -> None:
     """Warn of names in annotated.csv that no organ has, and of organs of label maps that it leaves out, `ignored`."""
-    unknown = unknown_names((case.annotated for case in dataset.cases), dataset.organs)
-    if unknown:
-        print_warning(f"{ANNOTATED}: {listed(unknown)} is none of organs; names are separated by ;")
+    warn_of_unknown_names((case.annotated for case in dataset.cases), dataset.organs)
     if ignored:
         by_organ = ", ".join(f"{organ} in {n}" for organ, n in Counter(ignored).items())
         print_warning(f"{ANNOTATED} leaves out organs that label maps hold ({by_organ} cases); they count as unknown")

@@ -170,10 +170,8 @@ class RunFolder:
             print_warning(f"memory was {then['memory']}, is {now['memory']}: from here on the last bits may differ")
         changed = [key for key in now if now[key] != then[key] and key not in may_change]
         if changed:
-            listed = "; ".join(f"{key} was {then[key]}, is {now[key]}" for key in changed)
-            raise ValueError(
-                f"{self.path}: cannot go on with other settings ({listed}); start anew in another --run-dir"
-            )
+            how = "; ".join(f"{key} was {then[key]}, is {now[key]}" for key in changed)
+            raise ValueError(f"{self.path}: cannot go on with other settings ({how}); start anew in another --run-dir")
 
     def check_same_cases(self, before: dict[str, list[str]], now: dict[str, list[str]]) -> None:
         """Check that the run so far was trained on the same cases, else some held out would be trained on."""

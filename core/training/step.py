@@ -79,9 +79,9 @@ def compute_gradients(
     if weights is not None and len(weights.unique()) > 1:
         steps = len(image)  # one by one, for each case's loss to count by its own weight
     for part, share in micro_batches(len(image), steps):
-        loss = loss_of(training, None if annotated is None else annotated[part])
         share *= 1.0 if weights is None else weights[part].mean().item()
-        losses.append(share * backward(training, loss, image[part], labels[part], check, share))
+        knows = None if annotated is None else annotated[part]
+        losses.append(share * backward(training, image[part], labels[part], knows, check, share))
         after()
     return sum(losses[1:], start=losses[0])
 
@@ -101,19 +101,21 @@ def micro_batches(cases: int, steps: int) -> list[tuple[slice, float]]:
 
 
 def backward(
-    training: Training, criterion: Loss, image: Tensor, labels: Tensor, check: Callable[[Tensor], None], share: float
+    training: Training,
+    image: Tensor,
+    labels: Tensor,
+    annotated: Tensor | None,
+    check: Callable[[Tensor], None],
+    share: float,
 ) -> Tensor:
     """Run forward and backward pass of a micro-batch, `share` of its batch, as the plan says; return its loss."""
 
     def scale(loss: Tensor) -> Tensor:
         return training.scaler.scale(loss * share)
 
-    network = training.network
+    network, criterion = training.network, loss_of(training, annotated)
     if training.plan == "off":
-        with autocast(image.device, training.precision):
-            logits = network(image)  # (B, K, X, Y, Z)
-        loss = criterion(in_full_precision(logits), labels)
-        del logits
+        loss = criterion(logits_of(training, image, annotated), labels)
         check(loss)
         scale(loss).backward()
         return loss.detach()
@@ -123,6 +125,21 @@ def backward(
     if result.requires_grad:  # not where the last convolution alone is trained
         result.backward(gradient)
     return loss
+
+
+def logits_of(training: Training, image: Tensor, annotated: Tensor | None) -> Tensor:
+    """Return the network's logits (B, K, X, Y, Z), float32 or float64; K is that of `annotated`, where it is given.
+
+    Raises:
+        ValueError: when the network returns something else. Too many classes would train and go unnoticed.
+    """
+    with autocast(image.device, training.precision):
+        logits = training.network(image)
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if annotated is not None and got != (*annotated.shape, *image.shape[2:]):
+        expected = f"{(*annotated.shape, *image.shape[2:])}: cases, organs with the background, and the images' grid"
+        raise ValueError(f"the network ({type(training.network).__name__}) returns {got}, expected {expected}")
+    return in_full_precision(logits)
 
 
 @torch.no_grad()
@@ -138,9 +155,7 @@ def validation_step(
         h = features(network, image, training.precision, keep=False)
         loss, predicted = predict_in_slabs(network.classify, criterion, h, labels)
         return loss.item(), predicted
-    with autocast(image.device, training.precision):
-        logits = network(image)
-    logits = in_full_precision(logits)
+    logits = logits_of(training, image, annotated)
     return criterion(logits, labels).item(), logits.argmax(dim=1).to(torch.uint8)
 
 

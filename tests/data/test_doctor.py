@@ -12,6 +12,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_files import make_series, write
 
 from core.config import load_organs
 from core.scans.anatomy import organs_in, swapped_sides
@@ -202,6 +203,12 @@ def test_a_dicom_series_is_read(tmp_path):
     assert ("patient", "error", "unreadable") not in findings
 
 
+def test_values_of_a_dicom_series_are_looked_at(tmp_path):
+    write(tmp_path / "series", make_series(RescaleIntercept=0))
+    done = run_doctor(tmp_path / "series", "--output", tmp_path / "out")
+    assert "warning: series: its values go from 1011 to 1047 and look 1024 too high" in done.stdout
+
+
 def test_ranges_over_the_cases_are_printed(healthy):
     _, _, done = doctor(healthy)
     rows = {line.split("  ")[0].strip(): line.split() for line in done.stdout.splitlines()}
@@ -278,6 +285,24 @@ def test_real_scans_have_their_organs_on_the_right_side(tmp_path):
         ("amos_0013", "organ_absent", "without esophagus"),
         ("ts_example", "organ_absent", "without esophagus"),
     ]
+
+
+def test_organs_are_missed_where_annotated_csv_says_so_in_whatever_spelling(data, tmp_path):
+    gone = [RIGHT_KIDNEY, ORGANS.index("duodenum")]
+    rewrite(labels_of(data, 1), lambda array: np.where(np.isin(array, gone), 0, array))
+    folder = tmp_path / "parent" / "FLARE22Train"  # the doctor is given the folder above, as train.py may be
+    folder.parent.mkdir()
+    data.rename(folder)
+    (folder / "annotated.csv").write_text("case,organs\nphantom_0001,Liver;Right_Kidney;lever\nphantom_1,liver\n")
+    code, findings, done = doctor(folder.parent, "--workers", "1")
+    assert (code, findings) == (0, [("phantom_0001", "warning", "organ_absent")])
+    assert "phantom_0001: without right kidney; " in done.stdout
+    assert "annotated.csv: lever is none of organs" in done.stderr
+    assert "lists phantom_1, expected ids of the 6 cases" in done.stderr
+    (folder / "weights.csv").write_text("case,weight\nphantom_0001,2\n")
+    code, _, done = doctor(folder.parent, "--workers", "1")
+    assert code == 2
+    assert "the weight of phantom_0001 is 2, expected a number above 0 and at most 1" in done.stderr
 
 
 def test_values_stored_too_high_are_said_and_the_label_map_is_not_blamed(data):
