@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -88,15 +88,20 @@ def is_out_of_memory(error: BaseException, smaller: bool = False) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
-def print_stderr(line: str) -> None:
-    """Print a line on stderr, beside a progress bar if there is one.
+def print_line(line: str, stream: TextIO) -> None:
+    """Print a line on stdout or stderr at once, beside a progress bar if there is one.
 
     The line and its end are one write: lines of several threads and processes never run into each other. Where nobody
-    reads them any more (2>&1 | head), the work goes on.
+    reads them any more (2>&1 | head), or the disk is full (> log.txt), the work goes on.
     """
     with suppress(OSError), tqdm.external_write_mode(file=sys.stderr):
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+        stream.write(f"{line}\n")
+        stream.flush()
+
+
+def print_stderr(line: str) -> None:
+    """Print a line on stderr, as `print_line` does."""
+    print_line(line, sys.stderr)
 
 
 def print_warning(message: str) -> None:
@@ -119,11 +124,11 @@ def one_line(error: BaseException) -> str:
 
 
 class Stopped(Exception):
-    """A signal has asked the command to stop; `number` is the signal's."""
+    """The signal `number` has asked the command to stop, which then ends with `exit_code`."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.exit_code = BY_SIGNAL + number
 
 
 class StopSignals:

@@ -3,6 +3,7 @@
 import gc
 import json
 import statistics
+import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import Config, config_to_dict
-from core.system.exits import is_out_of_memory, one_line
+from core.system.exits import is_out_of_memory, one_line, print_line
 from core.system.files import read_text
 from core.system.processes import ALONE, Group
 from core.training.low_memory import is_supported
@@ -79,7 +80,7 @@ def choose_plan(
     if folder:
         folder.note(memory_plan=record)
     if group.first:
-        print(f"memory plan {record['chosen']} ({how})", flush=True)
+        print_line(f"memory plan {record['chosen']} ({how})", sys.stdout)
     return record["chosen"]
 
 
@@ -233,7 +234,7 @@ def step_that_fits(
             training.plan = smaller[0]
             what += f" under {training.plan}"
         training.has_freed_memory = True
-        print(what, flush=True)
+        print_line(what, sys.stdout)
 
 
 @torch.no_grad()

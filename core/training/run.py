@@ -16,7 +16,7 @@ from tqdm import tqdm
 from core.checkpoint import load_checkpoint, load_optimizer, load_weights, load_weights_for_organs
 from core.config import Config
 from core.scans.annotated import with_known
-from core.system.exits import BY_SIGNAL, DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, refusing
+from core.system.exits import DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, print_line, refusing
 from core.system.processes import join_group, leave_group, own_device
 from core.training.batches import Description, make_loader, naming_dead_workers, warn_of_held_out, workers_that_fit
 from core.training.device import choose_device
@@ -173,8 +173,8 @@ class Run:
             except Stopped as stopped:
                 why_not = f"cannot be saved ({self.folder.unwritten})"
                 kept = why_not if self.folder.unwritten else "is saved: --resume goes on from here"
-                print(f"stopped by {stopped}; the run {kept}", file=sys.stderr)
-                return BY_SIGNAL + stopped.number
+                print_line(f"stopped by {stopped}; the run {kept}", sys.stderr)
+                return stopped.exit_code
         if self.folder.unwritten:
             print_error(self.folder.unwritten)
             return STOPPED
@@ -311,8 +311,7 @@ class Run:
                 self.best_dice = val_dice
         # The log comes first: a row without its checkpoint is written again, a checkpoint without its row is not.
         self.folder.log_epoch(row)
-        if self.group.first:
-            self.bar.write(summary_line(row, self.config.epochs))
+        self.say(summary_line(row, self.config.epochs))
         self.epoch, self.losses = self.epoch + 1, []
         if self.checkpoint_is_due() or self.epoch > self.config.epochs:
             self.checkpoint(val_dice=val_dice)
@@ -347,4 +346,4 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line, in the first process only."""
         if self.group.first:
-            print(line, flush=True)
+            print_line(line, sys.stdout)

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import json
 import math
 import os
@@ -190,6 +191,16 @@ def test_a_signal_to_all_processes_stops_after_a_step_and_resumes(data, whole, t
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(process.pid, 0)
     assert run_script(*command(data, tmp_path, "--resume")[1:], env=ONE_THREAD).returncode == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_whose_printed_lines_find_no_room_goes_on_to_its_end(run, whole, tmp_path, monkeypatch):
+    class FullDisk(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")  # train.py > log.txt
+
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert run()[0] == 0
     assert_same_run(tmp_path / "run", whole)
 
 
