@@ -120,13 +120,13 @@ class Config:
     up_convs: tuple[int, ...] = setting((3, 3, 2, 1), COUNTS,
         "number of 5x5x5 convolutions in each stage up, one stage fewer than down; the first is the lowest stage")
     norm: str = setting("instance", one_of("instance", "batch", "group", "none"),
-        "normalization after each convolution; batch needs a batch_size above 1 to work well")
+        "normalisation after each convolution; batch needs a batch_size above 1 to work well")
 
     # Training
     epochs: int = setting(50, whole_number(1), "passes over the training cases")
     batch_size: int = setting(1, whole_number(1), "cases per training step in each process")
     made_per_labelled: float = setting(1.0, NOT_NEGATIVE,
-        "cases drawn in each epoch from those whose labels a network has made (weights.csv), for each other case")
+        "cases with labels made by a network (weights.csv) that an epoch draws for each case labelled by people")
     optimizer: str = setting("adam", one_of("adam", "muon"),
         "rule by which the weights change; muon learns in fewer steps (RESULTS.md)")
     learning_rate: float = setting(1e-4, Rule(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1),
@@ -157,10 +157,10 @@ class Config:
         "decay of an exponential moving average (EMA) of the weights, which is then validated and becomes best.pt; "
         "0.99 averages over about 100 steps; 0: none")
     init_output_bias: bool = setting(False, BOOLEAN,
-        "initialize the output bias so that training starts from each class's share of the training voxels")
+        "initialise the output bias so that training starts from each class's share of the training voxels")
     deterministic: bool = setting(False, BOOLEAN,
         "use only operations that give the same weights for the same seed; slower on a GPU and not tested there yet; "
-        "has no effect on a CPU, where this always holds")
+        "a CPU always gives the same weights with the same number of threads")
     tensorboard: bool = setting(False, BOOLEAN,
         "write the numbers of log.csv for TensorBoard too (pip install tensorboard)")
     init_from: str | None = setting(None, Rule(str, "a checkpoint, or null", bool, optional=True, is_path=True),

@@ -171,7 +171,10 @@ class RunFolder:
         changed = [key for key in now if now[key] != then[key] and key not in may_change]
         if changed:
             how = "; ".join(f"{key} was {then[key]}, is {now[key]}" for key in changed)
-            raise ValueError(f"{self.path}: cannot go on with other settings ({how}); start anew in another --run-dir")
+            raise ValueError(
+                f"{self.path}: cannot go on with other settings ({how}); give the run's own, as in --config "
+                f"{self.path / 'config.yaml'}, or start anew in another --run-dir"
+            )
 
     def check_same_cases(self, before: dict[str, list[str]], now: dict[str, list[str]]) -> None:
         """Check that the run so far was trained on the same cases, else some held out would be trained on."""
