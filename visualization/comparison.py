@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from core.scoring.overlap import confusion_matrix, organ_scores
+from visualization import slices
 from visualization.canvas import (
     MARGIN,
     ROW_GAP,
@@ -21,21 +22,6 @@ from visualization.canvas import (
     volume_column,
 )
 from visualization.shown import Shown
-from visualization.slices import (
-    AROUND,
-    LEGEND_LINE,
-    VIEWS,
-    as_seen,
-    choose_slices,
-    count_by_slice,
-    crop_to_organs,
-    draw_legend,
-    draw_scale_bar,
-    draw_slice,
-    draw_tissue,
-    legend_width,
-    write_around,
-)
 from visualization.style import EXTRA, MISSED, MIXED_UP
 
 # Inches that the panels, three columns of them, may take side by side and above one another, gaps not counted.
@@ -49,25 +35,25 @@ def draw_comparison(shown: Shown) -> Figure:
     """Return a figure of three views, a row each: prediction, reference, errors; its legend has each organ's Dice."""
     prediction, reference = shown.label_maps.values()
     voxels, organs, spacing_mm = shown.voxels, shown.organs, shown.geometry.spacing_mm
-    counted = [count_by_slice(labels, len(organs)) for labels in (prediction, reference)]
+    counted = [slices.count_by_slice(labels, len(organs)) for labels in (prediction, reference)]
     # Slices of the prediction only when the reference is empty.
-    chosen = choose_slices(counted[1] if reference.any() else counted[0])
+    chosen = slices.choose_slices(counted[1] if reference.any() else counted[0])
     counts = [p + r for p, r in zip(*counted, strict=True)]
-    box, present = crop_to_organs(counts, spacing_mm), organs_present(counts)
+    box, present = slices.crop_to_organs(counts, spacing_mm), organs_present(counts)
     extent_mm = box_extent_mm(box, spacing_mm)
 
     x, y, z = extent_mm
     scale = min(COMPARED_WIDTH / (3 * max(x, y)), COMPARED_HEIGHT / (y + 2 * z))
-    legend_height = (len(present) + 3 + len(ERRORS)) * LEGEND_LINE
+    legend_height = (len(present) + 3 + len(ERRORS)) * slices.LEGEND_LINE
     rows = (y + 2 * z) * scale + 2 * ROW_GAP
     upper, side = TITLE_HEIGHT + 2 * MARGIN, MARGIN + 3 * (max(x, y) * scale + 2 * MARGIN)
-    canvas = Canvas(side + legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, shown.title)
+    canvas = Canvas(side + slices.legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, shown.title)
     draw_compared_slices(canvas, upper, scale, (voxels, prediction, reference), chosen, box, extent_mm)
     volumes = [volume_column(of_map, shown.geometry.voxel_ml) for of_map in counted]
     dice = organ_scores(confusion_matrix(reference, prediction, len(organs)))["dice"]
     columns = {"mL": volumes[0], "reference": volumes[1], "Dice": [f"{value:.3f}" for value in dice]}
-    legend = canvas.axes(side, upper, legend_width(3), legend_height)
-    draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
+    legend = canvas.axes(side, upper, slices.legend_width(3), legend_height)
+    slices.draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
     draw_error_legend(canvas, side, upper + legend_height)
     return canvas.figure
 
@@ -94,20 +80,20 @@ def draw_compared_slices(
     """
     voxels, prediction, reference = volumes
     column = max(extent_mm[:2]) * scale + 2 * MARGIN
-    for axis, (view, letters) in VIEWS.items():
+    for axis, (view, letters) in slices.VIEWS.items():
         plane, size_mm = plane_of(axis, chosen[axis], box), np.delete(extent_mm, axis)
         width, height = size_mm * scale
         panels = [canvas.axes(MARGIN + place * column, top, width, height) for place in range(3)]
-        tissue = as_seen(voxels[plane])
+        tissue = slices.as_seen(voxels[plane])
         for panel, labels in zip(panels, (prediction, reference), strict=False):
-            draw_slice(panel, tissue, as_seen(labels[plane]), size_mm)
-        draw_errors(panels[2], tissue, as_seen(errors_of(prediction[plane], reference[plane])), size_mm)
+            slices.draw_slice(panel, tissue, slices.as_seen(labels[plane]), size_mm)
+        draw_errors(panels[2], tissue, slices.as_seen(errors_of(prediction[plane], reference[plane])), size_mm)
         for panel in panels:
-            write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}" if panel is panels[0] else "")
+            slices.write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}" if panel is panels[0] else "")
         if axis == 2:
-            draw_scale_bar(panels[0])
+            slices.draw_scale_bar(panels[0])
             for panel, heading in zip(panels, ("prediction", "reference", "errors"), strict=True):
-                panel.annotate(heading, (0, 1), (0, 26), **AROUND, weight="bold")
+                panel.annotate(heading, (0, 1), (0, 26), **slices.AROUND, weight="bold")
         top += height + ROW_GAP
 
 
@@ -129,18 +115,18 @@ def draw_errors(axes: Axes, voxels: np.ndarray, errors: np.ndarray, size_mm: Seq
         errors: (rows, columns) of `errors_of`, as seen.
         size_mm: the slice's width and height in mm.
     """
-    draw_tissue(axes, voxels, size_mm)
+    slices.draw_tissue(axes, voxels, size_mm)
     colours = np.array([(0, 0, 0, 0), *(to_rgba(colour, ERROR_TINT) for colour in ERRORS.values())])
     axes.imshow(colours[errors], extent=(0, size_mm[0], size_mm[1], 0), interpolation="nearest")
 
 
 def draw_error_legend(canvas: Canvas, left: float, bottom: float) -> None:
     """List the colours of errors, above `bottom` (inches)."""
-    width, height = legend_width(3), len(ERRORS) * LEGEND_LINE
+    width, height = slices.legend_width(3), len(ERRORS) * slices.LEGEND_LINE
     axes = canvas.axes(left, bottom - height, width, height)
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     for place, (name, colour) in enumerate(ERRORS.items()):
-        y = (place + 0.5) * LEGEND_LINE
+        y = (place + 0.5) * slices.LEGEND_LINE
         axes.add_patch(Rectangle((0, y - 0.07), 0.2, 0.14, facecolor=colour))
         axes.text(0.3, y, name, va="center")

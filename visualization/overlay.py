@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
+from visualization import slices
 from visualization.canvas import (
     MARGIN,
     ROW_GAP,
@@ -33,20 +34,6 @@ from visualization.canvas import (
 )
 from visualization.comparison import draw_comparison
 from visualization.shown import Shown, picture_parser, print_written, read_shown
-from visualization.slices import (
-    AROUND,
-    LEGEND_LINE,
-    VIEWS,
-    as_seen,
-    choose_slices,
-    count_by_slice,
-    crop_to_organs,
-    draw_legend,
-    draw_scale_bar,
-    draw_slice,
-    legend_width,
-    write_around,
-)
 from visualization.style import check_format, save_figure
 
 # Inches that the panels may take side by side and above one another, gaps not counted.
@@ -64,25 +51,27 @@ def draw_overlay(shown: Shown) -> Figure:
         the figure, for `save_figure`: coronal below axial, sagittal beside coronal, the legend beside axial.
     """
     voxels, labels, organs, spacing_mm = shown.voxels, shown.labels, shown.organs, shown.geometry.spacing_mm
-    counts = count_by_slice(labels, len(organs))
+    counts = slices.count_by_slice(labels, len(organs))
     present = organs_present(counts)
-    chosen, box = choose_slices(counts), crop_to_organs(counts, spacing_mm)
+    chosen, box = slices.choose_slices(counts), slices.crop_to_organs(counts, spacing_mm)
     extent_mm = box_extent_mm(box, spacing_mm)
 
     x, y, z = extent_mm
     x, y, z = extent_mm * min(PANELS_WIDTH / (x + y), PANELS_HEIGHT / (y + z))
-    top_row = max(y, (len(present) + 2) * LEGEND_LINE)  # beside the organs the legend has a heading and a foot
+    top_row = max(y, (len(present) + 2) * slices.LEGEND_LINE)  # beside the organs the legend has a heading and a foot
     right, upper, lower = 3 * MARGIN + x, TITLE_HEIGHT + MARGIN, TITLE_HEIGHT + MARGIN + top_row + ROW_GAP
-    canvas = Canvas(right + max(y, legend_width(1)) + MARGIN, lower + z + MARGIN, shown.title)
+    canvas = Canvas(right + max(y, slices.legend_width(1)) + MARGIN, lower + z + MARGIN, shown.title)
     panels = canvas.axes(MARGIN, upper, x, y), canvas.axes(MARGIN, lower, x, z), canvas.axes(right, lower, y, z)
-    for panel, (axis, (view, letters)) in zip(panels, VIEWS.items(), strict=True):
+    for panel, (axis, (view, letters)) in zip(panels, slices.VIEWS.items(), strict=True):
         plane = plane_of(axis, chosen[axis], box)
-        draw_slice(panel, as_seen(voxels[plane]), as_seen(labels[plane]), np.delete(extent_mm, axis))
-        write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
-    draw_scale_bar(panels[0])
-    legend = canvas.axes(right, upper, legend_width(1), top_row)
+        slices.draw_slice(
+            panel, slices.as_seen(voxels[plane]), slices.as_seen(labels[plane]), np.delete(extent_mm, axis)
+        )
+        slices.write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
+    slices.draw_scale_bar(panels[0])
+    legend = canvas.axes(right, upper, slices.legend_width(1), top_row)
     columns = {"mL": volume_column(counts, shown.geometry.voxel_ml)}
-    draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
+    slices.draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
     return canvas.figure
 
 
@@ -92,26 +81,27 @@ def draw_contact_sheet(shown: Shown, number: int) -> Figure:
     Without any organ the slices are those of the whole scan. There are fewer when the scan has not as many.
     """
     voxels, labels, organs, spacing_mm = shown.voxels, shown.labels, shown.organs, shown.geometry.spacing_mm
-    counts = count_by_slice(labels, len(organs))
-    chosen, present, box = evenly_spaced(counts[2], number), organs_present(counts), crop_to_organs(counts, spacing_mm)
+    counts = slices.count_by_slice(labels, len(organs))
+    chosen, present = evenly_spaced(counts[2], number), organs_present(counts)
+    box = slices.crop_to_organs(counts, spacing_mm)
     size_mm = box_extent_mm(box, spacing_mm)[:2]
     x, y = size_mm * SHEET_CELL / max(size_mm)
     columns = math.ceil(math.sqrt(len(chosen) * (y + SHEET_CAPTION) / x))
     columns = min(len(chosen), columns, int(SHEET_WIDTH / (x + SHEET_GAP)))
-    legend_height = (len(present) + 2) * LEGEND_LINE
+    legend_height = (len(present) + 2) * slices.LEGEND_LINE
     upper, cell = TITLE_HEIGHT + MARGIN, y + SHEET_CAPTION + SHEET_GAP
     side, below = 2 * MARGIN + columns * (x + SHEET_GAP), math.ceil(len(chosen) / columns) * cell
-    canvas = Canvas(side + legend_width(1) + MARGIN, upper + max(below, legend_height) + MARGIN, shown.title)
+    canvas = Canvas(side + slices.legend_width(1) + MARGIN, upper + max(below, legend_height) + MARGIN, shown.title)
     panels = []
     for place, z in enumerate(chosen):
         row, column = divmod(place, columns)
         panels.append(canvas.axes(MARGIN + column * (x + SHEET_GAP), upper + SHEET_CAPTION + row * cell, x, y))
         draw_cell(panels[-1], voxels, labels, z, box, spacing_mm)
     write_sides(panels[0])
-    draw_scale_bar(panels[-1])
+    slices.draw_scale_bar(panels[-1])
     seen = set(np.flatnonzero(counts[2][chosen].any(axis=0)).tolist())
     volumes = {"mL": volume_column(counts, shown.geometry.voxel_ml)}
-    draw_legend(canvas.axes(side, upper, legend_width(1), legend_height), organs, present, volumes, seen)
+    slices.draw_legend(canvas.axes(side, upper, slices.legend_width(1), legend_height), organs, present, volumes, seen)
     return canvas.figure
 
 
@@ -120,8 +110,10 @@ def draw_cell(
 ) -> None:
     """Draw one axial slice of a sheet, within a box, with its number."""
     plane = plane_of(2, z, box)
-    draw_slice(panel, as_seen(voxels[plane]), as_seen(labels[plane]), box_extent_mm(box, spacing_mm)[:2])
-    panel.annotate(f"z = {z}", (0, 1), (0, 6), **AROUND, size=8)
+    slices.draw_slice(
+        panel, slices.as_seen(voxels[plane]), slices.as_seen(labels[plane]), box_extent_mm(box, spacing_mm)[:2]
+    )
+    panel.annotate(f"z = {z}", (0, 1), (0, 6), **slices.AROUND, size=8)
 
 
 def evenly_spaced(counts: np.ndarray, number: int) -> np.ndarray:

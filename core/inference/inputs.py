@@ -8,14 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.scans.dicom_folders import (
-    are_parts,
-    is_one_series,
-    is_series_folder,
-    parts_beside,
-    places_of_input,
-    series_folders_within,
-)
+from core.scans import dicom_folders
 from core.scans.dicom_series import load_series
 from core.scans.files import case_id, find_files, find_scans, listed, select_cases
 from core.scans.geometry import Geometry
@@ -94,14 +87,14 @@ def divided_series(scans: Collection[Path]) -> dict[Path, str]:
     parts = {}
     for scan, folder in folders.items() if len(folders) > 1 else ():
         with suppress(OSError):  # what cannot be opened fails when it is read
-            parts[scan] = places_of_input(folder)
+            parts[scan] = dicom_folders.places_of_input(folder)
     divided = {}
     for one, other in combinations(parts, 2):
         here, there = folders[one], folders[other]
         whole = Path(os.path.commonpath([here, there]))
         shared = parts[one].keys() & parts[other].keys()
         nested = whole in (here, there) and any(parts[one][i].keys() != parts[other][i].keys() for i in shared)
-        if nested or are_parts(parts[one], parts[other]):
+        if nested or dicom_folders.are_parts(parts[one], parts[other]):
             what_to_do = how_to_join(whole, nested)
             for part, rest in ((one, other), (other, one)):
                 divided[part] = f"{part}: holds a part of a DICOM series, {rest} another part; {what_to_do}"
@@ -110,15 +103,15 @@ def divided_series(scans: Collection[Path]) -> dict[Path, str]:
 
 def warn_of_parts_beside(scans: Collection[Path]) -> None:
     """Warn of DICOM series that go on in a folder beside the one that is given."""
-    folders = {Path(os.path.abspath(scan)): scan for scan in scans if is_series_folder(scan)}
-    for folder, other, more in parts_beside(folders):
+    folders = {Path(os.path.abspath(scan)): scan for scan in scans if dicom_folders.is_series_folder(scan)}
+    for folder, other, more in dicom_folders.parts_beside(folders):
         what_to_do = how_to_join(folder.parent, other == folder.parent)
         print_warning(f"{folders[folder]}: {other} holds {more} more slice(s) of the same series; {what_to_do}")
 
 
 def how_to_join(whole: Path, nested: bool) -> str:
     """Return what to do about the parts of a series that are below a folder, or in it and in one below it."""
-    alone = nested or is_one_series(series_folders_within(whole))
+    alone = nested or dicom_folders.is_one_series(dicom_folders.series_folders_within(whole))
     return f"give {whole} alone" if alone else "put its files into one folder and give that"
 
 
@@ -133,12 +126,12 @@ def find_input(path: Path) -> dict[str, Path]:
     """
     if path.is_dir() and not (path / "images").is_dir():
         nifti = find_files(path)
-        if is_series_folder(path):
+        if dicom_folders.is_series_folder(path):
             if nifti:
                 raise ValueError(f"{path}: holds DICOM and NIfTI files; give the NIfTI file, or move one kind away")
             return {named_case(path): path}
-        within = [] if nifti else series_folders_within(path)
-        if is_one_series(within):
+        within = [] if nifti else dicom_folders.series_folders_within(path)
+        if dicom_folders.is_one_series(within):
             return {named_case(path): path}
         if within:
             direct = all(folder.parent == path for folder in within)

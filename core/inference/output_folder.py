@@ -15,26 +15,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from core.inference import output_files
 from core.inference.colour_tables import colour_tables
 from core.inference.dicom_seg import write_segmentation
 from core.inference.dicom_source import read_sources
 from core.inference.inputs import named_case
 from core.inference.measures import measure_organs
-from core.inference.output_files import (
-    EXTRAS,
-    PROBABILITIES,
-    REPORT_PAGE,
-    REPORTS,
-    SEGMENTATION,
-    STRUCTURES,
-    check_dicom_extras,
-    check_inputs_are_elsewhere,
-    check_paths_are_free,
-    extra_path,
-    label_map_path,
-    make_folder,
-    report_files,
-)
 from core.inference.rtstruct import write_structures
 from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
@@ -74,20 +60,22 @@ class OutputFolder:
             OSError, ValueError: when nothing can be written there, results could replace inputs, or what is asked for
                 needs a package that is not installed, or DICOM.
         """
-        check_dicom_extras(self.extras, cases)
-        check_inputs_are_elsewhere(self.path, [*cases.values(), *(path for path in refused if not path.is_dir())])
+        output_files.check_dicom_extras(self.extras, cases)
+        output_files.check_inputs_are_elsewhere(
+            self.path, [*cases.values(), *(path for path in refused if not path.is_dir())]
+        )
         if cases:
-            make_folder(self.path)
-            check_paths_are_free(self.path, cases)
+            output_files.make_folder(self.path)
+            output_files.check_paths_are_free(self.path, cases)
 
     @property
     def reports(self) -> Path:
         """Return the path of the folder of reports."""
-        return self.path / REPORTS
+        return self.path / output_files.REPORTS
 
     def label_map(self, case: str) -> Path:
         """Return the path of a case's label map."""
-        return label_map_path(self.path, case)
+        return output_files.label_map_path(self.path, case)
 
     def unfinished(self, cases: dict[str, Path], fingerprint: str, warn: bool = True) -> dict[str, Path]:
         """Return the cases without a label map on the scan's grid, or without what is wanted beside it.
@@ -124,7 +112,7 @@ class OutputFolder:
 
     def is_finished(self, case: str, scan: Path, warn: bool = False) -> bool:
         """Return True when a case's label map exists, on the grid of its scan, and all that is wanted beside it."""
-        wanted = [self.label_map(case), *(extra_path(self.path, case, flag) for flag in self.extras)]
+        wanted = [self.label_map(case), *(output_files.extra_path(self.path, case, flag) for flag in self.extras)]
         if not all(path.is_file() for path in wanted):
             return False
         difference = grid_difference(scan, self.label_map(case))
@@ -138,7 +126,7 @@ class OutputFolder:
         Raises:
             ValueError: when DICOM is wanted of a sheared series, or of one whose slices it cannot refer to.
         """
-        wanted = sorted({SEGMENTATION, STRUCTURES} & {*self.extras})
+        wanted = sorted({output_files.SEGMENTATION, output_files.STRUCTURES} & {*self.extras})
         if wanted and scan.geometry.header["qform_code"] == 0:
             raise ValueError(
                 "its slices are sheared (tilted gantry), which viewers show wrongly under DICOM segments and contours; "
@@ -163,11 +151,14 @@ class OutputFolder:
             OSError: when a file cannot be written, or the disk has no room for the probabilities.
             ValueError: when a DICOM series lacks what is copied from it, or a table is another kind of table.
         """
-        for path in (self.label_map(scan.case), *(extra_path(self.path, scan.case, flag) for flag in EXTRAS)):
+        for path in (
+            self.label_map(scan.case),
+            *(output_files.extra_path(self.path, scan.case, flag) for flag in output_files.EXTRAS),
+        ):
             remove_left_over(path)
         with whole_file(self.label_map(scan.case)) as label_map, ExitStack() as moves:
-            for flag in EXTRAS:
-                path = extra_path(self.path, scan.case, flag)
+            for flag in output_files.EXTRAS:
+                path = output_files.extra_path(self.path, scan.case, flag)
                 if flag in self.extras:
                     temporary = moves.enter_context(whole_file(path))
                     self.write_extra(flag, temporary, scan, logits, labels, organs, network)
@@ -189,11 +180,11 @@ class OutputFolder:
         network: str,
     ) -> None:
         """Write what a flag of EXTRAS adds to a label map; arguments and errors as `write`."""
-        if flag == PROBABILITIES:
+        if flag == output_files.PROBABILITIES:
             needed = PROBABILITY_BYTES * len(logits) * math.prod(scan.geometry.shape)
             check_room(self.path, needed, f"the probabilities of {scan.case}")
             save_probabilities(logits, scan.geometry, scan.box, path)
-        elif flag == SEGMENTATION:
+        elif flag == output_files.SEGMENTATION:
             write_segmentation(labels, scan.geometry, organs, network, path)
         else:
             write_structures(labels, scan.geometry, organs, network, path)
@@ -222,7 +213,7 @@ class OutputFolder:
 
         stderr names what is renamed and what cannot be; an older *.old file is replaced.
         """
-        extras = [extra_path(self.path, case, flag) for flag in EXTRAS]
+        extras = [output_files.extra_path(self.path, case, flag) for flag in output_files.EXTRAS]
         paths = (self.label_map(case), *extras, *self.reported(case))
         keep_drawn(self.label_map(case))
         for path in paths:
@@ -250,8 +241,8 @@ class OutputFolder:
 
     def reported(self, case: str) -> tuple[Path, ...]:
         """Return the files of a case's report and the page that lists it; none when the case has no report."""
-        files = report_files(self.path, case)
-        return (*files, self.reports / REPORT_PAGE) if any(path.is_file() for path in files) else ()
+        files = output_files.report_files(self.path, case)
+        return (*files, self.reports / output_files.REPORT_PAGE) if any(path.is_file() for path in files) else ()
 
     def retire_report(self, case: str) -> None:
         """Rename a case's report of an earlier label map, and the list, to *.old; remove them if written anew later.
@@ -272,7 +263,7 @@ class OutputFolder:
         return {
             case: cases[case]
             for case in finished
-            if case not in others and not all(path.is_file() for path in report_files(self.path, case))
+            if case not in others and not all(path.is_file() for path in output_files.report_files(self.path, case))
         }
 
 
