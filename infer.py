@@ -164,7 +164,7 @@ def main() -> int:
         cases, refused = choose_scans(arguments.inputs, arguments.cases, arguments.series, show=group.first)
         output.prepare(cases, refused)
         if cases:
-            networks, checkpoint = load_networks(arguments.checkpoint, device)
+            networks, checkpoint = load_networks(arguments.checkpoint, device, warn=group.first)
             locator = Locator.load(arguments.locate, checkpoint, device)
             checkpoint["fingerprint"] += mark_of_options(arguments)
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)

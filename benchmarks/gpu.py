@@ -99,11 +99,10 @@ def measure_training(config: Config, device: torch.device) -> dict[str, Any]:
     """Return an epoch's seconds of train.py on phantoms, and those that it waited for data; from the second epoch."""
     with tempfile.TemporaryDirectory() as folder:
         shape = map(str, SHAPE if device.type == "cuda" else (40, 36, 28))
-        run_module("data.make_phantom", f"{folder}/data", "--cases", str(CASES), "--shape", *shape)
+        run_python("-m", "data.make_phantom", f"{folder}/data", "--cases", str(CASES), "--shape", *shape)
         where = [f"--data-dir={folder}/data", f"--run-dir={folder}/run", f"--cache-dir={folder}/cache"]
         settings = [f"--device={device}", "--size", *map(str, config.size), f"--channels={config.channels}"]
-        command = [sys.executable, "train.py", *where, *settings, "--augment", "--epochs=3", "--val-fraction=0.25"]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        run_python("train.py", *where, *settings, "--augment", "--epochs=3", "--val-fraction=0.25")
         with open(f"{folder}/run/log.csv", newline="") as file:
             rows = list(csv.DictReader(file))[1:]
     return {
@@ -113,10 +112,16 @@ def measure_training(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-def run_module(module: str, *arguments: str) -> str:
-    """Run a command of this repository; return what it printed."""
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+def run_python(*arguments: str) -> str:
+    """Run a command of this repository; return what it printed.
+
+    Raises:
+        ValueError: when it fails; the last line of its errors.
+    """
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return done.stdout
 
 
 def measure(part: str, flags: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +129,9 @@ def measure(part: str, flags: dict[str, Any]) -> dict[str, Any]:
     if part in PEERS:
         module, *more = PEERS[part]
         grid = ["--size", *flags["size"]] if "size" in flags else ["--size", *map(str, load_config().size)]
-        return json.loads(run_module(module, *more, *grid, "--device", flags["device"], "--json").splitlines()[-1])
+        return json.loads(
+            run_python("-m", module, *more, *grid, "--device", flags["device"], "--json").splitlines()[-1]
+        )
     config = load_config(flags=flags | VARIANTS.get(part, {}))
     device = choose_device(config.device)
     if part in PLANS:

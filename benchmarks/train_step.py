@@ -21,18 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
-from benchmarks.measuring import (
-    THREE,
-    Contender,
-    Laps,
-    make_parser,
-    measure_and_print,
-    ratios,
-    summarise,
-    take_turns,
-    time_each,
-)
+from benchmarks import measuring, peers
 from benchmarks.memory import count_plain_step
 from core.config import Config, load_config
 from core.network import build_network
@@ -64,7 +53,9 @@ def make_training(network: nn.Module, device: torch.device, variant: Sequence[st
     )
 
 
-def make_contenders(config: Config, image: Tensor, labels: Tensor, asked: Sequence[str] = ()) -> list[Contender]:
+def make_contenders(
+    config: Config, image: Tensor, labels: Tensor, asked: Sequence[str] = ()
+) -> list[measuring.Contender]:
     """Make this network under each plan and MONAI's, and both again in each variant asked for and in all of them.
 
     Raises:
@@ -73,12 +64,12 @@ def make_contenders(config: Config, image: Tensor, labels: Tensor, asked: Sequen
     contenders = []
 
     def add(name: str, training: Training, variant: Sequence[str] = ()) -> None:
-        def run(lap: Laps) -> None:
+        def run(lap: measuring.Laps) -> None:
             training_step(training, image, labels, check=lambda loss: lap("forward"))
 
         # The gradients of the turn before would hide the rise of memory.
         before = partial(training.optimizer.zero_grad, set_to_none=True)
-        contenders.append(Contender(", ".join([name, *variant]), run, before=before))
+        contenders.append(measuring.Contender(", ".join([name, *variant]), run, before=before))
 
     plans = make_training(build_network(config), image.device)
     for plan in PLANS:
@@ -95,7 +86,7 @@ def matmul_flops_per_second(device: torch.device, precision: torch.dtype) -> flo
     """Return the rate of a large matrix product; a step's own rate beside it tells how well the device is used."""
     n = MATMUL_SIZE[device.type]
     a, b = torch.randn(2, n, n, device=device).to(precision)
-    return 2 * n**3 / time_each({"product": lambda: a @ b}, MATMUL_REPEATS, device)["product"]["median"]
+    return 2 * n**3 / measuring.time_each({"product": lambda: a @ b}, MATMUL_REPEATS, device)["product"]["median"]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         name for name, wanted in ((COMPILED, arguments.compile), (CHANNELS_LAST, arguments.channels_last)) if wanted
     ]
     contenders = make_contenders(config, image, labels, asked)
-    take_turns(contenders, arguments.repeats, device)
+    measuring.take_turns(contenders, arguments.repeats, device)
     return {
         "size": list(config.size),
         "device": str(device),
@@ -130,7 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(
-    contenders: list[Contender], config: Config, device: torch.device, precision: torch.dtype
+    contenders: list[measuring.Contender], config: Config, device: torch.device, precision: torch.dtype
 ) -> dict[str, Any]:
     """Return the contenders' numbers, and the arithmetic of a plain step beside the device's rate."""
     peer = next((each for each in contenders if each.name == PEER), None)
@@ -142,11 +133,11 @@ def compare(
     rate = matmul_flops_per_second(device, precision)
     rows = {
         each.name: {
-            "forward_s": summarise(each.laps["forward"]),
-            "step_s": summarise(each.seconds),
-            "forward_to_monai": peer and ratios(each.laps["forward"], peer.laps["forward"]),
-            "step_to_monai": peer and ratios(each.seconds, peer.seconds),
-            "rise_gib": summarise(each.rise_gib),
+            "forward_s": measuring.summarise(each.laps["forward"]),
+            "step_s": measuring.summarise(each.seconds),
+            "forward_to_monai": peer and measuring.ratios(each.laps["forward"], peer.laps["forward"]),
+            "step_to_monai": peer and measuring.ratios(each.seconds, peer.seconds),
+            "rise_gib": measuring.summarise(each.rise_gib),
             "counted_peak_gib": counts[each.name].peak_gib if each.name in counts else None,
             "share_of_matmul": counts[each.name.split(",")[0]].flops / statistics.median(each.seconds) / rate,
         }
@@ -165,12 +156,12 @@ def compare(
 
 def main() -> int:
     """Measure, and print."""
-    parser = make_parser(__doc__, repeats=5, device=True)
-    parser.add_argument("--size", **THREE, default=SIZE, help="voxels")
+    parser = measuring.make_parser(__doc__, repeats=5, device=True)
+    parser.add_argument("--size", **measuring.THREE, default=SIZE, help="voxels")
     parser.add_argument("--channels-last", action="store_true", help="both networks in channels_last_3d too")
     parser.add_argument("--compile", action="store_true", help="both networks under torch.compile too")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="cuDNN tries its algorithms, unlike in train.py")
-    return measure_and_print(parser, measure)
+    return measuring.measure_and_print(parser, measure)
 
 
 if __name__ == "__main__":

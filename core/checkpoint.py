@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from core.config import Config, config_from_dict, config_to_dict
 from core.network import build_network
+from core.scans.files import listed
 from core.scans.organ_words import same_name
+from core.system.exits import print_warning
 from core.system.files import check_room, whole_file
 
 KIND, VERSION = "V-Net checkpoint", 1  # mark our files, whatever the network is
@@ -148,14 +150,15 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
         network = build_network(content["config"]).to(device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    load_weights(network, content, path)
+    averaged = {"network": content["network"] | content.get("ema", {})}  # those that were validated, as in best.pt
+    load_weights(network, averaged, path)
     return network.eval(), content
 
 
-def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[nn.Module], dict]:
+def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False) -> tuple[list[nn.Module], dict]:
     """Load several networks; return them and the first one's content, with the ranges of all their cases.
 
-    Its training_data name the organs that all of them were taught.
+    Its training_data name the organs that all of them were taught; with `warn`, others are warned of.
 
     `fingerprint` in it is a hash of all weights, whatever the order of the networks: 12 hexadecimal digits.
 
@@ -179,6 +182,9 @@ def load_networks(paths: Sequence[str], device: torch.device) -> tuple[list[nn.M
     if "organs" in merged:  # older checkpoints do not say it
         taught = [content["training_data"].get("organs", merged["organs"]) for content in contents]
         merged["organs"] = [organ for organ in merged["organs"] if all(organ in names for names in taught)]
+        untaught = [organ for organ in first["config"].organs[1:] if organ not in merged["organs"]]
+        if untaught and warn:
+            print_warning(f"not every checkpoint was taught {listed(untaught)}: 0 mL in volumes.csv says nothing there")
     weights = sorted(hash_of(network) for network in networks)
     fingerprint = hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
     return list(networks), first | {"training_data": merged, "fingerprint": fingerprint}
@@ -198,8 +204,8 @@ def load_weights(network: nn.Module, content: dict[str, Any], path: str | Path) 
     network.load_state_dict(content["network"])
 
 
-def load_weights_for_organs(network: nn.Module, config: Config, content: dict[str, Any], path: str) -> str | None:
-    """Load a checkpoint's weights into a network that may segment other organs: then all but those of the last layer.
+def load_weights_for_organs(network: nn.Module, config: Config, content: dict[str, Any], warn: bool) -> str | None:
+    """Load init_from's weights into a network that may segment other organs: then all but those of the last layer.
 
     The last layer is the last module of the network with a weight for every organ.
 
@@ -207,7 +213,7 @@ def load_weights_for_organs(network: nn.Module, config: Config, content: dict[st
         network: to load into.
         config: its settings.
         content: of the checkpoint, as `load_checkpoint` gives it.
-        path: of the checkpoint, for messages.
+        warn: whether to name inputs and a norm that the weights were not trained with.
 
     Returns:
         a sentence that says which weights were left out, or None.
@@ -215,7 +221,10 @@ def load_weights_for_organs(network: nn.Module, config: Config, content: dict[st
     Raises:
         ValueError: when the other weights are another network's.
     """
-    ours, theirs = config.organs, content["config"].organs
+    path, before, ours, theirs = config.init_from, content["config"], config.organs, content["config"].organs
+    for key in ("norm", "window_hu", "crop") if warn else ():
+        if getattr(before, key) != getattr(config, key):
+            print_warning(f"{path}: was trained with {key} {getattr(before, key)}, this run has {getattr(config, key)}")
     layers = [name for name, module in network.named_modules() if has_a_weight_for_each(module, len(ours))]
     if not layers or (len(ours) == len(theirs) and all(map(same_name, ours, theirs))):
         load_weights(network, content, path)

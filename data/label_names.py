@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from core.scans.organ_words import words_of
+from core.scans.organ_words import OTHER_NAMES, words_of
 from core.system.files import read_text
 from core.system.yaml_files import read_yaml
 
@@ -54,7 +54,7 @@ def load_collections() -> dict[str, dict]:
 @cache
 def synonyms() -> dict[tuple[str, ...], tuple[str, ...]]:
     """Return the words of an organ's usual name by the words of its other names."""
-    table = read_yaml(COLLECTIONS)["synonyms"]
+    table = read_yaml(COLLECTIONS)["synonyms"] | OTHER_NAMES
     return {tuple(words_of(other)): tuple(words_of(name)) for name, others in table.items() for other in others}
 
 

@@ -4,6 +4,7 @@ Small sizes: three minutes on any card of 8 GiB. Without a GPU all of it is skip
 """
 
 import copy
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ import infer
 import train
 from core.config import Config, load_config
 from core.training.augment import augment
-from core.training.device import choose_device
+from core.training.device import DTYPES, choose_device, choose_precision
 from core.training.losses import LOSSES
 from core.training.memory_plans import NothingFitsError, blank_batch, choose_plan, step_that_fits, try_step
 from core.training.setup import PLANS, Training, make_optimizer, seed_torch
@@ -29,10 +30,23 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here"),
 ]
+# torch looks at it once, at the process's first matrix product, whether or not that is to be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 CUDA = "cuda"
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES, SHAPE = 5, (32, 32, 16)
+
+
+def works(precision: str) -> bool:
+    """Return True where train.py computes in it: not bf16 on cards before Ampere, or with a cuDNN that lacks it."""
+    try:
+        return torch.cuda.is_available() and bool(choose_precision(precision, torch.device(CUDA)))
+    except ValueError:
+        return False
+
+
+HALF = [DTYPES[name] for name in ("bf16", "fp16") if works(name)] or [torch.float16]
 
 
 @pytest.fixture(autouse=True)
@@ -76,14 +90,14 @@ def gradients(training: Training, image: torch.Tensor, labels: torch.Tensor) -> 
 @pytest.mark.parametrize("plan", PLANS)
 def test_gradients_are_those_of_the_cpu_in_float64(plan, norm, loss):
     expected = gradients(start(network(norm).double(), "off", loss, torch.float32), *batch(dtype=torch.float64))
-    for precision, least in ((torch.float32, 1 - 1e-8), (torch.bfloat16, 0.99), (torch.float16, 0.99)):
+    for precision, least in ((torch.float32, 1 - 1e-8), *((each, 0.99) for each in HALF)):
         found = gradients(start(network(norm).to(CUDA), plan, loss, precision), *batch(CUDA))
         assert torch.cosine_similarity(found, expected, dim=0) > least, precision
         if precision == torch.float32:  # without TF32, which would be off by some 1e-3
             assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", [torch.float32, *HALF])
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_step_that_is_not_finite_changes_no_weight(plan, precision):
     training = start(network().to(CUDA), plan, "cross_entropy", precision)
@@ -117,7 +131,7 @@ def test_deterministic_steps_are_equal_to_the_last_bit(plan, loss):
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", [torch.float32, *HALF])
 def test_validation_predicts_as_the_cpu(precision):
     own, labels = network(), batch()[1]
     loss, predicted = validation_step(start(own, "off", "cross_entropy", torch.float32), *batch())
@@ -130,7 +144,7 @@ def test_validation_predicts_as_the_cpu(precision):
 # ---- Waiting and memory
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("plan", PLANS)
 def test_nothing_in_a_step_waits_for_the_card(plan, precision):
     config = load_config(flags={"augment": "true", "augment_flip": "true"})
@@ -155,12 +169,12 @@ def test_auto_takes_a_smaller_plan_on_a_smaller_card(card):
     for gib in (8.0, 0.0):
         torch.manual_seed(0)
         net = VNet(14, channels=8).to(CUDA)
-        training = start(net, "off", "cross_entropy", torch.bfloat16)
+        training = start(net, "off", "cross_entropy", HALF[0])
         torch.cuda.empty_cache()
         used = torch.cuda.memory_reserved(card)
         if gib == 0:  # a little more than `low` needs, less than `off` does
             needs = peaks_gib(training, config, card)
-            gib = (needs["off"] + needs["low"]) / 2 - used / 2**30
+            gib = 0.25 * needs["off"] + 0.75 * needs["low"] - used / 2**30
             torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, (used + gib * 2**30) / total), card)
         try:
@@ -178,7 +192,7 @@ def peaks_gib(training: Training, config: Config, card: torch.device) -> dict[st
 
 def test_a_card_that_is_too_small_for_everything_is_said_in_one_sentence(card):
     config = load_config(flags={"size": ["128", "128", "64"], "channels": "8"})
-    training = start(VNet(14, channels=8).to(CUDA), "off", "cross_entropy", torch.bfloat16)
+    training = start(VNet(14, channels=8).to(CUDA), "off", "cross_entropy", HALF[0])
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(card).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(card) + 2**26) / total, card)
@@ -220,13 +234,14 @@ def test_training_is_the_same_twice_with_deterministic(run, tmp_path):
 def test_infer_gives_the_label_maps_of_the_cpu(run, run_main, phantom_data, tmp_path):
     assert run(CUDA, "--epochs", 4)[0] == 0
     best = tmp_path / "run" / "best.pt"
-    for device, precision in (("cpu", "float32"), (CUDA, "float32"), (CUDA, "bf16")):
+    half = "bf16" if torch.bfloat16 in HALF else "fp16"
+    for device, precision in (("cpu", "float32"), (CUDA, "float32"), (CUDA, half)):
         out = ["--output", tmp_path / f"{device}_{precision}", "--device", device, "--precision", precision]
         code, _, err = run_main(infer, phantom_data, "--checkpoint", best, best, "--probabilities", *out)
         assert code == 0, err
     for path in sorted((tmp_path / "cpu_float32").glob("phantom_????.nii.gz")):
         expected = in_ras(path)
-        for name, least in (("cuda_float32", 0.9999), ("cuda_bf16", 0.99)):
+        for name, least in (("cuda_float32", 0.9999), (f"cuda_{half}", 0.99)):
             assert np.mean(in_ras(tmp_path / name / path.name) == expected) > least, (name, path.name)
 
 

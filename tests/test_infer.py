@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def checkpoint(config, tmp_path_factory) -> Path:
         save_scan(folder / "images" / f"{case}_0000.nii.gz", make_voxels(shape))
         save_scan(folder / "labels" / f"{case}.nii.gz", np.zeros(shape, np.uint8))
     training_data = describe_cases(CaseDataset(find_cases(folder), config), workers=0).ranges
+    training_data["organs"] = list(ORGANS[1:])
     torch.manual_seed(0)
     save_checkpoint(folder / "best.pt", build_network(config), config, training_data=training_data)
     return folder / "best.pt"
@@ -413,6 +415,43 @@ def test_skip_existing_leaves_finished_cases_alone(run, scans, tmp_path):
     assert {case for case, _ in read_volumes(tmp_path / "out")} == {"one", "three"}
     assert run(scans)[0] == 0
     assert (tmp_path / "out" / "two.nii.gz").read_bytes() != b"done before"
+
+
+def test_skip_existing_names_label_maps_without_rows_in_volumes_csv(run, scans, tmp_path):
+    assert run(scans)[0] == 0
+    (tmp_path / "out" / "volumes.csv").unlink()
+    assert run(scans, "--skip-existing")[2] == (
+        f"warning: {tmp_path / 'out'}: volumes.csv lacks one, three, two, whose label maps --skip-existing keeps\n"
+    )
+
+
+def test_what_a_folder_holds_beside_its_scans_is_named(run, scans, tmp_path):
+    assert run(scans)[2] == ""
+    (scans / "four.MHA").write_bytes(b"")
+    shutil.copytree(scans, tmp_path / "more")
+    (tmp_path / "more").rename(scans / "more")
+    (scans / "notes").mkdir()
+    shutil.copytree(tmp_path / "out", scans / "out")  # results of infer.py
+    said = f"warning: {scans}: left out four.MHA, more; give folders one by one, and scans as NIfTI\n"
+    assert run(scans)[2] == said
+    data = tmp_path / "data"
+    (data / "labels").mkdir(parents=True)
+    one = next(scans.glob("one*"))
+    shutil.copy(one, data / "labels" / "one.nii.gz")
+    shutil.copytree(scans / "more", data / "images")
+    shutil.copy(one, data)
+    assert run(data)[2] == said.replace("MHA, more", f"MHA, {one.name}").replace(str(scans), str(data))
+
+
+def test_organs_that_were_never_taught_are_named(run, scans, checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["training_data"]["organs"] = list(content["config"]["organs"][2:])
+    torch.save(content, tmp_path / "other.pt")
+    said = f"warning: not every checkpoint was taught {ORGANS[1]}: 0 mL in volumes.csv says nothing there\n"
+    assert said in run(scans, "--checkpoint", tmp_path / "other.pt")[2]
+    content["training_data"]["organs"] = list(content["config"]["organs"][1:])
+    torch.save(content, tmp_path / "other.pt")
+    assert "was taught" not in run(scans, "--checkpoint", tmp_path / "other.pt")[2]
 
 
 def test_skip_existing_keeps_no_label_map_of_another_scan(run, scans, tmp_path):

@@ -176,6 +176,8 @@ def test_resuming_with_an_average_and_pieces(run, tmp_path, plan, optimizer):
     for part in ("network", "ema"):
         assert all(torch.equal(whole[part][name], broken[part][name]) for name in whole["ema"]), part
     assert not any(torch.equal(whole["ema"][name], whole["network"][name]) for name in whole["ema"])
+    network, _ = load_network(tmp_path / "whole" / "last.pt")  # as infer.py does
+    assert all(torch.equal(value, whole["ema"][name]) for name, value in network.named_parameters())
     # best.pt is of the last epoch here, and holds the average.
     assert load_checkpoint(tmp_path / "whole" / "best.pt")["epoch"] == 3
     best = weights(tmp_path / "whole" / "best.pt")
@@ -270,6 +272,11 @@ def test_batch_norm_in_pieces_is_refused(run):
     code, _, err = run("--norm", "batch", "--batch-size", "2", "--accumulation-steps", "2")
     assert (code, err.count("\n")) == (2, 1)
     assert "norm: got batch with accumulation_steps" in err
+    code, _, err = run("--accumulation-steps", "4")
+    assert (
+        code,
+        "accumulation_steps: got 4, more than the cases of a batch that it splits; expected at most 1" in err,
+    ) == (2, True)
 
 
 def test_resuming_with_other_settings_is_refused_by_name(run, tmp_path):
@@ -541,6 +548,10 @@ def test_init_from_starts_with_the_other_runs_weights(run, tmp_path):
     spelled = run("--epochs", "1", "--init-from", start, "--organs", *names, folder="spelled")
     assert (spelled[0], "are kept but" in spelled[1]) == (0, False)
     assert float(read_log(tmp_path / "spelled")[0]["train_loss"]) == losses[1]
+    code, _, err = run("--epochs", "1", "--init-from", start, "--norm", "group", "--crop", "body", folder="other")
+    assert code == 0
+    assert f"warning: {start}: was trained with norm instance, this run has group\n" in err
+    assert err.count("was trained with") == 2
     code, _, err = run("--epochs", "1", "--init-from", start, "--channels", "3", folder="third")
     assert code == 2
     assert "last.pt: its weights are another network's" in err
@@ -655,7 +666,11 @@ def test_the_same_data_trained_on_and_held_out_are_named(run, data, tmp_path):
         (twin / part).mkdir(parents=True)
         shutil.copy(data / part / f"{CASES[0]}{name}.nii.gz", twin / part / f"twin{other}.nii.gz")
     _, _, err = run("--epochs", "1", "--data-dir", data, twin, "--val-cases", CASES[0])
-    assert f"warning: the same data are trained on and held out, under two ids: twin and {CASES[0]}" in err
+    said = f"warning: the same scans are trained on and held out, under two ids: twin and {CASES[0]}"
+    assert said in err
+    labels = nib.load(twin / "labels" / "twin.nii.gz")  # as another reader, or a network, has drawn them
+    nib.save(nib.Nifti1Image(labels.get_fdata() * 0, labels.affine), twin / "labels" / "twin.nii.gz")
+    assert said in run("--epochs", "1", "--data-dir", data, twin, "--val-cases", CASES[0], folder="redrawn")[2]
     assert "under two ids" not in run("--epochs", "1", folder="usual")[2]
 
 
@@ -670,6 +685,10 @@ def test_resuming_without_weights_csv_is_refused(run, data, tmp_path):
     code, _, err = run(*flags, "--resume")
     assert code == 2
     assert f"cannot go on with other cases; with made labels only before or only now: {CASES[0]}" in err
+    (mine / "weights.csv").write_text(f"case,weight\n{CASES[0]},0.4\n")
+    code, _, err = run(*flags, "--resume")
+    assert code == 0
+    assert f"1 of 5 cases has changed since the run began: {CASES[0]};" in err
 
 
 @pytest.mark.parametrize("memory", ["off", "low"])

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from core.inference.volumes_table import VOLUMES
 from core.scans import dicom_folders
 from core.scans.dicom_series import load_series
-from core.scans.files import case_id, find_files, find_scans, listed, select_cases
+from core.scans.files import case_id, find_files, find_scans, listed, nifti_in, select_cases
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
+from core.scans.not_found import CONVERTED_SUFFIXES, visible
 from core.scans.volumes import load_scan, warn_of_values
 from core.system.exits import print_error, print_warning
 
@@ -62,6 +64,8 @@ def find_inputs(inputs: Sequence[str], show: bool = True) -> tuple[dict[str, Pat
                 print_error(error)
             refused.append(path)
             continue
+        if show:
+            warn_of_left_out(path, scans)
         for case, scan in scans.items():
             given.setdefault((case, os.path.realpath(scan)), scan)
     divided = divided_series(given.values())
@@ -138,6 +142,19 @@ def find_input(path: Path) -> dict[str, Path]:
             names = f"say {path}/*" if direct else listed(list(map(str, within)))
             raise ValueError(f"{path}: its DICOM series are in folders within it; give those, {names}")
     return find_scans(path)
+
+
+def warn_of_left_out(path: Path, scans: dict[str, Path]) -> None:
+    """Warn of what may be further scans in a folder whose NIfTI files alone are taken; `scans` are those."""
+    if not path.is_dir() or path in scans.values():
+        return
+    inner = path / "images" if (path / "images").is_dir() else path  # beside images, only label maps are expected
+    left = [p for p in visible(inner) if p.name.lower().endswith(CONVERTED_SUFFIXES)]
+    left += nifti_in(path) if inner != path else []
+    folders = [p for p in visible(inner) if p.is_dir() and p not in scans.values() and not (p / VOLUMES).exists()]
+    left += [p for p in folders if nifti_in(p) or dicom_folders.is_series_folder(p)]
+    if left:
+        print_warning(f"{path}: left out {listed([p.name for p in left])}; give folders one by one, and scans as NIfTI")
 
 
 def named_case(path: Path) -> str:

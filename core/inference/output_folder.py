@@ -87,6 +87,10 @@ class OutputFolder:
                 networks.
         """
         finished = [case for case, scan in cases.items() if self.is_finished(case, scan, warn)]
+        measured = {row["case"] for row in read_volumes(self.path)}
+        if warn and not measured.issuperset(finished):
+            lacking = listed([case for case in finished if case not in measured])
+            print_warning(f"{self.path}: volumes.csv lacks {lacking}, whose label maps --skip-existing keeps")
         for what, others in self.not_made_by(finished, fingerprint).items() if warn else ():
             print_warning(
                 f"{self.path}: {len(others)} of {len(finished)} label maps that --skip-existing keeps {what}: "

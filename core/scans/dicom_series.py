@@ -20,20 +20,11 @@ from pathlib import Path
 import numpy as np
 from pydicom import Dataset
 
-from core.scans import dicom_pixels
+from core.scans import dicom_header, dicom_pixels
 from core.scans.alternating import period_of_slices
 from core.scans.dicom_acquisitions import Acquisition, acquisitions_in_turn, acquisitions_of
 from core.scans.dicom_folders import files_of_series, listed
 from core.scans.dicom_geometry import NIFTI_EXTENT, geometry_of, sort_slices
-from core.scans.dicom_header import (
-    description_of,
-    is_compressed,
-    kind_of,
-    number_of_frames,
-    printable,
-    read_header,
-    text,
-)
 from core.scans.dicom_pixels import DECODE_ERRORS, FAILURE, FRAME, FRAME_SECONDS, decode, reason_of
 from core.scans.dicom_slice import Slice, slices_of
 from core.scans.geometry import Geometry
@@ -64,7 +55,7 @@ class Series:
     @property
     def slices(self) -> int:
         """Return the number of slices in its CT files."""
-        return sum(number_of_frames(header) for header in self.headers.values())
+        return sum(dicom_header.number_of_frames(header) for header in self.headers.values())
 
     def __str__(self) -> str:
         """Return the name that messages use."""
@@ -95,10 +86,10 @@ def find_series(folder: str | Path, warn: Callable[[str], None] = print_warning)
         raise FileNotFoundError(f"{folder}: no DICOM file in it; give the folder that holds the slices themselves")
     series: dict[str, Series] = {}
     for path in dicom:
-        header = read_header(path)
-        uid = text(header, "SeriesInstanceUID")
-        found = series.setdefault(uid, Series(uid, description_of(header)))
-        kind = kind_of(header)
+        header = dicom_header.read_header(path)
+        uid = dicom_header.text(header, "SeriesInstanceUID")
+        found = series.setdefault(uid, Series(uid, dicom_header.description_of(header)))
+        kind = dicom_header.kind_of(header)
         if kind:
             found.others[path] = kind
         else:
@@ -118,7 +109,7 @@ def choose_series(folder: Path, asked: str | None, warn: Callable[[str], None]) 
     series_uid, number = split_choice(found, asked)
     names = "; ".join(str(series) for series in found.values() if series.headers) or "none"
     if series_uid is not None and series_uid not in found:
-        raise ValueError(f"{folder}: has no series {printable(series_uid)}; its CT series: {names}")
+        raise ValueError(f"{folder}: has no series {dicom_header.printable(series_uid)}; its CT series: {names}")
     asked = [series for uid, series in found.items() if series_uid in (None, uid)]
     every = [series for series in asked if series.headers]
     others = [kind for series in asked for kind in series.others.values()]
@@ -239,8 +230,8 @@ def check_sizes(folder: Path, slices: Sequence[Slice], series: Series, max_gib: 
             f"{max_gib:g} GiB, and {NIFTI_EXTENT} along an axis"
         )
     for path, header in series.headers.items():
-        needed = header.Rows * header.Columns * header.BitsAllocated // 8 * number_of_frames(header)
-        if not is_compressed(header) and path.stat().st_size < needed:
+        needed = header.Rows * header.Columns * header.BitsAllocated // 8 * dicom_header.number_of_frames(header)
+        if not dicom_header.is_compressed(header) and path.stat().st_size < needed:
             raise ValueError(f"{path}: has {path.stat().st_size} bytes, expected {needed} for the pixels; cut off?")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.scans.not_found import found_instead, likeness, looked_for
 from core.scans.volumes import NIFTI_SUFFIXES
+from core.system.exits import print_warning
 
 CHANNEL = "_0000"  # ends the names of FLARE22's scans; a case id may end so, too
 
@@ -43,10 +44,12 @@ def find_label_maps(folder: str | Path, cases: Collection[str] | None = None) ->
         FileNotFoundError: when there is no such folder, or no label map in it.
         ValueError: when two files mean the same case.
     """
-    folder = label_folder(folder) if cases is None else prediction_folder(folder)
-    scans = Path(os.path.abspath(folder)).parent / "images"
+    given, folder = Path(folder), label_folder(folder) if cases is None else prediction_folder(folder)
+    data_dir = data_set_of(folder)
     if cases is None:
-        cases = list_files(scans) if folder.name == "labels" and scans.is_dir() else ()
+        if folder != given and nifti_in(given) and not (given / "images").is_dir():
+            print_warning(f"{given}: label maps are those of {folder}, not the files beside it")
+        cases = list_files(data_dir / "images") if data_dir and (data_dir / "images").is_dir() else ()
     files = find_files(folder, cases)
     files = {case: path for case, path in sorted(files.items()) if not case.endswith("_probabilities")}
     if not files:
@@ -60,6 +63,13 @@ def label_folder(folder: str | Path) -> Path:
     """Return the folder of label maps that a path means: that of a data set is its `labels`."""
     folder = Path(folder)
     return folder / "labels" if (folder / "labels").is_dir() else folder
+
+
+def data_set_of(folder: Path) -> Path | None:
+    """Return the data set whose `labels` a folder is, or a link to it; None when it is another folder."""
+    path = Path(os.path.abspath(folder))
+    path = path if path.name == "labels" else path.resolve()
+    return path.parent if path.name == "labels" else None
 
 
 def prediction_folder(folder: str | Path) -> Path:

@@ -8,6 +8,14 @@ STANDARD_NAMES = (
     "liver", "right kidney", "spleen", "pancreas", "aorta", "inferior vena cava", "right adrenal gland",
     "left adrenal gland", "gallbladder", "esophagus", "stomach", "duodenum", "left kidney",
 )  # fmt: skip
+OTHER_NAMES = {
+    "aorta": ("arota",),  # as AMOS's dataset.json spells it
+    "inferior vena cava": ("postcava", "IVC"),
+    "right adrenal gland": ("right adrenal", "right suprarenal gland"),
+    "left adrenal gland": ("left adrenal", "left suprarenal gland"),
+    "gallbladder": ("gall bladder",),
+    "esophagus": ("oesophagus",),
+}
 OTHER_SIDE = {"right": "left", "left": "right"}
 SHORT_SIDES = {"r", "l", "rt", "lt"}  # not guessed: a flip is refused
 
@@ -36,8 +44,11 @@ def same_name(first: str, second: str) -> bool:
 
 
 def standard_name(name: str) -> str:
-    """Return the name of STANDARD_NAMES with the same words, or the name itself where there is none."""
-    return next((standard for standard in STANDARD_NAMES if same_name(name, standard)), name)
+    """Return the name of STANDARD_NAMES that a name, or another of OTHER_NAMES, means; other names as they are."""
+    for standard in STANDARD_NAMES:
+        if any(same_name(name, other) for other in (standard, *OTHER_NAMES.get(standard, ()))):
+            return standard
+    return name
 
 
 def mirrored_ids(organs: Sequence[str]) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.scans.annotated import annotated_classes, read_annotated
-from core.scans.files import find_label_maps, label_folder, listed, prediction_folder
+from core.scans.files import data_set_of, find_label_maps, label_folder, listed, prediction_folder
 from core.scans.not_found import looked_for
 from core.scoring.case import Rules, Scored, Task, score_case
 from core.scoring.results import csv_text
@@ -50,8 +50,8 @@ def mark_annotated(tasks: Sequence[Task], labels: Path, organs: Sequence[str]) -
     Raises:
         ValueError: when that file is damaged.
     """
-    folder = Path(os.path.abspath(label_folder(labels)))
-    annotated = read_annotated(folder.parent) if folder.name == "labels" else {}
+    data_dir = data_set_of(label_folder(labels))
+    annotated = read_annotated(data_dir) if data_dir else {}
     ids = {case: tuple(np.flatnonzero(annotated_classes(names, organs)).tolist()) for case, names in annotated.items()}
     return [replace(task, annotated=ids.get(task.case)) for task in tasks]
 

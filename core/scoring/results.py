@@ -12,15 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from core.scoring import statistics
 from core.scoring.case import COMPARED, DIGITS, Rules, Scored
-from core.scoring.statistics import (
-    BOOTSTRAP_SAMPLES,
-    BOOTSTRAP_SEED,
-    bootstrap_interval,
-    compare_tables,
-    spread,
-    summarise,
-)
 from core.system.files import read_text, rename_old, write_text
 
 # All files that a run may write. Those of an earlier run are removed first: they would pass for results of this one.
@@ -51,8 +44,8 @@ SCORE_DEFINITIONS = {
 }
 # The meaning of everything else in the JSON files.
 INTERVAL = (
-    f"percentile bootstrap over cases, {BOOTSTRAP_SAMPLES} samples, seed {BOOTSTRAP_SEED}; too narrow for few cases, "
-    "null for fewer than two"
+    f"percentile bootstrap over cases, {statistics.BOOTSTRAP_SAMPLES} samples, seed {statistics.BOOTSTRAP_SEED}; "
+    "too narrow for few cases, null for fewer than two"
 )
 DEFINITIONS = {
     "summary": {
@@ -105,8 +98,8 @@ def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
     tables = tables_of(results, results, rules)
     return {
         "protocol": rules.protocol,
-        **summarise(tables, rules.names),
-        "interval_95": {name: bootstrap_interval(tables[name]) for name in COMPARED},
+        **statistics.summarise(tables, rules.names),
+        "interval_95": {name: statistics.bootstrap_interval(tables[name]) for name in COMPARED},
         "cases": [case for case, scored in results.items() if not scored.refusal],
         "refused": {case: scored.refusal for case, scored in results.items() if scored.refusal},
         "in_no_reference": organs_in_no_reference(results, rules),
@@ -143,7 +136,7 @@ def write_summary(
         extra: predictions without a reference.
     """
     summary = summary_of(results, rules) | {
-        "voxel_accuracy": spread([scored.voxel_accuracy for scored in results.values()]),
+        "voxel_accuracy": statistics.spread([scored.voxel_accuracy for scored in results.values()]),
         "missing": [case for case in missing if not results[case].refusal],
         "extra": list(extra),
     }
@@ -176,7 +169,7 @@ def write_comparison(
     here, there = tables_of(results, cases, rules), tables_of(other, cases, rules)
     comparison = {
         "protocol": rules.protocol,
-        **{name: compare_tables(here[name], there[name], rules.names) for name in COMPARED},
+        **{name: statistics.compare_tables(here[name], there[name], rules.names) for name in COMPARED},
         "cases": cases,
         "left_out": [case for case in results if case not in cases],
         "missing": {side: [case for case in names if case in cases] for side, names in missing.items()},

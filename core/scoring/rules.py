@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from core.config import Config, check, load_config
 from core.scans.nifti import Reading
+from core.scans.organ_words import standard_name
 from core.scoring.case import Rules, Task
-from core.scoring.flare22 import tolerance_mm, unknown_names
+from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM, tolerance_mm, unknown_names
 from core.scoring.organ_list import choose_organs, choose_scored, load_given
 from core.system.exits import print_warning
 from core.system.parallel import MOST_WORKERS, cores
@@ -29,6 +30,9 @@ def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argpars
             print_warning(f"--protocol flare22: {doubt}")
     if not 0 <= arguments.tolerance_mm < math.inf:
         raise ValueError(f"--tolerance-mm: got {arguments.tolerance_mm}, expected millimetres of 0 or more")
+    fixed = [organs[organ] for organ in scored if standard_name(organs[organ]) in TOLERANCES_MM]
+    if fixed and arguments.tolerance_mm != TOLERANCE_MM:
+        print_warning(f"--tolerance-mm: does not change FLARE22's tolerances, which {', '.join(fixed)} have")
     size, crop = grid_of(arguments, given or load_config()) if arguments.ceiling else (None, "none")
     workers = min(arguments.workers or min(cores(), MOST_WORKERS), len(tasks))
     rules = Rules(

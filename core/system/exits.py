@@ -23,7 +23,7 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 # on a CPU, C++, cuBLAS and cuDNN.
 OUT_OF_MEMORY = (
     "allocate memory", "out of memory", "could not create a primitive", "could not create a memory", "bad_alloc",
-    "alloc_failed", "allocation_failed", "cudnn_status_internal_error",
+    "alloc_failed", "allocation_failed", "cudnn_status_internal_error", "cublas_status_not_initialized",
 )  # fmt: skip
 NO_ENGINE = ("find an engine to execute", "find a valid cudnn algorithm")
 

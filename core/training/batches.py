@@ -6,8 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,8 @@ from core.scans.typical import ranges_of
 from core.system.exits import leave_signals_to_the_command, print_warning
 from core.system.processes import ALONE, Group
 
-SEEN = ("image", "labels", "extent_mm", "annotated")  # what training sees of a sample
+SEEN = ("image", "labels", "extent_mm", "annotated", "weight")  # what training sees of a sample
+DIGITS = 8  # of a checksum
 MIN_BOX = 0.5  # share of the usual length of the organs' box, below which a case is warned of
 SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over samples, on Linux
 
@@ -158,7 +158,7 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 class Description(NamedTuple):
-    """Ranges over the cases, from `ranges_of`, with the organs that occur, and for each case a checksum of its data."""
+    """Ranges over the cases, from `ranges_of`, with the organs that occur, and for each case checksums of its data."""
 
     ranges: dict
     fingerprints: dict[str, str]
@@ -248,11 +248,12 @@ def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str], folders: S
 
 
 def warn_of_held_out(to_train: Description, held_out: Description) -> None:
-    """Warn of cases that are trained on and held out under two ids, and where no held-out case holds an organ."""
-    twins = {mark: case for case, mark in to_train.fingerprints.items()}
-    same = [f"{twins[mark]} and {case}" for case, mark in held_out.fingerprints.items() if mark in twins]
+    """Warn of scans that are trained on and held out under two ids, and where no held-out case holds an organ."""
+    twins = {mark[:DIGITS]: case for case, mark in to_train.fingerprints.items()}
+    held_out_scans = {case: mark[:DIGITS] for case, mark in held_out.fingerprints.items()}
+    same = [f"{twins[scan]} and {case}" for case, scan in held_out_scans.items() if scan in twins]
     if same:
-        print_warning(f"the same data are trained on and held out, under two ids: {listed(same)}; remove one")
+        print_warning(f"the same scans are trained on and held out, under two ids: {listed(same)}; remove one")
     if held_out.fingerprints and not held_out.ranges["organs"]:
         print_warning("no held-out case holds an organ that it annotates: their Dice says nothing, nor does best.pt")
 
@@ -278,5 +279,6 @@ def warn_of_small_boxes(cases: Sequence[str], extents_mm: Sequence, counts: Sequ
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:
-    """Return a checksum over the tensors, in hexadecimal."""
-    return f"{reduce(lambda value, tensor: zlib.crc32(tensor.numpy(), value), tensors, 0):08x}"
+    """Return a checksum of the first tensor and one of all, each of DIGITS in hexadecimal."""
+    values = list(accumulate(tensors, lambda value, tensor: zlib.crc32(tensor.numpy(), value), initial=0))
+    return f"{values[1]:0{DIGITS}x}{values[-1]:0{DIGITS}x}"

@@ -101,10 +101,12 @@ def measure_plans(training: Training, config: Config, device: torch.device) -> d
         free_memory()  # only behind the except clause has the error let go of the step's tensors
     if fits:
         return fits
-    free_gib, card_gib = (n / GIB for n in torch.cuda.mem_get_info(device))
+    free, card = torch.cuda.mem_get_info(device)
+    # train.py --plan counts the weights and Adam's state, too, which this process holds already.
+    free_gib, card_gib = (free + torch.cuda.memory_reserved(device)) / GIB, card / GIB
     raise NothingFitsError(
-        f"no memory plan fits into the {free_gib:.1f} GiB that are free of the card's {card_gib:.1f}; train.py --plan "
-        f"--card-gib {free_gib:.1f} with the same settings tells what would ({reason})"
+        f"no memory plan fits into the {free_gib:.1f} GiB that this run can have of the card's {card_gib:.1f}; "
+        f"train.py --plan --card-gib {free_gib:.1f} with the same settings tells what would ({reason})"
     )
 
 

@@ -88,7 +88,7 @@ class Run:
             load_optimizer(training.optimizer, self.resumed, self.folder.last, training.scaler)
         elif self.config.init_from is not None:
             checkpoint = load_checkpoint(self.config.init_from)
-            left_out = load_weights_for_organs(training.network, self.config, checkpoint, self.config.init_from)
+            left_out = load_weights_for_organs(training.network, self.config, checkpoint, warn=self.group.first)
             self.keeps_last_layer = left_out is None
             if left_out:
                 self.say(left_out)
@@ -171,6 +171,7 @@ class Run:
                 print_error(error)
                 return STOPPED
             except Stopped as stopped:
+                leave_group(self.group)
                 why_not = f"cannot be saved ({self.folder.unwritten})"
                 kept = why_not if self.folder.unwritten else "is saved: --resume goes on from here"
                 print_line(f"stopped by {stopped}; the run {kept}", sys.stderr)

@@ -135,10 +135,11 @@ def check_settings(config: Config, network: nn.Module, processes: int) -> None:
                 "group"
             )
         if config.accumulation_steps > 1:
-            raise ValueError(
-                f"{got} with accumulation_steps, whose micro-batches would each have their own statistics; expected "
-                "instance or group"
-            )
+            got += " with accumulation_steps, whose micro-batches would each have their own statistics"
+            raise ValueError(f"{got}; expected instance or group")
+    if config.accumulation_steps > config.batch_size:
+        got = f"accumulation_steps: got {config.accumulation_steps}, more than the cases of a batch that it splits"
+        raise ValueError(f"{got}; expected at most {config.batch_size}, the batch_size")
     flips = config.augment and config.augment_flip
     if flips and mirrored_ids(config.organs) == list(range(len(config.organs))):  # refuses a side without a partner
         print_warning("augment_flip: no name of organs says right or left in English, so a flip swaps no ids")

@@ -45,6 +45,9 @@ def test_a_vertebra_has_no_side():
 def test_names_that_differ_only_in_blanks_are_the_same():
     assert standard_name("GallBladder") == standard_name("gall_bladder") == "gallbladder"
     assert standard_name("inferiorVenaCava") == "inferior vena cava"
+    assert [standard_name(name) for name in ("postcava", "Oesophagus", "adrenal_left")] == [
+        "inferior vena cava", "esophagus", "left adrenal gland",
+    ]  # fmt: skip
     assert not same_name("left kidney", "right kidney")
     assert not same_name("肝", "脾")
     assert not same_name("-", "+")
@@ -60,7 +63,7 @@ def test_standard_names_are_the_default_organs_and_those_of_the_protocol():
 
 
 def test_the_protocols_rules_hold_for_other_spellings():
-    assert tolerance_mm("inferior_vena_cava", 9) == 2
+    assert tolerance_mm("inferior_vena_cava", 9) == tolerance_mm("IVC", 9) == 2
     assert tolerance_mm("lung", 9) == 9
     box = (slice(0, 2), slice(0, 2), slice(3, 8))
     wider = (slice(0, 3), slice(0, 2), slice(0, 9))

@@ -140,7 +140,7 @@ def test_the_ceiling_names_them_too(score, tmp_path):
 
 def test_names_that_flare22_does_not_know_are_named_with_those_it_lacks(score, tmp_path):
     names = ["background", *ORGANS[1:]]
-    names[IVC], names[LEFT_KIDNEY] = "IVC", "Kidney (left)"  # the second is recognised
+    names[IVC], names[LEFT_KIDNEY] = "big vein", "Kidney (left)"  # the second is recognised
     (tmp_path / "config.yaml").write_text(f"organs: {json.dumps(names)}\n")
     flags = [f"--config={tmp_path / 'config.yaml'}", "--protocol=flare22"]
     code, _, err = score([all_organs()], [all_organs()], *flags)
@@ -149,17 +149,21 @@ def test_names_that_flare22_does_not_know_are_named_with_those_it_lacks(score, t
     assert first == (
         "warning: --protocol flare22: no organ of the list is the protocol's 'inferior vena cava'; its rule is not used"
     )
-    assert second.startswith("warning: --protocol flare22: the protocol does not know 'IVC' of the list; ")
+    assert second.startswith("warning: --protocol flare22: the protocol does not know 'big vein' of the list; ")
     assert score([all_organs()], [all_organs()], *flags, "--organs", "liver")[2] == ""
     assert score([all_organs()], [all_organs()], flags[0])[2] == ""  # the default protocol has no such rules
 
 
 @pytest.mark.parametrize("protocol", ["default", "flare22"])
-def test_organs_that_a_case_does_not_annotate_are_not_scored_there(score, tmp_path, protocol):
+def test_organs_that_a_case_does_not_annotate_are_not_scored_there(score, run_main, tmp_path, protocol):
     write_annotated(tmp_path, {"a": ["liver", "Kidney_Left"]})  # nothing is said of b: it has all
     code, out, err = score([only(LIVER, LEFT_KIDNEY), all_organs()], [all_organs()] * 2, f"--protocol={protocol}")
     assert (code, err) == (0, "")
     table, summary = rows(tmp_path), read(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "labels")  # it is the labels of the same data set
+    flags = [f"--{name}={tmp_path / name}" for name in ("predictions", "output")]
+    assert run_main(evaluate, "--workers=1", f"--labels={tmp_path / 'link'}", *flags, f"--protocol={protocol}")[0] == 0
+    assert rows(tmp_path) == table
     unscored = [name for name in ORGANS[1:] if name not in ("liver", "left kidney")]
     assert [organ for organ in range(1, 14) if table["a", organ]["dice"]] == [LIVER, LEFT_KIDNEY]
     assert {table["a", SPLEEN][name] for name in ("dice", "nsd", "reference_ml", "predicted_ml")} == {""}

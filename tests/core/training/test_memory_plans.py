@@ -224,6 +224,7 @@ def card(monkeypatch) -> torch.device:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 2**30, 6 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**29)
     monkeypatch.setattr(memory, "blank_batch", lambda config, device: batch())
     return torch.device("cuda")
 
@@ -337,9 +338,8 @@ def test_auto_stops_with_the_command_that_names_settings_that_would_fit(monkeypa
     monkeypatch.setattr(memory, "compute_gradients", nothing_fits)
     needed = {(256, 256, 128): 8.0, (128, 256, 128): 5.0, (128, 128, 128): 4.4}
     monkeypatch.setattr(memory_count, "count_step", lambda config, plan, precision: Need(plan, needed[config.size], 1))
-    with pytest.raises(
-        NothingFitsError, match=r"fits into the 5\.0 GiB that are free of the card's 6\.0; train.py --plan --card-gib 5"
-    ):
+    had = r"the 5\.5 GiB that this run can have of the card's 6\.0; train.py --plan --card-gib 5\.5"
+    with pytest.raises(NothingFitsError, match=had):
         choose_plan(start(), load_config(), card)
     assert memory_count.show_plans(load_config(), 6.0) == 3
     assert "no plan fits a card of 6 GiB; --size 128 128 128 --batch-size 1 should" in capsys.readouterr().out
