@@ -228,8 +228,8 @@ class RunFolder:
         changed = [case for case in now if before and before.get(case) != now[case]]
         if changed:
             print_warning(
-                f"{self.path}: the scan, label map or weight of {len(changed)} of {len(now)} cases has changed since the run "
-                f"began: {listed(changed)}; it goes on with the new ones; --run-dir of another name starts anew"
+                f"{self.path}: scan, label map or weight of {len(changed)} of {len(now)} cases has changed since the "
+                f"run began: {listed(changed)}; it goes on with the new ones; --run-dir of another name starts anew"
             )
         self.note(data_fingerprint=hashlib.sha256(json.dumps(now).encode()).hexdigest(), case_fingerprints=now)
 
