@@ -184,6 +184,9 @@ class MadeLabels:
         lines = [f"{len(taken)} of {len(cases)} scans taken into {self.path}; {TABLE} says why"]
         if taken:
             lines.append(f"organs in so many: {', '.join(f'{organ} {organs[organ]}' for organ in self.organs[1:])}")
+            never = dict.fromkeys(row["organ"] for row in rows if row["agreement"] and not organs[row["organ"]])
+            if never:
+                lines.append(f"trusted in none: {listed(list(never))}; training can lose what no scan has (RESULTS.md)")
         return lines
 
 

@@ -84,6 +84,20 @@ def test_scans_become_a_data_set_of_the_organs_that_are_trusted(made, trained, p
         assert 2 * ((labels == 1) & (truth == 1)).sum() / ((labels == 1).sum() + (truth == 1).sum()) > 0.7
 
 
+def test_organs_that_no_scan_can_teach_are_named(made, run, trained, phantom_data, tmp_path):
+    best: dict[str, float] = {}
+    for row in rows_of(made):
+        if row["agreement"]:
+            best[row["organ"]] = max(best.get(row["organ"], 0), float(row["agreement"]))
+    least = sum(sorted(best.values())[1:3]) / 2  # two organs agree less in every scan
+    flags = ["--checkpoint", trained / "last.pt", "--output", tmp_path / "some", "--min-agreement", least]
+    code, out, err = run(phantom_data, *flags, "--min-organs", "0", *CASES)
+    assert (code, "2 of 2 scans taken" in out) == (0, True), err
+    (named,) = (line for line in out.splitlines() if line.startswith("trusted in none: "))
+    assert all(organ in named for organ, agreement in best.items() if agreement < least)
+    assert "liver" not in named
+
+
 def test_a_dicom_series_becomes_nifti_and_gets_the_same_labels(made, run, trained, phantom_data, tmp_path):
     voxels, geometry = load_scan(phantom_data / "images" / "phantom_0001_0000.nii.gz")
     x_mm, y_mm, z_mm = geometry.spacing_mm
