@@ -150,8 +150,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
         network = build_network(content["config"]).to(device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    averaged = {"network": content["network"] | content.get("ema", {})}  # those that were validated, as in best.pt
-    load_weights(network, averaged, path)
+    load_weights(network, validated(content), path)
     return network.eval(), content
 
 
@@ -204,6 +203,11 @@ def load_weights(network: nn.Module, content: dict[str, Any], path: str | Path) 
     network.load_state_dict(content["network"])
 
 
+def validated(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's content with the weights that were validated: in last.pt of a run with EMA, the average."""
+    return content | {"network": content["network"] | content.get("ema", {})}
+
+
 def load_weights_for_organs(network: nn.Module, config: Config, content: dict[str, Any], warn: bool) -> str | None:
     """Load init_from's weights into a network that may segment other organs: then all but those of the last layer.
 
@@ -226,6 +230,7 @@ def load_weights_for_organs(network: nn.Module, config: Config, content: dict[st
         if getattr(before, key) != getattr(config, key):
             print_warning(f"{path}: was trained with {key} {getattr(before, key)}, this run has {getattr(config, key)}")
     layers = [name for name, module in network.named_modules() if has_a_weight_for_each(module, len(ours))]
+    content = validated(content)
     if not layers or (len(ours) == len(theirs) and all(map(same_name, ours, theirs))):
         load_weights(network, content, path)
         return None

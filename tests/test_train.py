@@ -22,7 +22,7 @@ from helpers import TINY, same_weights
 from warm import run_script
 
 import train
-from core.checkpoint import load_checkpoint, load_network
+from core.checkpoint import load_checkpoint, load_network, load_weights_for_organs
 from core.config import load_config
 from core.network import build_network
 from core.system.processes import ALONE
@@ -177,7 +177,10 @@ def test_resuming_with_an_average_and_pieces(run, tmp_path, plan, optimizer):
         assert all(torch.equal(whole[part][name], broken[part][name]) for name in whole["ema"]), part
     assert not any(torch.equal(whole["ema"][name], whole["network"][name]) for name in whole["ema"])
     network, _ = load_network(tmp_path / "whole" / "last.pt")  # as infer.py does
-    assert all(torch.equal(value, whole["ema"][name]) for name, value in network.named_parameters())
+    start = build_network(whole["config"])  # as --init-from does
+    load_weights_for_organs(start, dataclasses.replace(whole["config"], init_from="last.pt"), whole, warn=False)
+    for found in (network, start):
+        assert all(torch.equal(value, whole["ema"][name]) for name, value in found.named_parameters())
     # best.pt is of the last epoch here, and holds the average.
     assert load_checkpoint(tmp_path / "whole" / "best.pt")["epoch"] == 3
     best = weights(tmp_path / "whole" / "best.pt")
