@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from core.config import Config, config_from_dict, config_to_dict
 from core.network import build_network
-from core.scans.files import listed
 from core.scans.organ_words import same_name
 from core.system.exits import print_warning
 from core.system.files import check_room, whole_file
@@ -183,7 +182,8 @@ def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False
         merged["organs"] = [organ for organ in merged["organs"] if all(organ in names for names in taught)]
         untaught = [organ for organ in first["config"].organs[1:] if organ not in merged["organs"]]
         if untaught and warn:
-            print_warning(f"not every checkpoint was taught {listed(untaught)}: 0 mL in volumes.csv says nothing there")
+            names = ", ".join(untaught)
+            print_warning(f"not every checkpoint was taught {names}: 0 mL in volumes.csv says nothing there")
     weights = sorted(hash_of(network) for network in networks)
     fingerprint = hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
     return list(networks), first | {"training_data": merged, "fingerprint": fingerprint}

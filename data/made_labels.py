@@ -186,7 +186,7 @@ class MadeLabels:
             lines.append(f"organs in so many: {', '.join(f'{organ} {organs[organ]}' for organ in self.organs[1:])}")
             never = dict.fromkeys(row["organ"] for row in rows if row["agreement"] and not organs[row["organ"]])
             if never:
-                lines.append(f"trusted in none: {listed(list(never))}; training can lose what no scan has (RESULTS.md)")
+                lines.append(f"trusted in none: {', '.join(never)}; training can lose what no scan has (RESULTS.md)")
         return lines
 
 
