@@ -22,16 +22,7 @@ from zipfile import BadZipFile, ZipFile
 
 from tqdm import tqdm
 
-from core.system.exits import (
-    DONE,
-    REFUSED,
-    STOPPED,
-    USAGE,
-    print_error,
-    print_stderr,
-    refusing,
-    run_command,
-)  # fmt: skip
+from core.system import exits
 from core.system.files import check_room, user_path
 from data import doctor
 from dataset import find_cases, find_data
@@ -72,7 +63,7 @@ def download(url: str, part: Path) -> None:
                 raise ValueError(f"{url}: {error}; check the address, or try another --url") from error
             if wait_s is None:
                 raise ConnectionError(f"{url}: {error}") from error
-            print_stderr(f"{error}; next try in {wait_s} s")
+            exits.print_stderr(f"{error}; next try in {wait_s} s")
             time.sleep(wait_s)
 
 
@@ -114,14 +105,14 @@ def main() -> int:
     args = parse_arguments()
     target, part = args.to / NAME, args.to / f"{NAME}.zip.part"
     zip_file = part if "://" in args.url else Path(args.url)
-    with refusing(REFUSED):
+    with exits.refusing(exits.REFUSED):
         if target.exists() and any(target.iterdir()):
             print(f"{target}: is there already; to download it again, move it away", flush=True)
             print(f"{target}: {len(find_cases(target))} cases; to check them: python -m data.doctor {target}")
-            return DONE
-    with refusing(USAGE):
+            return exits.DONE
+    with exits.refusing(exits.USAGE):
         args.to.mkdir(parents=True, exist_ok=True)
-    with refusing(REFUSED):
+    with exits.refusing(exits.REFUSED):
         try:
             if zip_file is part and not (part.exists() and sha256_of(part) == args.sha256):
                 print(f"{args.url}: downloading to {part}; licence and terms: {LICENCE}", flush=True)
@@ -133,10 +124,10 @@ def main() -> int:
             unpack(zip_file, target)
             part.unlink(missing_ok=True)
         except OSError as error:
-            print_error(OSError(f"{args.to}: {error}; run the same command again to continue"))
-            return STOPPED
+            exits.print_error(OSError(f"{args.to}: {error}; run the same command again to continue"))
+            return exits.STOPPED
     print(f"{target}: verified and unpacked")
-    return DONE if args.no_doctor else doctor.main([str(target), "--output", str(args.to / f"{NAME}_doctor")])
+    return exits.DONE if args.no_doctor else doctor.main([str(target), "--output", str(args.to / f"{NAME}_doctor")])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -157,4 +148,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    exits.run_command(main)

@@ -15,13 +15,7 @@ from pydicom import Dataset, config
 from pydicom.tag import Tag
 from pydicom.uid import UID
 
-from core.scans.dicom_pixels import (
-    DECODE_ERRORS,
-    HEAD_BYTES,
-    dataset_start,
-    name_transfer_syntax,
-    open_dicom,
-)
+from core.scans.dicom_pixels import DECODE_ERRORS, HEAD_BYTES, dataset_start, name_transfer_syntax, open_dicom
 
 # pydicom's warnings may contain a patient's data.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
