@@ -54,6 +54,7 @@ def start_training(config: Config, device: torch.device, processes: int = 1) -> 
         precision=precision,
         max_grad_norm=config.max_grad_norm,
         accumulation_steps=config.accumulation_steps,
+        patch_size=config.patch_size,
     )
 
 
@@ -86,7 +87,7 @@ def train_one_epoch(run: Run, batches: DataLoader) -> None:
     training.network.train()
     for step, batch in run.steps(batches):
         image, labels = to_device(batch, run.device)
-        if config.augment:
+        if config.augment or config.patch_size:  # a patch of each case is drawn there
             image, labels = augment(image, labels, batch["extent_mm"], config, run.epoch, batch["positions"])
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, config.epochs * len(batches))

@@ -171,21 +171,21 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_size(size: Sequence[int], halvings: int) -> None:
+def check_size(size: Sequence[int], halvings: int, name: str = "size") -> None:
     """Check that a volume of `size` (X, Y, Z) voxels can be halved `halvings` times, with two voxels left at least.
 
     Raises:
-        ValueError: naming the size and the nearest one that works.
+        ValueError: naming the size, as `name`, and the nearest one that works.
     """
     step = 2**halvings
     if any(n < 1 or n % step for n in size):
         nearest = " ".join(str(max(1, round(n / step)) * step) for n in size)
         raise ValueError(
-            f"size: got {' '.join(map(str, size))}, expected multiples of {step}, because the network halves every "
+            f"{name}: got {' '.join(map(str, size))}, expected multiples of {step}, because the network halves every "
             f"axis {halvings} times; the nearest is {nearest}"
         )
     if math.prod(n // step for n in size) < 2:
         raise ValueError(
-            f"size: got {' '.join(map(str, size))}, which leaves a single voxel at the bottom of the network, "
+            f"{name}: got {' '.join(map(str, size))}, which leaves a single voxel at the bottom of the network, "
             f"where nothing can be normalised; expected at least {2 * step} along one axis"
         )

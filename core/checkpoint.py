@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from core.config import Config, config_from_dict, config_to_dict
 from core.network import build_network
+from core.patches import InPatches
 from core.scans.organ_words import same_name
 from core.system.exits import print_warning
 from core.system.files import check_room, whole_file
@@ -139,6 +140,8 @@ def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Load a checkpoint's network, in evaluation mode, and return it with the checkpoint's whole content.
 
+    It takes the whole grid, also where it was trained on patches.
+
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`, and when it lacks the ranges of its training cases.
     """
@@ -150,6 +153,8 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     load_weights(network, validated(content), path)
+    if patch_size := content["config"].patch_size:
+        network = InPatches(network, patch_size)
     return network.eval(), content
 
 

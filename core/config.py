@@ -61,6 +61,7 @@ VAL_CASES = Rule(
     str, "case ids (in quotes if all digits), a file of them, or null", bool, is_list=True, optional=True, is_path=True
 )
 SIZE = Rule(int, "three whole numbers", lambda values: len(values) == 3 and min(values) >= 1, is_list=True)
+PATCH_SIZE = replace(SIZE, words="three whole numbers, or null", optional=True)
 WINDOW = Rule(
     float, "two numbers, the lower first", lambda values: len(values) == 2 and values[0] < values[1], is_list=True
 )
@@ -97,7 +98,10 @@ class Config:
         "number of parts that seed splits the cases into for cross-validation; 0: no cross-validation")
     fold: int = setting(0, whole_number(0), "part used for validation, from 0 to folds - 1")
     size: tuple[int, int, int] = setting((256, 256, 128), SIZE,
-        "voxels X Y Z of the network's input; multiples of 16 with five stages")
+        "voxels X Y Z of the grid that a scan is resized to; multiples of 16 with five stages")
+    patch_size: tuple[int, int, int] | None = setting(None, PATCH_SIZE,
+        "voxels X Y Z that the network sees at a time, where it is not the whole grid: a part at a random place in "
+        "training, the mean over overlapping parts in inference; multiples of 16 then; null: the whole grid")
     window_hu: tuple[float, float] = setting((-160.0, 240.0), WINDOW,
         "range in HU that is scaled to 0..1; values outside are clipped")
     crop: str = setting("none", one_of("none", "body", "organs"),
@@ -191,6 +195,11 @@ class Config:
     device: str = setting("auto", Rule(str, "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
         "device of the training; auto: the first GPU, or the CPU if there is none")
 # fmt: on
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Voxels X Y Z of the network's input: of a patch, or of the whole grid."""
+        return self.patch_size or self.size
 
 
 RULES: dict[str, Rule] = {field.name: field.metadata["rule"] for field in fields(Config)}

@@ -565,6 +565,8 @@ def test_init_from_starts_with_the_other_runs_weights(run, tmp_path):
     [
         (["--size", "30", "32", "16"], "size: got 30 32 16, expected multiples of 4"),
         (["--up-convs", "1", "1", "1"], "up_convs: got 3 stages up for 3 down"),
+        (["--patch-size", "16", "18", "16"], "patch_size: got 16 18 16, expected multiples of 4"),
+        (["--patch-size", "16", "64", "16"], "patch_size: got 16 64 16, expected no more than the size along any axis"),
         (["--precision", "fp16"], "precision: got fp16 on a CPU"),
         (["--precision", "bf16", "--size", "32", "32", "2"], "size: got 32 32 2, expected multiples of 4"),
         (["--compile", "--memory", "low"], "compile: got true with memory: low, expected false, or memory: auto or"),
@@ -597,6 +599,66 @@ def test_a_network_whose_checkpoints_could_not_be_loaded_is_refused(run, tmp_pat
     assert code == 2
     assert "mask of the network (VNet) holds NaN or infinite numbers" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("augment", ["true", "false"])
+def test_a_run_on_patches_is_validated_on_the_whole_grid(run, data, tmp_path, monkeypatch, augment):
+    seen, step = [], train.step_that_fits
+
+    def watched(training, image, labels, *others):
+        seen.append((tuple(image.shape), tuple(labels.shape)))
+        return step(training, image, labels, *others)
+
+    monkeypatch.setattr(train, "step_that_fits", watched)
+    patch = [
+        "--size",
+        "30",
+        "28",
+        "16",
+        "--patch-size",
+        "16",
+        "16",
+        "16",
+        "--augment",
+        augment,
+        "--augment-elastic",
+        "0.02",
+        "--epochs",
+        "2",
+    ]
+    with power_cut(before_epoch=2), pytest.raises(KeyboardInterrupt):
+        run(*patch, "--checkpoint-minutes", "0")
+    assert run(*patch, "--resume", "--checkpoint-minutes", "0")[0] == 0
+    assert set(seen) == {((1, 1, 16, 16, 16), (1, 16, 16, 16))}
+    assert run(*patch, folder="whole")[0] == 0
+    assert same_weights(tmp_path / "run" / "last.pt", tmp_path / "whole" / "last.pt")
+
+    # Dice by a mean over patches written here; both epochs may have been the best.
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    config, network = best["config"], build_network(best["config"])
+    network.load_state_dict(best["network"])
+    held_out = [case for case in find_cases(data) if case.id in best["cases"]["val"]]
+    gauss = np.exp(-(((np.arange(16) - 7.5) / 2) ** 2) / 2)
+    weight = torch.from_numpy(np.maximum(gauss[:, None, None] * gauss[:, None] * gauss, 1e-3))
+    means = []
+    for sample in CaseDataset(held_out, config):
+        image, labels = sample["image"][None].float() / 255, sample["labels"].numpy()
+        total = torch.zeros(len(config.organs), *config.size, dtype=torch.float64)
+        for x in (0, 7, 14):
+            for y in (0, 6, 12):
+                with torch.no_grad():
+                    found = network(image[:, :, x : x + 16, y : y + 16]).softmax(dim=1)[0]
+                total[:, x : x + 16, y : y + 16] += found * weight
+        predicted = total.argmax(dim=0).numpy()
+        dice = [
+            2 * ((predicted == k) & (labels == k)).sum() / ((predicted == k).sum() + (labels == k).sum())
+            for k in range(1, len(config.organs))
+            if (predicted == k).any() or (labels == k).any()
+        ]
+        means.append(dice)
+    log = read_log(tmp_path / "run")
+    assert len(held_out) == 1
+    assert max(float(row["val_dice"]) for row in log) == pytest.approx(np.mean(means[0]), abs=2e-3)
 
 
 def test_held_out_cases_without_an_organ_are_named(run, data, tmp_path):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.config import Config
+from core.patches import draw_patches, draw_place, window_of
 from core.scans.organ_words import mirrored_ids
 
 ELASTIC_POINTS = 7  # along each axis: an elastic deformation is drawn at so many points, and smooth in between
@@ -17,7 +18,7 @@ SMOOTHING = (151 / 315) ** 1.5  # what `smooth` leaves of the points' standard d
 def augment(
     image: Tensor, labels: Tensor, extent_mm: Tensor, config: Config, epoch: int, positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Augment a batch at random, on its device.
+    """Augment a batch at random, on its device; with patch_size, return a patch of each case, augmented or not.
 
     A sample's changes depend only on the seed, the epoch and the sample's position in it.
 
@@ -30,17 +31,31 @@ def augment(
         positions: (B,) the samples' positions in the epoch.
 
     Returns:
-        image in 0..1 and labels, shaped and typed as they came.
+        image in 0..1 and labels, typed as they came and of the same shape, or that of patches with patch_size.
     """
     draws = [np.random.default_rng([config.seed, epoch, 1 + position]) for position in positions]
+    if config.patch_size and not config.augment:
+        return draw_patches(image, labels, config.patch_size, draws)
     if config.augment_flip:
         image, labels = flip_left_right(image, labels, [rng.random() < 0.5 for rng in draws], config.organs)
-    matrices = torch.stack([draw_affine(rng, mm, config) for rng, mm in zip(draws, extent_mm.tolist(), strict=True)])
-    bends = None
-    if config.augment_elastic:
-        bends = torch.stack([draw_bend(rng, config) for rng in draws]).to(image.device, non_blocking=True)
-    image, labels = warp(image, labels, matrices.to(image.device, non_blocking=True), bends)
+    size = image.shape[2:]
+    warps = [draw_warp(rng, mm, size, config) for rng, mm in zip(draws, extent_mm.tolist(), strict=True)]
+    matrices, bends = (torch.stack(each).to(image.device, non_blocking=True) for each in zip(*warps, strict=True))
+    image, labels = warp(image, labels, matrices, bends if config.augment_elastic else None, config.patch_size)
     return torch.stack([change_values(x, rng, config) for x, rng in zip(image, draws, strict=True)]), labels
+
+
+def draw_warp(
+    rng: np.random.Generator, extent_mm: Sequence[float], size: Sequence[int], config: Config
+) -> tuple[Tensor, Tensor]:
+    """Draw a matrix (3, 4) and a bend (3, P, P, P) for `warp`; with patch_size, for a patch at a random place."""
+    matrix = draw_affine(rng, extent_mm, config)
+    bend = draw_bend(rng, config) if config.augment_elastic else torch.zeros(0)
+    if config.patch_size:
+        window = window_of(draw_place(rng, size, config.patch_size), size)  # (4, 4)
+        # The points of the bend are as much closer to one another as the patch is smaller.
+        matrix, bend = matrix @ window, bend * window.diagonal()[:3, None, None, None]
+    return matrix, bend
 
 
 def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Config) -> Tensor:
@@ -66,7 +81,9 @@ def draw_bend(rng: np.random.Generator, config: Config) -> Tensor:
     return torch.from_numpy(2 * config.augment_elastic / SMOOTHING * normal)
 
 
-def warp(image: Tensor, labels: Tensor, matrices: Tensor, bends: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def warp(
+    image: Tensor, labels: Tensor, matrices: Tensor, bends: Tensor | None = None, size: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Warp images and labels: look up each place of the new volume at a place in the old; outside is 0 in both.
 
     Args:
@@ -74,12 +91,14 @@ def warp(image: Tensor, labels: Tensor, matrices: Tensor, bends: Tensor | None =
         labels: (B, X, Y, Z).
         matrices: (B, 3, 4), from places in the new volume to places in the old.
         bends: (B, 3, P, P, P), added to those places, and in between the points by interpolation; None: nothing.
+        size: voxels X Y Z of the new volume; None: as many as of the old.
     """
     # torch orders coordinates from the last axis to the first: Z, Y, X.
     linear = matrices[:, :, :3].flip(1, 2)
-    grid = F.affine_grid(torch.cat([linear, matrices[:, :, 3:].flip(1)], dim=2), image.shape, align_corners=False)
+    shape = (*image.shape[:2], *(size or image.shape[2:]))
+    grid = F.affine_grid(torch.cat([linear, matrices[:, :, 3:].flip(1)], dim=2), shape, align_corners=False)
     if bends is not None:
-        grid = grid + smooth(bends, image.shape[2:]).flip(1).movedim(1, -1)
+        grid = grid + smooth(bends, shape[2:]).flip(1).movedim(1, -1)
     moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
     return F.grid_sample(image, grid, mode="bilinear", align_corners=False), moved[:, 0].to(labels.dtype)
 

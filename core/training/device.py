@@ -62,13 +62,13 @@ def training_precision(config: Config, device: torch.device) -> torch.dtype:
     """
     precision = choose_precision(config.precision, device)
     if device.type == "cpu" and precision == torch.bfloat16:
-        stages = [[n // 2**halvings for n in config.size] for halvings in range(len(config.down_convs))]
+        stages = [[n // 2**halvings for n in config.input_size] for halvings in range(len(config.down_convs))]
         for size in stages:
             if 0 < math.prod(size) <= MAX_CHECKED_VOXELS and not has_right_gradients(precision, size):
                 raise ValueError(
                     f"precision: got bf16, in which this CPU's gradients are wrong for {' x '.join(map(str, size))} "
-                    f"voxels, where size: {' '.join(map(str, config.size))} leads; expected auto or float32, or a "
-                    "larger size"
+                    f"voxels, where an input of {' '.join(map(str, config.input_size))} voxels leads; expected auto or "
+                    "float32, or a larger size or patch_size"
                 )
     return precision
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from core.config import Config
+from core.config import Config, flag_of
 from core.network import build_network
 from core.system.exits import DONE, STOPPED
 from core.training.device import DTYPES
@@ -89,13 +89,14 @@ def what_would_fit(config: Config, precision: torch.dtype, card_gib: float) -> s
     """Return flags of settings near to `config` whose smallest plan should fit."""
     smallest = supported_plans(config)[-1]
     halvings = len(config.up_convs)
-    size, least = list(config.size), 2**halvings
+    key = "patch_size" if config.patch_size else "size"
+    size, least = list(config.input_size), 2**halvings
     while max(size) > least:
         longest = size.index(max(size))
         size[longest] = max(least, size[longest] // 2 // least * least)
-        smaller = replace(config, size=tuple(size), batch_size=1)
+        smaller = replace(config, **{key: tuple(size)}, batch_size=1)
         if sum(size) > 3 * least and plan_for([count_step(smaller, smallest, precision)], card_gib):
-            return f"--size {' '.join(map(str, size))} --batch-size 1 should"
+            return f"{flag_of(key)} {' '.join(map(str, size))} --batch-size 1 should"
     return "its parameters alone are too many; take fewer --channels"
 
 

@@ -27,8 +27,8 @@ TIMED_STEPS, TIMED_SECONDS = 3, 10  # of a plan at most; with a first step each,
 FREED_GIB = 0.5  # of a card; when more is free than before, a plan may fit that did not
 # Settings, besides the organs, that change what a step computes.
 STEP_SETTINGS = (
-    "size", "batch_size", "accumulation_steps", "channels", "down_convs", "up_convs", "norm", "optimizer", "loss",
-    "ema_decay", "compile", "channels_last", "deterministic",
+    "size", "patch_size", "batch_size", "accumulation_steps", "channels", "down_convs", "up_convs", "norm",
+    "optimizer", "loss", "ema_decay", "compile", "channels_last", "deterministic",
 )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def plans_for(network: nn.Module) -> tuple[str, ...]:
 
 def blank_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return a batch of zeros: image (B, 1, X, Y, Z) float32 and labels (B, X, Y, Z) uint8."""
-    shape = (config.batch_size, *config.size)
+    shape = (config.batch_size, *config.input_size)
     return torch.zeros(shape, device=device)[:, None], torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
@@ -230,7 +230,7 @@ def step_that_fits(
             smaller = plans[plans.index(training.plan) + 1 :]
             if not smaller:
                 raise NothingFitsError(
-                    "out of memory under the smallest memory plan; try a smaller --size or --channels "
+                    "out of memory under the smallest memory plan; try a smaller --size, --patch-size or --channels "
                     f"({failure or 'another process ran out of memory'})"
                 )
             training.plan = smaller[0]

@@ -1,7 +1,7 @@
 """Set up training: deterministic mode, the network's options, the optimizer, EMA, and `Training`."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,6 +37,7 @@ class Training:
         plan: one of PLANS.
         any_process: tells whether a value is true in any process of the run; asked once a step.
         has_freed_memory: True after memory ran out once and the same plan was tried again.
+        patch_size: voxels X Y Z of what the network sees of a larger grid at a time; None: all of it.
         ema: exponential moving average of the weights, or None.
         untaught: (K,) bool on the CPU, the classes that no training case annotates: the loss takes them as absent from
             every case, or nothing would tell them from the background. None: there are none.
@@ -54,6 +55,7 @@ class Training:
     plan: str = "off"
     any_process: Callable[[bool], bool] = bool
     has_freed_memory: bool = False
+    patch_size: Sequence[int] | None = None
     ema: "EMA | None" = None
     untaught: Tensor | None = None
     average_gradients: Callable[[nn.Module, Tensor], Tensor] = lambda network, loss: loss

@@ -11,12 +11,14 @@ A memory plan is a way to compute the same gradients:
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.patches import mean_over_patches
 from core.scoring.overlap import confusion_matrix
 from core.training.device import autocast
 from core.training.losses import Loss, in_full_precision, marginal
@@ -150,12 +152,13 @@ def validation_step(
 
     For V-Net this takes less memory than any training step.
     """
-    network, criterion = training.network, loss_of(training, annotated)
-    if is_supported(network):
+    network, criterion, patch_size = training.network, loss_of(training, annotated), training.patch_size
+    if is_supported(network) and not patch_size:
         h = features(network, image, training.precision, keep=False)
         loss, predicted = predict_in_slabs(network.classify, criterion, h, labels)
         return loss.item(), predicted
-    logits = logits_of(training, image, annotated)
+    predict = partial(logits_of, training, annotated=annotated)
+    logits = mean_over_patches(predict, image, patch_size) if patch_size else predict(image)
     return criterion(logits, labels).item(), logits.argmax(dim=1).to(torch.uint8)
 
 

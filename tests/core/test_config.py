@@ -37,6 +37,7 @@ CHANGES = {
     "folds": ("5", 5),
     "fold": ("3", 3),
     "size": ("64 96 32", (64, 96, 32)),
+    "patch_size": ("32 48 16", (32, 48, 16)),
     "crop": ("body", "body"),
     "window_hu": ("-1000 1e3", (-1000.0, 1000.0)),
     "organs": ("nothing liver", ("nothing", "liver")),

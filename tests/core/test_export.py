@@ -74,6 +74,22 @@ def test_the_model_gives_the_label_map_of_infer_py_and_says_what_it_needs(checkp
             assert f"{organ} {name}: {second.sum()} voxels\n" in said.stdout
 
 
+@pytest.mark.slow
+def test_the_model_of_a_network_of_patches_takes_the_whole_grid(checkpoint, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    network, content = load_network(checkpoint)
+    patched = tmp_path / "patched.pt"
+    config = replace(content["config"], patch_size=(16, 32, 16))
+    save_checkpoint(patched, network, config, training_data=content["training_data"])
+    assert main([str(patched), str(tmp_path / "model.onnx")]) == 0
+    image = torch.rand(1, 1, 32, 32, 16)
+    with torch.inference_mode():
+        expected = load_network(patched)[0](image)
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"image": image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_cannot_be_exported_is_refused(checkpoint, tmp_path, capsys, monkeypatch):
     def refused(*arguments: Path) -> str:
         with pytest.raises(SystemExit, match=r"^2$"):

@@ -17,6 +17,7 @@ from core.training.augment import (
     change_values,
     draw_affine,
     draw_bend,
+    draw_warp,
     flip_left_right,
     smooth,
     warp,
@@ -258,3 +259,64 @@ def test_an_elastic_deformation_depends_on_the_epoch():
     once, again, other = (augment(image, labels, extent_mm, config, epoch, [0, 1])[1] for epoch in (1, 1, 2))
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
+
+
+def test_a_patch_is_drawn_with_or_without_augmentation():
+    image, labels, extent_mm = random_batch(2)
+    patch = {"size": (12, 10, 8), "patch_size": (8, 6, 8)}
+    plain = settings(**patch, augment=False)
+    cut, ids = augment(image, labels, extent_mm, plain, 3, range(2))
+    assert (cut.shape, ids.shape) == ((2, 1, 8, 6, 8), (2, 8, 6, 8))
+    for i in range(2):
+        shifts = [(x, y) for x in range(5) for y in range(5) if torch.equal(image[i, :, x : x + 8, y : y + 6], cut[i])]
+        assert len(shifts) == 1
+        x, y = shifts[0]
+        assert torch.equal(labels[i, x : x + 8, y : y + 6], ids[i])
+    again = augment(image[1:], labels[1:], extent_mm[1:], plain, 3, [1])
+    assert torch.equal(again[0][0], cut[1])  # its place depends on seed, epoch and position alone
+    assert not torch.equal(augment(image, labels, extent_mm, plain, 4, range(2))[0], cut)
+
+    # Augmented by nothing, a patch is a part of the volume, too.
+    nothing = settings(**NO_CHANGE, **patch, augment=True, augment_flip=False)
+    corners = set()
+    for epoch in range(30):
+        warped, moved = augment(image, labels, extent_mm, nothing, epoch, range(2))
+        near = [
+            (x, y)
+            for x in range(5)
+            for y in range(5)
+            if torch.allclose(image[0, :, x : x + 8, y : y + 6], warped[0], atol=1e-4)
+        ]
+        assert len(near) == 1
+        x, y = near[0]
+        assert torch.equal(labels[0, x : x + 8, y : y + 6], moved[0])
+        corners |= set(near)
+    assert len(corners) > 10
+
+
+def test_a_patch_is_warped_as_the_same_part_of_the_volume():
+    image, labels, extent_mm = random_batch(1, (16, 16, 16))
+    strong = {"augment_rotation_degrees": 30, "augment_scale": 0.3, "augment_contrast": 0, "augment_brightness": 0}
+    strong |= {"augment_gamma": 0, "augment_noise": 0, "augment_elastic": 0, "augment_flip": False, "augment": True}
+    for seed in range(3):
+        config = settings(size=(16, 16, 16), patch_size=(8, 16, 4), **strong, seed=seed)
+        whole, moved = augment(image, labels, extent_mm, replace(config, patch_size=None), 1, [0])
+        part, ids = augment(image, labels, extent_mm, config, 1, [0])
+        found = [
+            (x, z)
+            for x in range(9)
+            for z in range(13)
+            if torch.allclose(whole[..., x : x + 8, :, z : z + 4], part, atol=1e-4)
+        ]
+        assert len(found) == 1
+        x, z = found[0]
+        assert torch.equal(moved[:, x : x + 8, :, z : z + 4], ids)
+
+
+def test_a_bend_is_as_steep_in_a_patch_as_in_the_volume():
+    size, extent_mm = (16, 12, 8), (350.0, 250.0, 200.0)
+    config = settings(augment_elastic=0.02, size=size, patch_size=(8, 9, 8))
+    _, in_volume = draw_warp(np.random.default_rng(0), extent_mm, size, replace(config, patch_size=None))
+    _, in_patch = draw_warp(np.random.default_rng(0), extent_mm, size, config)
+    for axis, share in enumerate((0.5, 0.75, 1)):
+        torch.testing.assert_close(in_patch[axis], share * in_volume[axis])

@@ -337,12 +337,16 @@ def test_auto_stops_with_the_command_that_names_settings_that_would_fit(monkeypa
 
     monkeypatch.setattr(memory, "compute_gradients", nothing_fits)
     needed = {(256, 256, 128): 8.0, (128, 256, 128): 5.0, (128, 128, 128): 4.4}
-    monkeypatch.setattr(memory_count, "count_step", lambda config, plan, precision: Need(plan, needed[config.size], 1))
+    count = lambda config, plan, precision: Need(plan, needed[config.input_size], 1)  # noqa: E731
+    monkeypatch.setattr(memory_count, "count_step", count)
     had = r"the 5\.5 GiB that this run can have of the card's 6\.0; train.py --plan --card-gib 5\.5"
     with pytest.raises(NothingFitsError, match=had):
         choose_plan(start(), load_config(), card)
     assert memory_count.show_plans(load_config(), 6.0) == 3
     assert "no plan fits a card of 6 GiB; --size 128 128 128 --batch-size 1 should" in capsys.readouterr().out
+    on_patches = replace(load_config(), size=(512, 512, 256), patch_size=(256, 256, 128))
+    assert memory_count.show_plans(on_patches, 6.0) == 3
+    assert "; --patch-size 128 128 128 --batch-size 1 should" in capsys.readouterr().out
 
 
 def test_without_a_card_auto_is_off_and_a_named_plan_is_taken():
@@ -364,6 +368,8 @@ def test_plan_prints_the_table_and_what_a_card_would_get(monkeypatch, capsys, tm
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["plan", "off", "low", "lowest"]
     assert "on a card of 4 GiB: off" in out
+    assert run_train(monkeypatch, *flags, *("--size", 64, 64, 64, "--patch-size", 32, 32, 32)) == 0
+    assert capsys.readouterr().out == out.replace("on a card of 4 GiB: off\n", "")  # a step needs what a patch needs
     assert run_train(monkeypatch, *flags, "--card-gib", 0.5) == 3
     assert "no plan fits a card of 0.5 GiB" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

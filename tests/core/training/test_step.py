@@ -621,8 +621,8 @@ def test_bf16_on_a_cpu_is_refused_where_a_stage_has_wrong_gradients(monkeypatch)
     small = Config(size=[64, 64, 48], precision="bf16")
     with pytest.raises(
         ValueError,
-        match="precision: got bf16, in which this CPU's gradients are wrong for 4 x 4 x 3 voxels, where size: 64 64 48 "
-        "leads; expected auto or float32, or a larger size",
+        match="precision: got bf16, in which this CPU's gradients are wrong for 4 x 4 x 3 voxels, where an input of "
+        "64 64 48 voxels leads; expected auto or float32, or a larger size or patch_size",
     ):
         training_precision(small, CPU)
     assert set(checked) == {(16, 16, 12), (8, 8, 6), (4, 4, 3)}
