@@ -610,7 +610,7 @@ def test_a_run_on_patches_is_validated_on_the_whole_grid(run, data, tmp_path, mo
         return step(training, image, labels, *others)
 
     monkeypatch.setattr(train, "step_that_fits", watched)
-    patch = ["--size", *"30 28 16".split(), "--patch-size", *"16 16 16".split(), "--epochs", "2"]
+    patch = ["--size", 30, 28, 16, "--patch-size", 16, 16, 16, "--epochs", 2]
     patch += ["--augment", augment, "--augment-elastic", "0.02"]
     with power_cut(before_epoch=2), pytest.raises(KeyboardInterrupt):
         run(*patch, "--checkpoint-minutes", "0")
