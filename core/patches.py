@@ -53,7 +53,7 @@ def mean_over_patches(network: Callable[[Tensor], Tensor], image: Tensor, patch_
         total[(..., *place)] += weights * probabilities
         weight[place] += weights
     # The softmax of the logarithms of probabilities is these probabilities.
-    return (total / weight).clamp(min=torch.finfo(torch.float32).tiny).log()
+    return total.div_(weight).clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
 
 def patch_weights(patch_size: Sequence[int]) -> Tensor:

@@ -740,6 +740,19 @@ def test_a_label_map_that_no_network_has_made_is_kept(run, scans, tmp_path):
     assert (tmp_path / "out" / "two.nii.gz.old.old").read_bytes() == before
 
 
+def test_a_file_beside_no_label_map_of_a_network_is_kept(run, scans, tmp_path):
+    path = tmp_path / "out" / "two_probabilities.nii.gz"
+    path.parent.mkdir()
+    path.write_bytes(b"somebody's work")
+    code, _, err = run(scans, "--probabilities")
+    assert (code, path.is_file()) == (0, True)
+    assert err == (
+        f"warning: case two: no label map of this program was beside it, so the earlier {path.name} is now {path}.old\n"
+    )
+    assert run(scans, "--probabilities")[::2] == (0, "")  # a network's own are replaced
+    assert path.with_name(f"{path.name}.old").read_bytes() == b"somebody's work"
+
+
 @pytest.mark.parametrize("others", [True, False])
 def test_an_input_that_is_gone_counts_as_failed_too(run, scans, tmp_path, others):
     out = tmp_path / "out"

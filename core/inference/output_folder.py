@@ -237,11 +237,17 @@ class OutputFolder:
             self.set_aside(case)
 
     def keep_foreign(self, case: str) -> None:
-        """Rename a label map in a case's place to *.old when it names no network: a person may have drawn it."""
+        """Rename a label map in a case's place to *.old when it names no network: a person may have drawn it.
+
+        Also what is beside it, or beside none, in the place of what is written.
+        """
         path = self.label_map(case)
-        if path.is_file() and not names_network(path):
+        if not names_network(path):
             keep_drawn(path)
             rename_old(path, f"case {case}: the label map there names no network of this program")
+            for flag in self.extras:
+                extra = output_files.extra_path(self.path, case, flag)
+                rename_old(extra, f"case {case}: no label map of this program was beside it")
 
     def reported(self, case: str) -> tuple[Path, ...]:
         """Return the files of a case's report and the page that lists it; none when the case has no report."""

@@ -341,7 +341,12 @@ def test_a_report_that_is_none_is_left_out_of_the_list(compared, tmp_path, capsy
     (tmp_path / "good" / "report.json").write_bytes((compared / "report.json").read_bytes())
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "report.json").write_text(content)
+    (tmp_path / "index.html").write_text("<p>somebody's page</p>")
     page = Page(reports.write_index(tmp_path))
+    what = f"{tmp_path / 'index.html'} is no page of this program, so the earlier index.html is now"
+    assert f"warning: {what} {tmp_path / 'index.html.old'}\n" in capsys.readouterr().err
+    assert (tmp_path / "index.html.old").read_text() == "<p>somebody's page</p>"
+    page = Page(reports.write_index(tmp_path))  # its own page is replaced
     assert page.links == ["good/index.html"]
     assert page.rows[1][1:3] == ["3 of 13", "0.417"]
     err = capsys.readouterr().err
