@@ -75,8 +75,8 @@ def measure_step(config: Config, device: torch.device, plan: str = "off", benchm
     torch.backends.cudnn.benchmark = benchmark
     training.plan = plan
     torch.manual_seed(0)
-    image = torch.rand(config.batch_size, 1, *config.size, device=device)
-    labels = torch.randint(len(config.organs), (config.batch_size, *config.size), dtype=torch.uint8, device=device)
+    image = torch.rand(config.batch_size, 1, *config.input_size, device=device)
+    labels = torch.randint(len(config.organs), image[:, 0].shape, dtype=torch.uint8, device=device)
     found = time_each({"step": lambda: training_step(training, image, labels)}, TURNS, device, WARM_UP)["step"]
     need = count_step(config, plan, training.precision)
     found |= {"counted_gib": need.peak_gib, "tflop": need.flops / 1e12}

@@ -98,10 +98,10 @@ class Config:
         "number of parts that seed splits the cases into for cross-validation; 0: no cross-validation")
     fold: int = setting(0, whole_number(0), "part used for validation, from 0 to folds - 1")
     size: tuple[int, int, int] = setting((256, 256, 128), SIZE,
-        "voxels X Y Z of the grid that a scan is resized to; multiples of 16 with five stages")
+        "voxels X Y Z of the grid that a scan is resized to; multiples of 16 with five stages, or any with patch_size")
     patch_size: tuple[int, int, int] | None = setting(None, PATCH_SIZE,
-        "voxels X Y Z that the network sees at a time, where it is not the whole grid: a part at a random place in "
-        "training, the mean over overlapping parts in inference; multiples of 16 then; null: the whole grid")
+        "voxels X Y Z that the network sees of the grid at a time, at a random place in training; inference takes the "
+        "mean over overlapping patches; multiples of 16 with five stages; null: the whole grid")
     window_hu: tuple[float, float] = setting((-160.0, 240.0), WINDOW,
         "range in HU that is scaled to 0..1; values outside are clipped")
     crop: str = setting("none", one_of("none", "body", "organs"),
@@ -177,7 +177,7 @@ class Config:
     augment_scale: float = setting(0.1, number(0, 0.9), "scaling of the volume; 0.1: by a factor of 0.9 to 1.1")
     augment_shift: float = setting(0.05, number(0, 1), "shift along each axis, as a share of the volume's length")
     augment_elastic: float = setting(0.0, number(0, 0.2),
-        "smooth deformation, its standard deviation as a share of the volume's length; 0: none")
+        "smooth deformation, its standard deviation as a share of the length of the grid, or of a patch; 0: none")
     augment_contrast: float = setting(0.2, number(0, 0.9), "contrast about the mean; 0.2: by a factor of 0.8 to 1.2")
     augment_brightness: float = setting(0.1, number(0, 1),
         "brightness added to all voxels, as a share of the HU window")
@@ -195,6 +195,12 @@ class Config:
     device: str = setting("auto", Rule(str, "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
         "device of the training; auto: the first GPU, or the CPU if there is none")
 # fmt: on
+
+    def __post_init__(self):
+        """Check that a patch lies inside of the grid."""
+        if any(n > of for n, of in zip(self.input_size, self.size, strict=True)):
+            got, size = (" ".join(map(str, each)) for each in (self.patch_size, self.size))
+            raise ValueError(f"patch_size: got {got}, expected no more than the size along any axis, {size}")
 
     @property
     def input_size(self) -> tuple[int, int, int]:

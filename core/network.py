@@ -18,7 +18,4 @@ def build_network(config: Config) -> nn.Module:
     """
     network = VNet(len(config.organs), config.channels, config.down_convs, config.up_convs, config.norm)
     check_size(config.input_size, network.halvings, "patch_size" if config.patch_size else "size")
-    if any(n > of for n, of in zip(config.input_size, config.size, strict=True)):
-        got, size = (" ".join(map(str, each)) for each in (config.patch_size, config.size))
-        raise ValueError(f"patch_size: got {got}, expected no more than the size along any axis, {size}")
     return network

@@ -3,6 +3,7 @@
 A training step sees one patch of each case, at a random place; a prediction is the mean over overlapping patches.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 Place = tuple[slice, slice, slice]  # of a patch in a volume (X, Y, Z)
 
-LEAST_WEIGHT = 1e-3  # of a patch's corner voxel; its centre has 1
+LEAST_WEIGHT = 1e-3  # of a patch's voxel; its centre has 1
 
 
 class InPatches(nn.Module):
@@ -66,7 +67,7 @@ def places(size: Sequence[int], patch_size: Sequence[int]) -> list[Place]:
     """Return places of patches that cover a volume and overlap by half of their length, or more."""
     starts = []
     for n, length in zip(size, patch_size, strict=True):
-        count = 1 + int(np.ceil((n - length) / (length / 2)))
+        count = 1 + math.ceil((n - length) / (length / 2))
         starts.append(np.linspace(0, n - length, count).round().astype(int).tolist())
     return [place_at(start, patch_size) for start in product(*starts)]
 

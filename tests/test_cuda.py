@@ -35,7 +35,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 CUDA = "cuda"
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
-CLASSES, SHAPE = 5, (32, 32, 16)
+CLASSES, SHAPE, PATCH = 5, (32, 32, 16), (16, 32, 8)
 
 
 def works(precision: str) -> bool:
@@ -131,11 +131,12 @@ def test_deterministic_steps_are_equal_to_the_last_bit(plan, loss):
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
+@pytest.mark.parametrize("patch_size", [None, PATCH])
 @pytest.mark.parametrize("precision", [torch.float32, *HALF])
-def test_validation_predicts_as_the_cpu(precision):
-    own, labels = network(), batch()[1]
-    loss, predicted = validation_step(start(own, "off", "cross_entropy", torch.float32), *batch())
-    on_card, there = validation_step(start(own.to(CUDA), "off", "cross_entropy", precision), *batch(CUDA))
+def test_validation_predicts_as_the_cpu(precision, patch_size):
+    own, labels, more = network(), batch()[1], {"patch_size": patch_size}
+    loss, predicted = validation_step(start(own, "off", "cross_entropy", torch.float32, **more), *batch())
+    on_card, there = validation_step(start(own.to(CUDA), "off", "cross_entropy", precision, **more), *batch(CUDA))
     assert on_card == pytest.approx(loss, rel=1e-2)
     assert (there.cpu() == predicted).double().mean() > (0.999 if precision == torch.float32 else 0.95)
     assert there.shape == labels.shape
@@ -144,10 +145,12 @@ def test_validation_predicts_as_the_cpu(precision):
 # ---- Waiting and memory
 
 
+@pytest.mark.parametrize("patch", [{}, {"size": SHAPE, "patch_size": PATCH}])
+@pytest.mark.parametrize("augmented", [True, False])
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("plan", PLANS)
-def test_nothing_in_a_step_waits_for_the_card(plan, precision):
-    config = load_config(flags={"augment": "true", "augment_flip": "true"})
+def test_nothing_in_a_step_waits_for_the_card(plan, precision, augmented, patch):
+    config = replace(load_config(), augment=augmented or not patch, augment_flip=True, augment_elastic=0.02, **patch)
     training = start(network().to(CUDA), plan, "dice_cross_entropy", precision, max_grad_norm=1.0)
     image, labels = batch(CUDA)
     extent_mm = torch.tensor([[300.0, 300.0, 200.0]] * 2)

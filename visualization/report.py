@@ -196,9 +196,8 @@ def provenance_of(checkpoints: Sequence[str | Path], content: dict) -> dict[str,
     """Return a prediction's origin: checkpoints, the first one's training (its `content` is given), and versions."""
     config = config_to_dict(content["config"])
     epochs = content.get("epoch", "an unknown number")
-    settings = ", ".join(
-        f"{key} {config[key]}" for key in ("size", "window_hu", "channels", "norm", "loss", "learning_rate")
-    )
+    shown = ("size", "patch_size", "window_hu", "channels", "norm", "loss", "learning_rate")
+    settings = ", ".join(f"{key} {config[key]}" for key in shown if config[key] is not None)
     return {
         "checkpoint": ", ".join(str(path) for path in checkpoints),
         "trained": f"{epochs} of {config['epochs']} epochs",

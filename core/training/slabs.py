@@ -47,8 +47,11 @@ def backward_in_slabs(
     return value.detach()
 
 
-def predict_in_slabs(classify: nn.Conv3d, loss: Loss, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss, a scalar, and the class of every voxel, (B, X, Y, Z) uint8, for features `h` (B, C, X, Y, Z)."""
+def predict_in_slabs(classify: nn.Conv3d | None, loss: Loss, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss, a scalar, and the class of every voxel, (B, X, Y, Z) uint8, for features `h` (B, C, X, Y, Z).
+
+    Without `classify`, `h` are the logits.
+    """
     slab_loss, slabs = in_slabs(classify, loss, h)
     parts, predicted = [], torch.empty_like(labels, dtype=torch.uint8)
     for slab in slabs:
@@ -59,19 +62,20 @@ def predict_in_slabs(classify: nn.Conv3d, loss: Loss, h: Tensor, labels: Tensor)
     return slab_loss.of_sums(sums, labels.numel()), predicted
 
 
-def logits_of(classify: nn.Conv3d, h: Tensor) -> Tensor:
+def logits_of(classify: nn.Conv3d | None, h: Tensor) -> Tensor:
     """Return the logits of features `h` in float32 (float64 where they are)."""
-    return in_full_precision(convolve(classify, h))
+    return in_full_precision(convolve(classify, h) if classify else h)
 
 
-def in_slabs(classify: nn.Conv3d, loss: Loss, h: Tensor) -> tuple[SlabLoss, list[slice]]:
+def in_slabs(classify: nn.Conv3d | None, loss: Loss, h: Tensor) -> tuple[SlabLoss, list[slice]]:
     """Return the loss as one of slabs, and the slabs: the whole volume where the loss cannot be split."""
     if isinstance(loss, SlabLoss):
         return loss, list(slabs_along_x(classify, h))
     return SlabLoss(lambda logits, labels: [loss(logits, labels)], lambda sums, voxels: sums[0]), [slice(None)]
 
 
-def slabs_along_x(classify: nn.Conv3d, h: Tensor) -> Iterator[slice]:
+def slabs_along_x(classify: nn.Conv3d | None, h: Tensor) -> Iterator[slice]:
     """Cut the X axis of `h`, (B, C, X, Y, Z), so that the float32 logits of one slab stay within SLAB_BYTES."""
-    thickness = max(1, SLAB_BYTES // (4 * classify.out_channels * h[:, 0, 0].numel()))
+    classes = classify.out_channels if classify else h.shape[1]
+    thickness = max(1, SLAB_BYTES // (4 * classes * h[:, 0, 0].numel()))
     return (slice(x, x + thickness) for x in range(0, h.shape[2], thickness))

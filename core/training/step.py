@@ -150,16 +150,17 @@ def validation_step(
 ) -> tuple[float, Tensor]:
     """Return the loss of a batch and the class of every voxel, (B, X, Y, Z) uint8; arguments as of `training_step`.
 
-    For V-Net this takes less memory than any training step.
+    For V-Net this takes less memory than any training step; with patch_size, the logits of the whole grid besides.
     """
-    network, criterion, patch_size = training.network, loss_of(training, annotated), training.patch_size
-    if is_supported(network) and not patch_size:
-        h = features(network, image, training.precision, keep=False)
-        loss, predicted = predict_in_slabs(network.classify, criterion, h, labels)
-        return loss.item(), predicted
-    predict = partial(logits_of, training, annotated=annotated)
-    logits = mean_over_patches(predict, image, patch_size) if patch_size else predict(image)
-    return criterion(logits, labels).item(), logits.argmax(dim=1).to(torch.uint8)
+    network, predict = training.network, partial(logits_of, training, annotated=annotated)
+    if training.patch_size:
+        h, classify = mean_over_patches(predict, image, training.patch_size), None
+    elif is_supported(network):
+        h, classify = features(network, image, training.precision, keep=False), network.classify
+    else:
+        h, classify = predict(image), None
+    loss, predicted = predict_in_slabs(classify, loss_of(training, annotated), h, labels)
+    return loss.item(), predicted
 
 
 def count_pairs(labels: Tensor, predicted: Tensor, classes: int) -> np.ndarray:

@@ -337,8 +337,7 @@ def test_auto_stops_with_the_command_that_names_settings_that_would_fit(monkeypa
 
     monkeypatch.setattr(memory, "compute_gradients", nothing_fits)
     needed = {(256, 256, 128): 8.0, (128, 256, 128): 5.0, (128, 128, 128): 4.4}
-    count = lambda config, plan, precision: Need(plan, needed[config.input_size], 1)  # noqa: E731
-    monkeypatch.setattr(memory_count, "count_step", count)
+    monkeypatch.setattr(memory_count, "count_step", lambda config, plan, _: Need(plan, needed[config.input_size], 1))
     had = r"the 5\.5 GiB that this run can have of the card's 6\.0; train.py --plan --card-gib 5\.5"
     with pytest.raises(NothingFitsError, match=had):
         choose_plan(start(), load_config(), card)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.grad import conv3d_weight
 
 from core.config import Config
+from core.patches import InPatches
 from core.training import device as devices
 from core.training import slabs
 from core.training.activation import moments
@@ -588,6 +589,29 @@ def test_validation_step_is_the_network_in_slabs(norm, monkeypatch):
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice_cross_entropy"])
+def test_validation_in_patches_is_the_loss_of_the_mean(loss, monkeypatch):
+    torch.manual_seed(0)
+    network = VNet(5, channels=3, down_convs=(1, 2, 2), up_convs=(2, 1)).eval()
+    image, labels = torch.rand(1, 1, 16, 10, 12), torch.randint(3, (1, 16, 10, 12))
+    training = replace(start(network, loss=loss), patch_size=(8, 8, 12))
+    with torch.no_grad():
+        probabilities = InPatches(network, training.patch_size)(image).exp()
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 20_000)
+    found, predicted = validation_step(training, image, labels.to(torch.uint8))
+    assert found == pytest.approx(training.loss(probabilities.log(), labels).item(), rel=1e-5)
+    assert torch.equal(predicted, probabilities.argmax(dim=1).to(torch.uint8))
+
+    # Organs 3 and 4 are not annotated: their probabilities count as background's.
+    annotated = torch.tensor([[True, True, True, False, False]])
+    found, predicted = validation_step(training, image, labels.to(torch.uint8), annotated)
+    known = probabilities[:, :3].clone()
+    known[:, 0] += probabilities[:, 3:].sum(dim=1)
+    expected = training.loss(torch.cat([known, torch.zeros_like(probabilities[:, 3:])], dim=1).log(), labels)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(predicted, probabilities.argmax(dim=1).to(torch.uint8))
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_features_keep_what_they_say(keep):
     network = VNet(5, channels=8, down_convs=(1, 1), up_convs=(1,))
@@ -627,6 +651,8 @@ def test_bf16_on_a_cpu_is_refused_where_a_stage_has_wrong_gradients(monkeypatch)
         training_precision(small, CPU)
     assert set(checked) == {(16, 16, 12), (8, 8, 6), (4, 4, 3)}
     shallow = replace(small, down_convs=[1, 2, 3, 3], up_convs=[3, 2, 1])
+    with pytest.raises(ValueError, match="4 x 4 x 3 voxels, where an input of 64 64 48 voxels leads"):
+        training_precision(replace(small, size=[96, 96, 64], patch_size=[64, 64, 48]), CPU)
     for right in (shallow, Config(size=[96, 96, 64], precision="bf16"), Config(precision="bf16")):
         assert training_precision(right, CPU) == torch.bfloat16
     assert training_precision(replace(small, precision="auto"), CPU) == torch.float32
