@@ -375,5 +375,5 @@ def test_the_script_ends_with_2_and_a_sentence(tmp_path, flags, complaint):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_recipe_is_a_settings_file_for_a_network(path):
     config = load_config(path)
-    check_size(config.size, len(config.up_convs))
+    check_size(config.input_size, len(config.up_convs))
     assert config != load_config()
