@@ -225,9 +225,8 @@ def load_config(path: str | Path = DEFAULT_CONFIG, flags: dict[str, Any] | None 
         FileNotFoundError: if the file does not exist.
         ValueError: naming the key that is unknown or whose value is not allowed, and what is allowed.
     """
-    config = config_from_dict(read_yaml(path), str(path))
     typed = {key: check(key, parse_flag(key, text), flag_of(key)) for key, text in (flags or {}).items()}
-    return replace(config, **typed)
+    return config_from_dict(read_yaml(path) | typed, str(path))
 
 
 def config_from_dict(settings: dict[str, Any], source: str) -> Config:

@@ -163,6 +163,13 @@ def test_every_key_has_a_flag_that_wins_over_the_file(key):
     assert type(value) is type(expected)
 
 
+def test_a_flag_mends_a_file_that_is_wrong_without_it(tmp_path):
+    (file := tmp_path / "mine.yaml").write_text("patch_size: [512, 512, 128]")
+    with pytest.raises(ValueError, match="patch_size: got 512 512 128, expected no more than the size"):
+        load_config(file)
+    assert load_config(file, {"size": ["512", "512", "256"]}).patch_size == (512, 512, 128)
+
+
 def test_a_flag_changes_its_own_key_and_no_other():
     assert from_command_line("--epochs", "3") == dataclasses.replace(load_config(), epochs=3)
 
