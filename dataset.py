@@ -1,6 +1,6 @@
-"""Cases: found on disk, checked, split, resized and cached.
+"""Find the cases of a data set; `CaseDataset` resizes them, caches them and returns them as samples.
 
-    find_cases -> split_cases -> CaseDataset[i] -> core.training.batches -> core.training.augment
+    find_cases -> core.training.splitting -> CaseDataset[i] -> core.training.batches -> core.training.augment
 
 Layout of a data set (FLARE22's own): `images/CASE_0000.nii.gz` and `labels/CASE.nii.gz`.
 """
@@ -30,7 +30,7 @@ from core.scans.volumes import DEFAULT_READING, load_labels, load_scan, prepare_
 from core.scans.weights import read_weights
 
 NUMBERS = ("extent_mm", "hu_percentiles", "volumes_ml")  # facts of a case that a sample holds as float32
-# The code that a cached sample depends on; what it holds and how changes with an edit of these.
+# The modules that prepare a sample; an edit of one of them invalidates the cache.
 READING = ("volumes", "nifti", "placement", "geometry", "resample", "crop", "anatomy", "typical")
 PREPARED_BY = (__name__, *(f"core.scans.{name}" for name in READING))
 
@@ -112,11 +112,17 @@ def reading_of(config: Config) -> Reading:
 class CaseDataset(Dataset):
     """Labelled cases on the network's grid, kept on disk as bytes once they have been resized.
 
-    A sample is a dict: `case` its id; `image` (1, X, Y, Z) uint8, 0..255 across the HU window; `labels` (X, Y, Z)
-    uint8; `extent_mm` (3,) float32, the size of what the grid covers; `hu_percentiles` (3,) float32, of the scan's
-    body; `volumes_ml` (K,) float32, by id, 0 where unknown; `swapped`, the organs that lie on each other's side, in
-    words; `annotated` (K,) bool; `weight` float32, 1 where people have made the labels. It is
-    the same to the bit with and without the cache.
+    A sample is a dict, the same to the bit with and without the cache:
+
+        case            the id
+        image           (1, X, Y, Z) uint8, 0..255 across the HU window
+        labels          (X, Y, Z) uint8, 0 for organs that the case does not annotate
+        annotated       (K,) bool, the classes that the case annotates
+        weight          float32, 1 where people have made the labels
+        extent_mm       (3,) float32, the size of what the grid covers
+        hu_percentiles  (3,) float32, of the scan's body
+        volumes_ml      (K,) float32 by id, 0 where unknown
+        swapped         in words, pairs of right and left organs on each other's side
 
     Args:
         cases: with label maps.
@@ -143,7 +149,7 @@ class CaseDataset(Dataset):
         """The weights of the cases, in their order; None where people have made the labels."""
         return [case.weight for case in self.cases]
 
-    def untaught(self, known: Sequence[str] = ()) -> torch.Tensor:
+    def never_annotated(self, known: Sequence[str] = ()) -> torch.Tensor:
         """Return (K,) bool, the classes that no case annotates and that are not among the `known` organs."""
         return torch.from_numpy(~(np.any(self.annotated, axis=0) | annotated_classes(known, self.organs)))
 

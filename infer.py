@@ -199,8 +199,8 @@ def main() -> int:
 
 
 def mark_of_options(arguments: argparse.Namespace) -> str:
-    """Return what a fingerprint has of the options that change a case's label map; "" for none of them."""
-    piece = "+largest-piece" * arguments.largest_piece
+    """Return the suffix that marks a fingerprint with the options that change a label map; "" for none of them."""
+    piece = "+largest-piece" if arguments.largest_piece else ""
     return piece + (f"+{crc32(arguments.series.encode()):08x}" if arguments.series else "")
 
 

@@ -29,7 +29,7 @@ from core.training.device import training_precision
 from core.training.losses import loss_named
 from core.training.memory_plans import step_that_fits
 from core.training.run import Run
-from core.training.setup import Training, check_settings, fit_network, make_optimizer, seed_torch
+from core.training.setup import Training, check_settings, make_optimizer, move_network, seed_torch
 from core.training.splitting import split
 from core.training.step import count_pairs, validation_step
 from dataset import CaseDataset, find_cases_of_all, find_data, reading_of
@@ -45,7 +45,7 @@ def start_training(config: Config, device: torch.device, processes: int = 1) -> 
     network = build_network(config)
     check_settings(config, network, processes)
     precision = training_precision(config, device)
-    fit_network(network, config, device)
+    move_network(network, config, device)
     return Training(
         network,
         loss=loss_named(config.loss),
@@ -65,14 +65,14 @@ def train(run: Run, train_set: CaseDataset, val_set: CaseDataset) -> None:
         NotFiniteError, Stopped: as `train_one_epoch`.
     """
     # Before the first epoch, so that a broken file shows now.
-    to_train = describe_cases(train_set, run.workers, run.group, teaches=True)
-    held_out = describe_cases(val_set, run.workers, run.group)
-    run.prepare(train_set, to_train, held_out)
+    train_facts = describe_cases(train_set, run.workers, run.group, train=True)
+    val_facts = describe_cases(val_set, run.workers, run.group)
+    run.prepare(train_set, train_facts, val_facts)
     batches, val_batches = run.loader(train_set, train=True), run.loader(val_set, train=False)
     with run.under_way(batches):
         for _ in run.epochs():
             train_one_epoch(run, batches)
-            scores = validate(run, val_batches) if run.validates(val_batches) else {}
+            scores = validate(run, val_batches) if run.validation_is_due(val_batches) else {}
             run.finish_epoch(scores)
 
 
@@ -87,12 +87,12 @@ def train_one_epoch(run: Run, batches: DataLoader) -> None:
     training.network.train()
     for step, batch in run.steps(batches):
         image, labels = to_device(batch, run.device)
-        if config.augment or config.patch_size:  # a patch of each case is drawn there
+        if config.augment or config.patch_size:  # with patch_size, `augment` also draws the patches
             image, labels = augment(image, labels, batch["extent_mm"], config, run.epoch, batch["positions"])
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, config.epochs * len(batches))
         loss = step_that_fits(training, image, labels, batch["annotated"], batch["weight"])
-        run.note(loss, batch)
+        run.record_loss(loss, batch)
 
 
 def validate(run: Run, batches: DataLoader) -> dict[str, float]:
@@ -117,7 +117,7 @@ def validate(run: Run, batches: DataLoader) -> dict[str, float]:
 
 
 def to_device(batch: dict, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what the network takes: image (B, 1, X, Y, Z) float32 in 0..1 and labels (B, X, Y, Z) uint8."""
+    """Return the image (B, 1, X, Y, Z) as float32 in 0..1 and the labels (B, X, Y, Z) uint8, on the device."""
     image = batch["image"].to(device, non_blocking=True).float() / 255
     return image, batch["labels"].to(device, non_blocking=True)
 

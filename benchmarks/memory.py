@@ -100,7 +100,7 @@ def count_plain_step(build: Callable[[], nn.Module], size: Sequence[int], precis
         image, labels = torch.zeros(1, 1, *size), torch.zeros(1, *size, dtype=torch.uint8)
         tracker.track_external(network, training.optimizer, image, labels)
         with tracker, counter:
-            training_step(training, image, labels, check=lambda loss: forward_flops.append(counter.get_total_flops()))
+            training_step(training, image, labels, on_loss=lambda loss: forward_flops.append(counter.get_total_flops()))
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
     return Count(peak / GIB, forward_flops[0], counter.get_total_flops())
 

@@ -65,7 +65,7 @@ def make_contenders(
 
     def add(name: str, training: Training, variant: Sequence[str] = ()) -> None:
         def run(lap: measuring.Laps) -> None:
-            training_step(training, image, labels, check=lambda loss: lap("forward"))
+            training_step(training, image, labels, on_loss=lambda loss: lap("forward"))
 
         # The gradients of the turn before would hide the rise of memory.
         before = partial(training.optimizer.zero_grad, set_to_none=True)

@@ -52,10 +52,10 @@ def save_checkpoint(
 
     Args:
         path: the file.
-        network: it, or its state dict.
-        config: its settings.
-        previous: a name for the old file.
-        state: more of what goes into the file.
+        network: the network, or its state dict.
+        config: the settings that it was trained with.
+        previous: the path that the old file is moved to.
+        state: further entries of the file.
 
     Raises:
         OSError: when the file cannot be written or reads back differently; the old file is then unchanged.
@@ -121,7 +121,7 @@ def read_content(file: BinaryIO) -> Any:
 
 
 def check_archive(file: Path | BinaryIO) -> None:
-    """Compare every part of a file with its checksum, as torch.load does not; one that differs is a BadZipFile."""
+    """Compare every part of a file with its checksum, which torch.load skips; raise BadZipFile where one differs."""
     with zipfile.ZipFile(file) as archive:
         damaged = archive.testzip() or any(member.external_attr & IS_FOLDER for member in archive.infolist())
     if damaged:
@@ -140,7 +140,7 @@ def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Load a checkpoint's network, in evaluation mode, and return it with the checkpoint's whole content.
 
-    It takes the whole grid, also where it was trained on patches.
+    A network that was trained on patches is wrapped in `InPatches`, so it takes the whole grid too.
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`, and when it lacks the ranges of its training cases.
@@ -152,7 +152,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
         network = build_network(content["config"]).to(device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    load_weights(network, validated(content), path)
+    load_weights(network, with_ema_weights(content), path)
     if patch_size := content["config"].patch_size:
         network = InPatches(network, patch_size)
     return network.eval(), content
@@ -161,9 +161,8 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False) -> tuple[list[nn.Module], dict]:
     """Load several networks; return them and the first one's content, with the ranges of all their cases.
 
-    Its training_data name the organs that all of them were taught; with `warn`, others are warned of.
-
-    `fingerprint` in it is a hash of all weights, whatever the order of the networks: 12 hexadecimal digits.
+    In this content, `training_data` lists the organs that every network was trained on; with `warn`, a warning names
+    the others. `fingerprint` is a hash of all weights, 12 hexadecimal digits, for any order of the networks.
 
     Raises:
         FileNotFoundError, ValueError: when one cannot be read, or does not go together with the first.
@@ -208,8 +207,8 @@ def load_weights(network: nn.Module, content: dict[str, Any], path: str | Path) 
     network.load_state_dict(content["network"])
 
 
-def validated(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's content with the weights that were validated: in last.pt of a run with EMA, the average."""
+def with_ema_weights(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's content with the EMA weights in place of the network's own, where it holds any."""
     return content | {"network": content["network"] | content.get("ema", {})}
 
 
@@ -235,7 +234,7 @@ def load_weights_for_organs(network: nn.Module, config: Config, content: dict[st
         if getattr(before, key) != getattr(config, key):
             print_warning(f"{path}: was trained with {key} {getattr(before, key)}, this run has {getattr(config, key)}")
     layers = [name for name, module in network.named_modules() if has_a_weight_for_each(module, len(ours))]
-    content = validated(content)
+    content = with_ema_weights(content)
     if not layers or (len(ours) == len(theirs) and all(map(same_name, ours, theirs))):
         load_weights(network, content, path)
         return None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Place = tuple[slice, slice, slice]  # of a patch in a volume (X, Y, Z)
+from core.scans.crop import Box
 
 LEAST_WEIGHT = 1e-3  # of a patch's voxel; its centre has 1
 
@@ -47,12 +47,12 @@ def mean_over_patches(network: Callable[[Tensor], Tensor], image: Tensor, patch_
     size = image.shape[2:]
     weights = patch_weights(patch_size).to(image.device)
     total, weight = None, torch.zeros(size, device=image.device)
-    for place in places(size, patch_size):
-        probabilities = network(image[(..., *place)]).float().softmax(dim=1)
+    for box in patch_boxes(size, patch_size):
+        probabilities = network(image[(..., *box)]).float().softmax(dim=1)
         if total is None:
             total = probabilities.new_zeros(*probabilities.shape[:2], *size)
-        total[(..., *place)] += weights * probabilities
-        weight[place] += weights
+        total[(..., *box)] += weights * probabilities
+        weight[box] += weights
     # The softmax of the logarithms of probabilities is these probabilities.
     return total.div_(weight).clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
@@ -63,13 +63,13 @@ def patch_weights(patch_size: Sequence[int]) -> Tensor:
     return torch.einsum("x,y,z->xyz", *axes).clamp(min=LEAST_WEIGHT)
 
 
-def places(size: Sequence[int], patch_size: Sequence[int]) -> list[Place]:
-    """Return places of patches that cover a volume and overlap by half of their length, or more."""
+def patch_boxes(size: Sequence[int], patch_size: Sequence[int]) -> list[Box]:
+    """Return boxes of patches that cover a volume and overlap by half of their length or more."""
     starts = []
     for n, length in zip(size, patch_size, strict=True):
         count = 1 + math.ceil((n - length) / (length / 2))
         starts.append(np.linspace(0, n - length, count).round().astype(int).tolist())
-    return [place_at(start, patch_size) for start in product(*starts)]
+    return [box_at(start, patch_size) for start in product(*starts)]
 
 
 def draw_patches(
@@ -79,24 +79,24 @@ def draw_patches(
 
     `draws` has a generator for each case.
     """
-    drawn = [draw_place(rng, labels.shape[1:], patch_size) for rng in draws]
-    images = [one[(..., *place)] for one, place in zip(image, drawn, strict=True)]
-    return torch.stack(images), torch.stack([one[place] for one, place in zip(labels, drawn, strict=True)])
+    drawn = [draw_box(rng, labels.shape[1:], patch_size) for rng in draws]
+    images = [one[(..., *box)] for one, box in zip(image, drawn, strict=True)]
+    return torch.stack(images), torch.stack([one[box] for one, box in zip(labels, drawn, strict=True)])
 
 
-def draw_place(rng: np.random.Generator, size: Sequence[int], patch_size: Sequence[int]) -> Place:
-    """Draw the place of a patch in a volume; all that lie inside are equally likely."""
-    return place_at(rng.integers(0, np.subtract(size, patch_size) + 1).tolist(), patch_size)
+def draw_box(rng: np.random.Generator, size: Sequence[int], patch_size: Sequence[int]) -> Box:
+    """Draw the box of a patch in a volume; all boxes inside it are equally likely."""
+    return box_at(rng.integers(0, np.subtract(size, patch_size) + 1).tolist(), patch_size)
 
 
-def place_at(start: Sequence[int], patch_size: Sequence[int]) -> Place:
-    """Return the place of the patch that begins at voxel `start`."""
+def box_at(start: Sequence[int], patch_size: Sequence[int]) -> Box:
+    """Return the box of the patch that begins at voxel `start`."""
     return tuple(slice(first, first + n) for first, n in zip(start, patch_size, strict=True))
 
 
-def window_of(place: Place, size: Sequence[int]) -> Tensor:
-    """Return the matrix (4, 4) from places in a patch to places in the volume; each spans -1 to 1 along X, Y, Z."""
-    window = np.eye(4)
-    for axis, (cut, n) in enumerate(zip(place, size, strict=True)):
-        window[axis, axis], window[axis, 3] = (cut.stop - cut.start) / n, (cut.start + cut.stop) / n - 1
-    return torch.from_numpy(window).float()
+def patch_to_volume(box: Box, size: Sequence[int]) -> Tensor:
+    """Return the matrix (4, 4) from coordinates in a patch to those in the volume; both span -1 to 1 along X, Y, Z."""
+    matrix = np.eye(4)
+    for axis, (cut, n) in enumerate(zip(box, size, strict=True)):
+        matrix[axis, axis], matrix[axis, 3] = (cut.stop - cut.start) / n, (cut.start + cut.stop) / n - 1
+    return torch.from_numpy(matrix).float()

@@ -61,7 +61,7 @@ class Finding:
 
     @property
     def severity(self) -> str:
-        """Of what must not be trained on: error; of what somebody should look at: warning."""
+        """Return "error" for what must not be trained on, "warning" for what somebody should look at."""
         return "error" if self.code in ERRORS else "warning"
 
 
@@ -75,7 +75,7 @@ class Examined:
         shape: voxels.
         spacing_mm: of neighbouring voxels.
         extent_mm: of the whole.
-        hu: dataset.HU_PERCENTILES of the body.
+        hu: HU_PERCENTILES (core/scans/typical.py) of the body.
         volumes_ml: of the organs that occur, by name.
         comparable_ml: the same without organs that are small because the scan's edge cuts them.
         content: a hash of the scan's voxels in RAS+ order; a copy in another storage order has the same.
@@ -208,7 +208,7 @@ def keep_slice(seen: Examined, voxels: np.ndarray, ids: np.ndarray, geometry: Ge
 
 
 def find_duplicates(cases: Sequence[Examined]) -> Iterator[Finding]:
-    """Cases whose scans are the same voxel by voxel, under whatever name and storage order, or nearly the same."""
+    """Yield a finding for each case whose scan is that of an earlier case or nearly so, in any storage order."""
     first: dict[str, str] = {}
     different = []
     for seen in cases:
@@ -234,7 +234,7 @@ def find_other_ids(cases: Sequence[Examined]) -> Iterator[Finding]:
 
 
 def find_outliers(cases: Sequence[Examined]) -> Iterator[Finding]:
-    """Cases whose spacing, extent or HU are far off the other cases' median, in robust standard deviations."""
+    """Yield a finding for each case whose spacing, extent or HU are FAR_OFF robust deviations from the median."""
     read = [seen for seen in cases if seen.shape]
     if len(read) < LEAST_CASES:
         return

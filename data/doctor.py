@@ -108,7 +108,7 @@ def format_ranges(cases: Sequence[Examined], organs: Sequence[str]) -> list[str]
 
 
 def write_findings(findings: Sequence[Finding], cases: Sequence[Examined], path: Path) -> None:
-    """doctor.json: every finding with what to do, and what each case is like."""
+    """Write doctor.json: every finding with what to do, and the facts of each case."""
     content = {
         "findings": [asdict(f) | {"severity": f.severity, "what_to_do": WHAT_TO_DO[f.code]} for f in findings],
         "cases": {
@@ -123,7 +123,7 @@ def write_findings(findings: Sequence[Finding], cases: Sequence[Examined], path:
 
 
 def diagnose(data_dir: Path, output: Path, organs: tuple[str, ...], reading: Reading, workers: int) -> bool:
-    """Examine a data set, print and write what was found; whether there is an error among it.
+    """Examine a data set, print and write what was found; return True when there is an error.
 
     Raises:
         OSError, ValueError: when it is no data set, or the results cannot be written.

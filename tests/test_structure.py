@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("vnet", "core.system"),
     ("core.config",),
-    ("core.network", "core.patches", "core.scans"),
+    ("core.network", "core.scans"),
+    ("core.patches",),
     ("core.checkpoint", "core.scoring", "core.training", "core.inference"),
     ("dataset", "core.export"),
     ("train", "infer", "evaluate", "data", "visualization"),

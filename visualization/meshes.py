@@ -103,7 +103,7 @@ def organ_mesh(
 
 
 def context_meshes(voxels: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> tuple[Mesh | None, Mesh | None]:
-    """Bones and skin of a scan, to be shown around its organs; None for what there is none of.
+    """Make the surfaces of bones and skin, to be shown around the organs; None for one that is missing.
 
     Args:
         voxels: (X, Y, Z) HU.
@@ -132,14 +132,14 @@ def body_mask(voxels: np.ndarray) -> np.ndarray:
 def every_few_mm(
     voxels: np.ndarray, labels: np.ndarray, affine: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scan, label map and affine with voxels left out, so that they lie about CONTEXT_STEP_MM apart."""
+    """Subsample scan, label map and affine to voxels about CONTEXT_STEP_MM apart."""
     steps = np.maximum(1, np.round(CONTEXT_STEP_MM[0] / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
     kept = tuple(slice(None, None, step) for step in steps)
     return voxels[kept], labels[kept], affine @ np.diag([*steps, 1])
 
 
 def signed_distance(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    """Distance in mm of each voxel to the border of a mask, (X, Y, Z) float32: above 0 within, below outside.
+    """Return each voxel's distance in mm to the border of a mask, (X, Y, Z) float32: above 0 inside, below outside.
 
     Where one axis' spacing is THICK times the smallest, distances are those within the slices across it, cut off at its
     spacing; a slice without the organ lies that far outside.

@@ -68,12 +68,12 @@ def hashes(texts: Sequence[str]) -> str:
 
 
 def escaped(text: object) -> str:
-    """Any text as HTML that shows it; a name may hold what a browser would run, and bytes that are no letters."""
+    """Escape any text for HTML; a file's name may hold tags, and bytes that are not UTF-8."""
     return html.escape(str(text).encode(errors="replace").decode())
 
 
 def data_url(kind: str, content: bytes) -> str:
-    """Bytes as an address that a page can hold, say a picture's."""
+    """Return bytes, such as a picture's, as a data URL."""
     return f"data:{kind};base64,{as_base64(content)}"
 
 

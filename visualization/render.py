@@ -106,7 +106,7 @@ class Scene:
         return light / np.maximum(most, np.finfo(float).tiny)
 
     def cast(self, start: np.ndarray, direction: np.ndarray) -> dict[str, np.ndarray]:
-        """Where rays from (N, 3) places in one direction meet a surface first: Embree's answer."""
+        """Cast rays from (N, 3) points in one direction; return Embree's first hits."""
         directions = np.broadcast_to(np.asarray(direction, np.float32), start.shape)
         return self.embree.run(np.ascontiguousarray(start, np.float32), np.ascontiguousarray(directions), output=1)
 
@@ -186,7 +186,7 @@ def render(
 
 
 def fitting_scale(scene: Scene, size: tuple[int, int]) -> float:
-    """Mm a pixel by which the organs fill a picture of that width and height."""
+    """Return the scale, in mm per pixel, at which the organs fill a picture of that width and height."""
     return max(2 * half / (pixels * FILLED) for half, pixels in zip(scene.half_mm, size, strict=True))
 
 

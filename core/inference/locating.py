@@ -27,8 +27,8 @@ class Locator:
         config: the settings that it was trained with; its organs need not be those of the other network.
         device: where it runs.
         precision: the type that convolutions are computed in.
-        usual_mm: extent along Z that it was trained on (of the least and the largest the geometric mean). A longer scan
-            is searched in windows of that length.
+        usual_mm: geometric mean of the shortest and the longest training extent along Z. A longer scan is searched in
+            windows of that length.
     """
 
     crop: str = "none"

@@ -29,6 +29,11 @@ def extra_path(output: Path, case: str, flag: str) -> Path:
     return output / f"{case}{EXTRAS[flag]}"
 
 
+def case_files(output: Path, case: str) -> list[Path]:
+    """Return the paths of a case's label map and of everything that may be written beside it."""
+    return [label_map_path(output, case), *(extra_path(output, case, flag) for flag in EXTRAS)]
+
+
 def report_files(output: Path, case: str) -> tuple[Path, ...]:
     """Return the paths of a case's report: its page, its viewer, and its numbers."""
     return tuple(output / REPORTS / case / name for name in (REPORT_PAGE, REPORT_VIEWER, REPORT_NUMBERS))
@@ -101,7 +106,7 @@ def check_paths_are_free(output: Path, cases: dict[str, Path]) -> None:
         if (output / name).is_dir():
             raise ValueError(f"{output / name}: is a folder where a table is to be written; move it away")
     for case, scan in cases.items():
-        for path in (label_map_path(output, case), *(extra_path(output, case, flag) for flag in EXTRAS)):
+        for path in case_files(output, case):
             if path.is_dir():
                 raise ValueError(f"{path}: is a folder where case {case} is to be written; move it away")
             if path.exists() and scan.exists() and path.samefile(scan):

@@ -155,10 +155,7 @@ class OutputFolder:
             OSError: when a file cannot be written, or the disk has no room for the probabilities.
             ValueError: when a DICOM series lacks what is copied from it, or a table is another kind of table.
         """
-        for path in (
-            self.label_map(scan.case),
-            *(output_files.extra_path(self.path, scan.case, flag) for flag in output_files.EXTRAS),
-        ):
+        for path in output_files.case_files(self.path, scan.case):
             remove_left_over(path)
         with whole_file(self.label_map(scan.case)) as label_map, ExitStack() as moves:
             for flag in output_files.EXTRAS:
@@ -217,8 +214,7 @@ class OutputFolder:
 
         stderr names what is renamed and what cannot be; an older *.old file is replaced.
         """
-        extras = [output_files.extra_path(self.path, case, flag) for flag in output_files.EXTRAS]
-        paths = (self.label_map(case), *extras, *self.reported(case))
+        paths = [*output_files.case_files(self.path, case), *self.reported(case)]
         keep_drawn(self.label_map(case))
         for path in paths:
             try:

@@ -64,14 +64,13 @@ class Segmentation:
 def run_overlapped(
     stages: Iterable[Stage], scans: dict[str, Path], device: torch.device, kind: type[Segmentation] = Segmentation
 ) -> Iterator[Segmentation]:
-    """Segment scans in three stages at a time: the network runs on one, while the next is read and the last is written.
+    """Segment scans with overlapping stages: the network runs on one scan while the next is read and the last written.
 
-    Each stage works on one scan at a time. At most one scan waits for the next stage, as the network's input or as its
-    logits. So memory peaks at the sum of the three stages: about 10 bytes for each voxel of the scan that is read, the
-    network's activations, and the logits and labels of the scan that is written (the logits twice while a third scan
-    waits). Each of them keeps its voxels in whole HU, 2 bytes each, until its organs are measured, which takes some 10
-    for each voxel of the largest organ's box. A scan that runs out
-    of memory is tried again at the end, alone: other scans may have used the memory.
+    Each stage works on one scan; at most one scan waits for the next stage. Memory peaks at the sum of the stages:
+    about 10 bytes per voxel of the scan being read, the network's activations, and logits and labels of the scan being
+    written (logits twice while a third scan waits). Each scan also keeps its HU, 2 bytes per voxel, until its organs
+    are measured, which takes about 10 bytes per voxel of the largest organ's box. A scan that runs out of memory is
+    tried again alone at the end, since other scans may have used the memory.
 
     Args:
         stages: prepare, predict and finish; each takes a scan as a Segmentation and changes it.

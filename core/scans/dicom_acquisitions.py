@@ -154,8 +154,13 @@ def time_in(value: str) -> str:
 
 def sort_key(one: Slice, keywords: Sequence[str]) -> list[tuple[bool, float, str]]:
     """Return the key that orders acquisitions: by numbers where values are numbers, otherwise by text."""
-    values = [one.marks.get(keyword, "") for keyword in keywords]
-    return [((number := number_in(value)) is None, number or 0.0, value) for value in values]
+    return [value_key(one.marks.get(keyword, "")) for keyword in keywords]
+
+
+def value_key(value: str) -> tuple[bool, float, str]:
+    """Return the key that orders values of an attribute: numbers first, by size, then text."""
+    number = number_in(value)
+    return number is None, number or 0.0, value
 
 
 def named(slices: Sequence[Slice], parts: Parts, keywords: Sequence[str]) -> list[Acquisition]:
@@ -180,7 +185,7 @@ def range_of(slices: Sequence[Slice], part: list[int], keyword: str) -> str:
     values = {slices[k].marks.get(keyword, "") for k in part}
     if keyword in TIMES:
         values = {time_in(value) for value in values}
-    ordered = sorted(values, key=lambda value: ((number := number_in(value)) is None, number or 0.0, value))
+    ordered = sorted(values, key=value_key)
     # A damaged value may run on into other attributes.
     shown = [(printable(value) if value.isprintable() else "damaged") or "empty" for value in ordered]
     return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"

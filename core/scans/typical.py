@@ -5,7 +5,7 @@ import numpy as np
 from core.scans.crop import Box, extent_of
 from core.scans.geometry import Geometry
 
-BODY_ABOVE_HU = -500  # voxels above it belong to the body; its HU percentiles tell CT from other things
+PERCENTILES_ABOVE_HU = -500  # HU percentiles are over the voxels above it: the body without air and lungs
 HU_PERCENTILES = (5, 50, 95)
 EXTENT_TOLERANCE = 0.25  # a scan may be this much smaller or larger than every training case before infer.py warns
 HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may be outside those of the training cases
@@ -14,7 +14,7 @@ HU_TOLERANCE = 50.0  # HU by which the body's HU percentiles may be outside thos
 def hu_percentiles(voxels: np.ndarray) -> list[float]:
     """Return HU_PERCENTILES of the body's voxels (every fourth along each axis); of all voxels where none is body."""
     sample = voxels[::4, ::4, ::4]
-    body = sample[sample > BODY_ABOVE_HU]
+    body = sample[sample > PERCENTILES_ABOVE_HU]
     return np.percentile(body if body.size else sample, HU_PERCENTILES).tolist()
 
 

@@ -1,4 +1,4 @@
-"""Whose organ names count for label maps: those of --config or --checkpoint, of the label maps, or of config.yaml."""
+"""Choose the organ list for label maps: from --config or --checkpoint, else the label maps, else config.yaml."""
 
 import difflib
 from collections.abc import Sequence

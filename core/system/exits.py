@@ -19,8 +19,7 @@ BY_SIGNAL = 128  # plus the signal's number, as shells have it: 143 for SIGTERM
 # What asks a run to stop: Ctrl-C, kill and schedulers, and SLURM's --signal=USR1, which comes some time before the end.
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
-# By which libraries under torch say in a RuntimeError, in lower case, that memory ran out: torch itself, CUDA, oneDNN
-# on a CPU, C++, cuBLAS and cuDNN.
+# Lower-case parts of RuntimeErrors that mean "out of memory", from torch, CUDA, oneDNN on a CPU, C++, cuBLAS and cuDNN.
 OUT_OF_MEMORY = (
     "allocate memory", "out of memory", "could not create a primitive", "could not create a memory", "bad_alloc",
     "alloc_failed", "allocation_failed", "cudnn_status_internal_error", "cublas_status_not_initialized",
@@ -132,7 +131,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """A block in which STOP_SIGNALS are only noted, in `received`, for a good moment; a second one quits at once."""
+    """Context that stores a stop signal in `received` instead of ending the process; a second one ends it at once."""
 
     def __init__(self):
         self.received: int | None = None
@@ -159,7 +158,7 @@ class StopSignals:
 
 
 def leave_signals_to_the_command(_worker: int = 0) -> None:
-    """In a process that loads cases: a terminal and a scheduler send their signals to all, but one decides."""
+    """Ignore stop signals in a data-loading process; terminals send them to all processes, the main one decides."""
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

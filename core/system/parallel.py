@@ -27,9 +27,9 @@ def cores() -> int:
 def in_processes(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Each task with what `function` makes of it, in the order in which they are done; in this process for one worker.
+    """Yield each task and `function(task)` in the order in which they finish; one worker means this process.
 
-    To be closed when left early (contextlib.closing): then the processes end at once, whatever they are at.
+    Use contextlib.closing when leaving the loop early: the processes then end at once.
 
     Args:
         function: picklable, as are the tasks (hashable too) and the results.
@@ -91,7 +91,7 @@ def start_executor(workers: int) -> ProcessPoolExecutor:
 
 
 def end_with_the_command() -> None:
-    """In a worker: end when the command is gone, though it was killed and could say nothing."""
+    """Make this worker process end when its parent process does, even by SIGKILL."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

@@ -41,12 +41,12 @@ class Group:
     Attributes:
         rank: which of them this one is, from 0; the first writes all files.
         size: how many there are.
-        talk: the group for plain values, which go from processor to processor and wait for no GPU.
+        cpu_group: the Gloo group for plain values, which are exchanged on the CPU and wait for no GPU.
     """
 
     rank: int = 0
     size: int = 1
-    talk: Any = None
+    cpu_group: Any = None
 
     @property
     def first(self) -> bool:
@@ -59,7 +59,7 @@ class Group:
             return [value]
         values = [None] * self.size
         with naming_lost_processes():
-            distributed.all_gather_object(values, value, group=self.talk)
+            distributed.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def any(self, value: bool) -> bool:
@@ -68,14 +68,14 @@ class Group:
             return value
         flag = torch.tensor(int(value))
         with naming_lost_processes():
-            distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.talk)
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX, group=self.cpu_group)
         return bool(flag)
 
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:
             with naming_lost_processes():
-                distributed.barrier(group=self.talk)
+                distributed.barrier(group=self.cpu_group)
 
     def average_gradients(self, network: nn.Module, loss: Tensor, weight: float) -> Tensor:
         """Replace gradients of this process's share of a batch by those of the whole; return the whole batch's loss.
@@ -162,8 +162,8 @@ def join_group(device: torch.device) -> Group:
     own = {"device_id": device} if device.type == "cuda" else {}
     with naming_lost_processes():
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT, **own)
-        talk = distributed.new_group(backend="gloo", timeout=WAIT)
-    return Group(rank, size, talk)
+        cpu_group = distributed.new_group(backend="gloo", timeout=WAIT)
+    return Group(rank, size, cpu_group)
 
 
 def started_by_torchrun(environment: Mapping[str, str]) -> bool:

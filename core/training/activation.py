@@ -14,7 +14,7 @@ VOLUME = (2, 3, 4)  # axes of (B, C, X, Y, Z)
 
 
 def statistics(norm: nn.Module, x: Tensor) -> Tensor | None:
-    """Return what norm(x) is made of, (4, B, C, 1, 1, 1): mean, 1 / standard deviation, scale and shift.
+    """Return mean, 1 / standard deviation, scale and shift of a norm, (4, B, C, 1, 1, 1): norm(x) = x * scale + shift.
 
     In float32, or float64 where `x` is; None for no norm. Updates the running statistics of a batch norm in training.
     """
@@ -25,8 +25,9 @@ def statistics(norm: nn.Module, x: Tensor) -> Tensor | None:
     else:
         mean, variance = moments(x)
         if not isinstance(norm, nn.InstanceNorm3d):
-            own, mean = mean, over_set(norm, mean)
-            variance = over_set(norm, variance + (own - mean).square())
+            # Variance over several channels or cases: mean of their variances plus variance of their means.
+            own, mean = mean, shared_mean(norm, mean)
+            variance = shared_mean(norm, variance + (own - mean).square())
         if isinstance(norm, nn.BatchNorm3d):
             update_running_statistics(norm, mean[0], variance[0], x.numel() // x.shape[1])
     factor = (variance + norm.eps).rsqrt()
@@ -49,8 +50,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (square - mean.square()).clamp(min=0)
 
 
-def over_set(norm: nn.Module, values: Tensor) -> Tensor:
-    """Return the means of (B, C) values over those cases and channels that share their statistics, as (B, C)."""
+def shared_mean(norm: nn.Module, values: Tensor) -> Tensor:
+    """Average (B, C) values over the cases and channels that share statistics; return the means as (B, C)."""
     if isinstance(norm, nn.BatchNorm3d):
         return values.mean(dim=0, keepdim=True).expand_as(values)
     if isinstance(norm, nn.GroupNorm):
@@ -72,10 +73,10 @@ def pieces(x: Tensor) -> list[slice]:
     return [slice(first, first + width) for first in range(0, x.shape[1], width)]
 
 
-def before_activation(x: Tensor, found: Tensor | None, residual: Tensor | None, into: Tensor) -> Tensor:
+def before_activation(x: Tensor, stats: Tensor | None, residual: Tensor | None, into: Tensor) -> Tensor:
     """Write the PReLU's input, norm(x) + residual, into a tensor like `x`, or `x` itself, and return it."""
-    if found is not None:
-        torch.addcmul(found[3], x, found[2], out=into)
+    if stats is not None:
+        torch.addcmul(stats[3], x, stats[2], out=into)
     elif into is not x:
         into.copy_(x)
     return into if residual is None else into.add_(residual)
@@ -87,27 +88,27 @@ def of_part(part: slice, *values: Tensor | None) -> list[Tensor | None]:
 
 
 def activate(
-    prelu: nn.PReLU, x: Tensor, found: Tensor | None, residual: Tensor | None = None, *, into: Tensor
+    prelu: nn.PReLU, x: Tensor, stats: Tensor | None, residual: Tensor | None = None, *, into: Tensor
 ) -> Tensor:
     """Write PReLU(norm(x) + residual) `into` a tensor like `x`, or `x` itself, and return it.
 
     Args:
         prelu: of a layer.
         x: (B, C, X, Y, Z), the output of its convolution.
-        found: the `statistics` of its norm and `x`.
+        stats: the `statistics` of its norm and `x`.
         residual: like `x`, or with one channel, or None.
         into: overwritten.
     """
     residual = None if residual is None else residual.expand_as(x)
     slope = prelu.weight.to(x.dtype)
     for part in pieces(x):
-        total = before_activation(*of_part(part, x, found, residual, into))
+        total = before_activation(*of_part(part, x, stats, residual, into))
         total.copy_(F.prelu(total, slope[part]))
     return into
 
 
 def activate_backward(
-    norm: nn.Module, prelu: nn.PReLU, x: Tensor, found: Tensor | None, residual: Tensor | None, gradient: Tensor
+    norm: nn.Module, prelu: nn.PReLU, x: Tensor, stats: Tensor | None, residual: Tensor | None, gradient: Tensor
 ) -> list[Tensor]:
     """Return the gradients of the norm's and the PReLU's parameters, given that of the result.
 
@@ -117,43 +118,42 @@ def activate_backward(
     residual = None if residual is None else residual.expand_as(x)
     slope = prelu.weight.to(x.dtype)[:, None, None, None]  # (C, 1, 1, 1)
     wide = torch.promote_types(x.dtype, torch.float32)
-    of_slope, products = [], []
+    grad_slope, products = [], []
     for part in pieces(x):
         own, total = x[:, part], torch.empty_like(x[:, part])
-        before_activation(own, *of_part(part, found, residual), total)
-        g, of_slopes = torch.ops.aten._prelu_kernel_backward(gradient[:, part], total, slope[part])
+        before_activation(own, *of_part(part, stats, residual), total)
+        g, grad_slopes = torch.ops.aten._prelu_kernel_backward(gradient[:, part], total, slope[part])
         gradient[:, part] = g
-        of_slope.append(of_slopes.sum(dim=(0, *VOLUME), dtype=wide))
-        if found is not None:
+        grad_slope.append(grad_slopes.sum(dim=(0, *VOLUME), dtype=wide))
+        if stats is not None:
             products.append(torch.mul(g, own, out=total).sum(dim=VOLUME, dtype=wide))
-    of_slope = torch.cat(of_slope).to(prelu.weight.dtype)
-    if found is None:
+    grad_slope = torch.cat(grad_slope).to(prelu.weight.dtype)
+    if stats is None:
         x.copy_(gradient)
-        return [of_slope]
-    return [*normalise_backward(norm, x, found, gradient, torch.cat(products, dim=1)), of_slope]
+        return [grad_slope]
+    return [*normalise_backward(norm, x, stats, gradient, torch.cat(products, dim=1)), grad_slope]
 
 
-def normalise_backward(norm: nn.Module, x: Tensor, found: Tensor, gradient: Tensor, products: Tensor) -> list[Tensor]:
+def normalise_backward(norm: nn.Module, x: Tensor, stats: Tensor, gradient: Tensor, products: Tensor) -> list[Tensor]:
     """Return the gradients of a norm's weight and bias, given that of its result; overwrite `x` by its own gradient.
 
-    A gradient that changes only mean or variance has no effect. What is left is linear in `gradient` and `x`, with
-    numbers for each case and channel.
+    The gradient of `x` is scale * gradient - along * x + offset: what would change only mean or variance is taken out.
 
     Args:
         norm: the norm.
         x: (B, C, X, Y, Z), its input.
-        found: its `statistics`.
+        stats: its `statistics`.
         gradient: of its result.
         products: (B, C), the sums of gradient * x over the volume.
     """
-    mean, factor, scale, _ = found[..., 0, 0, 0]
+    mean, factor, scale, _ = stats[..., 0, 0, 0]
     sums = gradient.sum(dim=VOLUME, dtype=products.dtype)
-    of_weights = factor * (products - mean * sums)  # the sums of gradient * standardised x
+    grad_weights = factor * (products - mean * sums)  # the sums of gradient * standardised x
     voxels = x[0, 0].numel()
-    along = factor.square() * over_set(norm, norm.weight * of_weights) / voxels
-    level = factor * over_set(norm, norm.weight * sums) / voxels
+    along = factor.square() * shared_mean(norm, norm.weight * grad_weights) / voxels
+    level = factor * shared_mean(norm, norm.weight * sums) / voxels
     offset = along * mean - level
     scale, along, offset = (each[..., None, None, None] for each in (scale, along, offset))
     torch.addcmul(offset, x, along, value=-1, out=x)
     torch.addcmul(x, gradient, scale, out=x)
-    return [of_weights.sum(dim=0).to(norm.weight.dtype), sums.sum(dim=0).to(norm.bias.dtype)]
+    return [grad_weights.sum(dim=0).to(norm.weight.dtype), sums.sum(dim=0).to(norm.bias.dtype)]

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core.config import Config
-from core.patches import draw_patches, draw_place, window_of
+from core.patches import draw_box, draw_patches, patch_to_volume
 from core.scans.organ_words import mirrored_ids
 
-ELASTIC_POINTS = 7  # along each axis: an elastic deformation is drawn at so many points, and smooth in between
-SMOOTHING = (151 / 315) ** 1.5  # what `smooth` leaves of the points' standard deviation, from the integral of B(x)^2
+CONTROL_POINTS = 7  # of an elastic deformation along each axis; splines interpolate between them
+SMOOTHING = (151 / 315) ** 1.5  # factor of `smooth` on the standard deviation, from the integral of B(x)^2
 
 
 def augment(
@@ -40,26 +40,26 @@ def augment(
         image, labels = flip_left_right(image, labels, [rng.random() < 0.5 for rng in draws], config.organs)
     size = image.shape[2:]
     warps = [draw_warp(rng, mm, size, config) for rng, mm in zip(draws, extent_mm.tolist(), strict=True)]
-    matrices, bends = (torch.stack(each).to(image.device, non_blocking=True) for each in zip(*warps, strict=True))
-    image, labels = warp(image, labels, matrices, bends if config.augment_elastic else None, config.patch_size)
+    matrices, offsets = (torch.stack(each).to(image.device, non_blocking=True) for each in zip(*warps, strict=True))
+    image, labels = warp(image, labels, matrices, offsets if config.augment_elastic else None, config.patch_size)
     return torch.stack([change_values(x, rng, config) for x, rng in zip(image, draws, strict=True)]), labels
 
 
 def draw_warp(
     rng: np.random.Generator, extent_mm: Sequence[float], size: Sequence[int], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Draw a matrix (3, 4) and a bend (3, P, P, P) for `warp`; with patch_size, for a patch at a random place."""
+    """Draw a matrix (3, 4) and offsets (3, P, P, P) for `warp`; with patch_size, for a patch at a random place."""
     matrix = draw_affine(rng, extent_mm, config)
-    bend = draw_bend(rng, config) if config.augment_elastic else torch.zeros(0)
+    offsets = draw_offsets(rng, config) if config.augment_elastic else torch.zeros(0)
     if config.patch_size:
-        window = window_of(draw_place(rng, size, config.patch_size), size)  # (4, 4)
-        # The points of the bend are as much closer to one another as the patch is smaller.
-        matrix, bend = matrix @ window, bend * window.diagonal()[:3, None, None, None]
-    return matrix, bend
+        to_volume = patch_to_volume(draw_box(rng, size, config.patch_size), size)  # (4, 4)
+        # The control points span the patch, so their offsets shrink with it.
+        matrix, offsets = matrix @ to_volume, offsets * to_volume.diagonal()[:3, None, None, None]
+    return matrix, offsets
 
 
 def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Config) -> Tensor:
-    """Draw a matrix (3, 4) from places in the new volume to places in the old; X, Y, Z from -1 to 1."""
+    """Draw a matrix (3, 4) from coordinates in the new volume to those in the old; both span -1 to 1."""
     radians = np.radians(rng.uniform(-1, 1, 3) * config.augment_rotation_degrees)
     rotation = np.eye(3)
     for axis, angle in enumerate(radians):
@@ -75,30 +75,30 @@ def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Co
     return torch.from_numpy(np.column_stack([matrix, shift])).float()
 
 
-def draw_bend(rng: np.random.Generator, config: Config) -> Tensor:
-    """Draw how far an elastic deformation moves each of (3, P, P, P) points along X, Y, Z; axes span -1 to 1."""
-    normal = rng.standard_normal((3, *[ELASTIC_POINTS] * 3), dtype=np.float32)
+def draw_offsets(rng: np.random.Generator, config: Config) -> Tensor:
+    """Draw an elastic deformation: offsets of P x P x P control points, (3, P, P, P); axes span -1 to 1."""
+    normal = rng.standard_normal((3, *[CONTROL_POINTS] * 3), dtype=np.float32)
     return torch.from_numpy(2 * config.augment_elastic / SMOOTHING * normal)
 
 
 def warp(
-    image: Tensor, labels: Tensor, matrices: Tensor, bends: Tensor | None = None, size: Sequence[int] | None = None
+    image: Tensor, labels: Tensor, matrices: Tensor, offsets: Tensor | None = None, size: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Warp images and labels: look up each place of the new volume at a place in the old; outside is 0 in both.
+    """Warp images and labels: sample the old volume at the coordinates of each new voxel; outside is 0 in both.
 
     Args:
         image: (B, 1, X, Y, Z).
         labels: (B, X, Y, Z).
-        matrices: (B, 3, 4), from places in the new volume to places in the old.
-        bends: (B, 3, P, P, P), added to those places, and in between the points by interpolation; None: nothing.
+        matrices: (B, 3, 4), from coordinates in the new volume to those in the old.
+        offsets: (B, 3, P, P, P) of control points, interpolated and added to the coordinates; None: none.
         size: voxels X Y Z of the new volume; None: as many as of the old.
     """
     # torch orders coordinates from the last axis to the first: Z, Y, X.
     linear = matrices[:, :, :3].flip(1, 2)
     shape = (*image.shape[:2], *(size or image.shape[2:]))
     grid = F.affine_grid(torch.cat([linear, matrices[:, :, 3:].flip(1)], dim=2), shape, align_corners=False)
-    if bends is not None:
-        grid = grid + smooth(bends, shape[2:]).flip(1).movedim(1, -1)
+    if offsets is not None:
+        grid = grid + smooth(offsets, shape[2:]).flip(1).movedim(1, -1)
     moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
     return F.grid_sample(image, grid, mode="bilinear", align_corners=False), moved[:, 0].to(labels.dtype)
 

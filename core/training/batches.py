@@ -33,10 +33,10 @@ SHARED_MEMORY = Path("/dev/shm")  # through which worker processes hand over sam
 class EpochBatches(Sampler):
     """The batches of an epoch, as lists of indices: an order that depends on (seed, epoch) alone.
 
-    It holds each case that people have labelled once, and of those whose labels a network has made a draw: the higher
-    a case's weight, the more often it is drawn. A step's batch is split over `processes`, `batch_size` cases each. When
-    the epoch's last batch has none left for a process, that process gets a case of weight 0, since all must take part
-    in every step.
+    Each case labelled by people comes once in an epoch. Of the cases labelled by a network, some are drawn without
+    replacement, by chances in proportion to their weights. A step's batch is split over `processes`, `batch_size` cases
+    each. When the last batch has no case left for a process, it gets a case of weight 0, since all processes must take
+    part in every step.
 
     Args:
         weights: of the cases; None where people have made the labels.
@@ -68,13 +68,13 @@ class EpochBatches(Sampler):
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
-        self.together = batch_size * processes  # cases of a step
+        self.cases_per_step = batch_size * processes
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
         """Return the number of steps of a whole epoch."""
-        return math.ceil(self.length / self.together)
+        return math.ceil(self.length / self.cases_per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
@@ -91,13 +91,13 @@ class EpochBatches(Sampler):
 
     def positions(self, step: int) -> range:
         """Return this process's positions in the epoch's order in that step; none where no case is left for it."""
-        first = min(step * self.together + self.rank * self.batch_size, self.length)
-        last = min(first + self.batch_size, (step + 1) * self.together, self.length)
+        first = min(step * self.cases_per_step + self.rank * self.batch_size, self.length)
+        last = min(first + self.batch_size, (step + 1) * self.cases_per_step, self.length)
         return range(first, last)
 
     def weight(self, step: int) -> float:
         """Return this process's share of the step's cases, 0 to 1."""
-        return len(self.positions(step)) / min(self.together, self.length - step * self.together)
+        return len(self.positions(step)) / min(self.cases_per_step, self.length - step * self.cases_per_step)
 
 
 def make_loader(
@@ -157,14 +157,14 @@ def naming_dead_workers() -> Iterator[None]:
         ) from error
 
 
-class Description(NamedTuple):
-    """Ranges over the cases, from `ranges_of`, with the organs that occur, and for each case checksums of its data."""
+class CaseFacts(NamedTuple):
+    """Facts of a set of cases: ranges of extent and HU, the organs that occur, and each case's checksums."""
 
     ranges: dict
     fingerprints: dict[str, str]
 
 
-def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches: bool = False) -> Description:
+def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, train: bool = False) -> CaseFacts:
     """Read every case once, which fills the cache and shows broken files; warn where the organs look mixed up.
 
     Each process reads its share of the cases. Warnings about a case's files are given here, and not again.
@@ -173,7 +173,7 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
         dataset: a CaseDataset.
         workers: processes that load cases.
         group: the processes of the run.
-        teaches: whether to say how many cases teach each organ.
+        train: True for the training cases: print and check how many of them annotate each organ.
 
     Raises:
         FileNotFoundError, ValueError: when a file cannot be read, or a label map names other organs than the settings.
@@ -201,14 +201,14 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, teaches
     if odd and group.first:
         print_warning(odd)
     counts, fingerprints, ignored = (list(chain(*group.gather(each))) for each in (counts, fingerprints, ignored))
-    if teaches and group.first:
+    if train and group.first:
         warn_of_annotated(dataset, ignored)
         folders = {case.id: case.scan.parent.parent for case in dataset.cases}
         say_what_teaches(counts, dataset.organs, [folders[case] for case, _ in fingerprints])
         if dataset.crop == "organs":
             warn_of_small_boxes([case for case, _ in fingerprints], found["extent_mm"], counts)
     taught = [organ for i, organ in enumerate(dataset.organs) if i and any(present[i] for _, present in counts)]
-    return Description(ranges_of(found) | {"organs": taught}, dict(fingerprints))
+    return CaseFacts(ranges_of(found) | {"organs": taught}, dict(fingerprints))
 
 
 def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor, ml: torch.Tensor) -> np.ndarray:
@@ -247,7 +247,7 @@ def say_what_teaches(counts: list[np.ndarray], organs: Sequence[str], folders: S
             )
 
 
-def warn_of_held_out(to_train: Description, held_out: Description) -> None:
+def warn_of_held_out(to_train: CaseFacts, held_out: CaseFacts) -> None:
     """Warn of scans that are trained on and held out under two ids, and where no held-out case holds an organ."""
     twins = {mark[:DIGITS]: case for case, mark in to_train.fingerprints.items()}
     held_out_scans = {case: mark[:DIGITS] for case, mark in held_out.fingerprints.items()}

@@ -20,16 +20,16 @@ class SlabLoss:
     """A loss that is a function of sums over the voxels, so that it can be computed slab by slab.
 
     Attributes:
-        sums: (logits, labels) -> the sums over the voxels of these; those of a volume are the totals over its slabs.
-        of_sums: (sums, number of voxels) -> the loss, a scalar.
+        sums: (logits, labels) -> a list of sums over the voxels; the sums of a volume are those of its slabs, added up.
+        from_sums: (sums, number of voxels) -> the loss, a scalar.
     """
 
     sums: Callable[[Tensor, Tensor], list[Tensor]]
-    of_sums: Callable[[list[Tensor], int], Tensor]
+    from_sums: Callable[[list[Tensor], int], Tensor]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of logits (B, K, X, Y, Z) for labels (B, X, Y, Z), integers below K."""
-        return self.of_sums(self.sums(logits, labels), labels.numel())
+        return self.from_sums(self.sums(logits, labels), labels.numel())
 
 
 def cross_entropy_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
@@ -40,8 +40,8 @@ def cross_entropy_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
     return [F.cross_entropy(logits, labels, reduction="sum")]
 
 
-def cross_entropy_of_sums(sums: list[Tensor], voxels: int) -> Tensor:
-    """Return the mean cross-entropy of a voxel."""
+def cross_entropy_from_sums(sums: list[Tensor], voxels: int) -> Tensor:
+    """Return the mean cross-entropy over the voxels."""
     return sums[0] / voxels
 
 
@@ -50,9 +50,9 @@ def dice_cross_entropy_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
     return cross_entropy_sums(logits, labels) + dice_sums(logits, labels)
 
 
-def dice_cross_entropy_of_sums(sums: list[Tensor], voxels: int) -> Tensor:
+def dice_cross_entropy_from_sums(sums: list[Tensor], voxels: int) -> Tensor:
     """Return cross-entropy plus Dice loss: the first moves every voxel, the second gives small organs their weight."""
-    return cross_entropy_of_sums(sums[:1], voxels) + dice_loss(*sums[1:])
+    return cross_entropy_from_sums(sums[:1], voxels) + dice_loss(*sums[1:])
 
 
 def dice_sums(logits: Tensor, labels: Tensor) -> list[Tensor]:
@@ -105,7 +105,7 @@ def marginal(loss: Loss, annotated: Tensor | None) -> Loss:
     if annotated is None or annotated.all():
         return loss
     if isinstance(loss, SlabLoss):
-        return SlabLoss(lambda logits, labels: loss.sums(to_background(logits, annotated), labels), loss.of_sums)
+        return SlabLoss(lambda logits, labels: loss.sums(to_background(logits, annotated), labels), loss.from_sums)
     return lambda logits, labels: loss(to_background(logits, annotated), labels)
 
 
@@ -119,8 +119,8 @@ def to_background(logits: Tensor, annotated: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    "cross_entropy": SlabLoss(cross_entropy_sums, cross_entropy_of_sums),
-    "dice_cross_entropy": SlabLoss(dice_cross_entropy_sums, dice_cross_entropy_of_sums),
+    "cross_entropy": SlabLoss(cross_entropy_sums, cross_entropy_from_sums),
+    "dice_cross_entropy": SlabLoss(dice_cross_entropy_sums, dice_cross_entropy_from_sums),
 }
 
 

@@ -7,8 +7,8 @@ autograd function of its own, which keeps its inputs and either
     keep=True    the outputs of its convolutions; norm, residual and PReLU are recomputed in the backward pass (cheap)
     keep=False   nothing more; the convolutions are recomputed as well (a third more arithmetic)
 
-In both, a gradient overwrites its tensor as soon as that is not needed any more. The gradients are those of plain
-autograd; only roundings differ.
+In both, a gradient is written over a tensor that is no longer needed. The gradients are those of plain autograd; only
+roundings differ.
 """
 
 import copy
@@ -43,33 +43,32 @@ class Layer:
 class Unit:
     """A change of resolution (none before the first stage) and the stage after it."""
 
-    resample: Layer | None
+    transition: Layer | None
     stage: tuple[Layer, ...]
 
     @classmethod
-    def of(cls, resample: Down | Up | None, stage: ResidualStage) -> "Unit":
+    def of(cls, transition: Down | Up | None, stage: ResidualStage) -> "Unit":
         """Make the unit of two modules of vnet.py."""
-        first = None if resample is None else Layer(resample.conv, resample.norm, resample.activation)
+        first = None if transition is None else Layer(transition.conv, transition.norm, transition.activation)
         return cls(first, tuple(map(Layer, stage.convs, stage.norms, stage.activations)))
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """All layers in their order."""
-        return self.stage if self.resample is None else (self.resample, *self.stage)
+        return self.stage if self.transition is None else (self.transition, *self.stage)
 
 
-FOUND: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what `is_supported` has found of each network
+SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # results of `is_supported`
 
 
 def is_supported(network: nn.Module) -> bool:
-    """Return True when `features` is the network's own forward pass: that of a V-Net as vnet.py had it.
+    """Return True when `features` gives what the network's own forward pass gives, as for an unchanged V-Net.
 
-    An edit of vnet.py, a hook or a layer put in place of another may make another network of it, which only its own
-    forward pass runs.
+    An edit of vnet.py, a hook or a replaced layer can change the forward pass; such a network trains under `off` only.
     """
-    if network not in FOUND:
-        FOUND[network] = type(network) is VNet and runs_alike(network)
-    return FOUND[network]
+    if network not in SUPPORTED:
+        SUPPORTED[network] = type(network) is VNet and runs_alike(network)
+    return SUPPORTED[network]
 
 
 @torch.no_grad()
@@ -93,8 +92,8 @@ def runs_alike(network: VNet) -> bool:
 def features(network: VNet, image: Tensor, precision: torch.dtype, keep: bool) -> Tensor:
     """Run the network without its last 1x1x1 convolution: (B, 1, X, Y, Z) -> (B, 2C, X, Y, Z) in `precision`."""
 
-    def run(resample: Down | Up | None, stage: ResidualStage, h: Tensor, skip: Tensor | None = None) -> Tensor:
-        unit = Unit.of(resample, stage)
+    def run(transition: Down | Up | None, stage: ResidualStage, h: Tensor, skip: Tensor | None = None) -> Tensor:
+        unit = Unit.of(transition, stage)
         return UnitFunction.apply(unit, keep, h, skip, *(p for layer in unit.layers for p in layer.parameters))
 
     h = run(None, network.first, image.to(precision))
@@ -114,47 +113,47 @@ class UnitFunction(torch.autograd.Function):
     def forward(ctx, unit: Unit, keep: bool, h: Tensor, skip: Tensor | None, *_: nn.Parameter) -> Tensor:
         """Run the unit on `h` and, on the way up, on the skip from across."""
         ctx.unit, ctx.keep = unit, keep
-        result, found, outputs = unit_forward(unit, h, skip, keep)
-        ctx.save_for_backward(h, skip, *found, *outputs)
+        result, stats, outputs = unit_forward(unit, h, skip, keep)
+        ctx.save_for_backward(h, skip, *stats, *outputs)
         return result
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
-        """Return the gradients of h, the skip and the parameters; overwrite `gradient`, which nobody else needs."""
+        """Return the gradients of h, the skip and the parameters; `gradient` is overwritten."""
         h, skip, *kept = ctx.saved_tensors
-        found, outputs = kept[: len(ctx.unit.layers)], kept[len(ctx.unit.layers) :]
+        stats, outputs = kept[: len(ctx.unit.layers)], kept[len(ctx.unit.layers) :]
         needs_h = ctx.needs_input_grad[2]
-        of_h, of_skip, of_parameters = unit_backward(ctx.unit, h, skip, found, outputs, gradient, needs_h)
-        return None, None, of_h, of_skip, *of_parameters
+        grad_h, grad_skip, parameter_grads = unit_backward(ctx.unit, h, skip, stats, outputs, gradient, needs_h)
+        return None, None, grad_h, grad_skip, *parameter_grads
 
 
 def unit_forward(
     unit: Unit, h: Tensor, skip: Tensor | None, keep: bool
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
     """Return a unit's result, its layers' statistics, and the outputs of its convolutions if they are kept."""
-    found, outputs = [], []
+    stats, outputs = [], []
 
     def run(layer: Layer, h: Tensor, residual: Tensor | None = None) -> Tensor:
         output = convolve(layer.conv, h)
-        found.append(statistics(layer.norm, output))
+        stats.append(statistics(layer.norm, output))
         if keep:
             outputs.append(output)
         into = torch.empty_like(output) if keep else output
-        return activate(layer.activation, output, found[-1], residual, into=into)
+        return activate(layer.activation, output, stats[-1], residual, into=into)
 
-    if unit.resample is not None:
-        h = run(unit.resample, h)
+    if unit.transition is not None:
+        h = run(unit.transition, h)
     x = h = join(h, skip)
     for layer in unit.stage[:-1]:
         h = run(layer, h)
-    return run(unit.stage[-1], h, residual=x), found, outputs
+    return run(unit.stage[-1], h, residual=x), stats, outputs
 
 
 def unit_backward(
     unit: Unit,
     h: Tensor,
     skip: Tensor | None,
-    found: list[Tensor | None],
+    stats: list[Tensor | None],
     outputs: list[Tensor],
     gradient: Tensor,
     needs_h: bool,
@@ -165,40 +164,40 @@ def unit_backward(
         unit: as it ran.
         h: its input.
         skip: what was joined to its resampled input, or None.
-        found: the statistics of its layers; emptied.
+        stats: the statistics of its layers; emptied.
         outputs: of its convolutions, overwritten; an empty list: compute them again.
         gradient: of its result, overwritten.
         needs_h: True when the input's gradient is needed (not that of the scan itself).
     """
-    again, resample, stage, of_x = not outputs, unit.resample, unit.stage, None
-    inputs, output = recompute(unit, h, skip, found, outputs)
-    of_parameters: list[Tensor] = []
+    again, transition, stage, grad_x = not outputs, unit.transition, unit.stage, None
+    inputs, output = recompute(unit, h, skip, stats, outputs)
+    parameter_grads: list[Tensor] = []
     for layer in reversed(stage):
-        of_output, residual = outputs.pop(), inputs[0] if of_x is None else None
-        of_norm = activate_backward(layer.norm, layer.activation, of_output, found.pop(), residual, gradient)
-        if of_x is None:
-            of_x = gradient if gradient.shape[1] == inputs[0].shape[1] else gradient.sum(dim=1, keepdim=True)
+        grad_output, residual = outputs.pop(), inputs[0] if grad_x is None else None
+        norm_grads = activate_backward(layer.norm, layer.activation, grad_output, stats.pop(), residual, gradient)
+        if grad_x is None:
+            grad_x = gradient if gradient.shape[1] == inputs[0].shape[1] else gradient.sum(dim=1, keepdim=True)
         gradient = None  # frees its memory, but for that of the residual
-        wanted = layer is not stage[0] or resample is not None or needs_h
+        wanted = layer is not stage[0] or transition is not None or needs_h
         # The gradient of the stage's input is added to that of the residual, which is the same tensor.
-        add_to = of_x if layer is stage[0] else None
-        gradient, of_conv = convolve_backward(layer.conv, inputs.pop(), of_output, wanted, add_to, in_parts=again)
-        of_parameters = of_conv + of_norm + of_parameters
-        del of_output, residual
+        add_to = grad_x if layer is stage[0] else None
+        gradient, conv_grads = convolve_backward(layer.conv, inputs.pop(), grad_output, wanted, add_to, in_parts=again)
+        parameter_grads = conv_grads + norm_grads + parameter_grads
+        del grad_output, residual
 
-    of_h, of_skip = of_x, None
+    grad_h, grad_skip = grad_x, None
     if skip is not None:
-        of_h, of_skip = of_x.split([of_x.shape[1] - skip.shape[1], skip.shape[1]], dim=1)
-    if resample is not None:
-        of_output = convolve(resample.conv, h) if again else output
-        of_norm = activate_backward(resample.norm, resample.activation, of_output, found.pop(), None, of_h)
-        of_h, of_conv = convolve_backward(resample.conv, h, of_output, True, in_parts=again)
-        of_parameters = of_conv + of_norm + of_parameters
-    return of_h if needs_h else None, of_skip, of_parameters
+        grad_h, grad_skip = grad_x.split([grad_x.shape[1] - skip.shape[1], skip.shape[1]], dim=1)
+    if transition is not None:
+        grad_output = convolve(transition.conv, h) if again else output
+        norm_grads = activate_backward(transition.norm, transition.activation, grad_output, stats.pop(), None, grad_h)
+        grad_h, conv_grads = convolve_backward(transition.conv, h, grad_output, True, in_parts=again)
+        parameter_grads = conv_grads + norm_grads + parameter_grads
+    return grad_h if needs_h else None, grad_skip, parameter_grads
 
 
 def recompute(
-    unit: Unit, h: Tensor, skip: Tensor | None, found: list[Tensor | None], outputs: list[Tensor]
+    unit: Unit, h: Tensor, skip: Tensor | None, stats: list[Tensor | None], outputs: list[Tensor]
 ) -> tuple[list[Tensor], Tensor | None]:
     """Compute what a unit's backward pass needs and was not kept.
 
@@ -206,7 +205,7 @@ def recompute(
         unit: as it ran.
         h: its input.
         skip: what was joined to its resampled input, or None.
-        found: the statistics of its layers.
+        stats: the statistics of its layers.
         outputs: of its convolutions; those of the stage are left in it, and filled in where none were kept.
 
     Returns:
@@ -215,11 +214,11 @@ def recompute(
     again, kept = not outputs, None
 
     def run(layer: Layer, output: Tensor, number: int, into: Tensor) -> Tensor:
-        return activate(layer.activation, output, found[number], into=into)
+        return activate(layer.activation, output, stats[number], into=into)
 
-    if unit.resample is not None:
-        output = convolve(unit.resample.conv, h) if again else outputs.pop(0)
-        h = run(unit.resample, output, 0, into=output if again else torch.empty_like(output))
+    if unit.transition is not None:
+        output = convolve(unit.transition.conv, h) if again else outputs.pop(0)
+        h = run(unit.transition, output, 0, into=output if again else torch.empty_like(output))
         kept = None if again else output
         del output
     inputs = [join(h, skip)]
@@ -268,23 +267,23 @@ def convolve_backward(
     """
     channels, element = x.shape[1], x.element_size()
     width = max(1, min(channels, PART_BYTES // (element * x[:, 0].numel()))) if in_parts else channels
-    of_whole = add_to if wanted else None
-    of_weights = []
+    grad_whole = add_to if wanted else None
+    grad_weights = []
     for first in range(0, channels, width):
         part = slice(first, first + width)
-        of_x, of_weight, of_bias = gradients_of_part(conv, x, gradient, part, wanted)
-        of_weights.append(of_weight.to(conv.weight.dtype))
+        grad_x, grad_weight, grad_bias = gradients_of_part(conv, x, gradient, part, wanted)
+        grad_weights.append(grad_weight.to(conv.weight.dtype))
         if wanted and add_to is not None:
-            add_to[:, part] += of_x
+            add_to[:, part] += grad_x
         elif wanted and width == channels:
-            of_whole = of_x
+            grad_whole = grad_x
         elif wanted:
-            of_whole = torch.empty_like(x) if of_whole is None else of_whole
-            of_whole[:, part] = of_x
-        del of_x
+            grad_whole = torch.empty_like(x) if grad_whole is None else grad_whole
+            grad_whole[:, part] = grad_x
+        del grad_x
     channel_axis = 0 if isinstance(conv, nn.ConvTranspose3d) else 1  # of the weight, for the channels of x
-    of_bias = [] if conv.bias is None else [of_bias.to(conv.bias.dtype)]
-    return of_whole, [torch.cat(of_weights, dim=channel_axis), *of_bias]
+    grad_bias = [] if conv.bias is None else [grad_bias.to(conv.bias.dtype)]
+    return grad_whole, [torch.cat(grad_weights, dim=channel_axis), *grad_bias]
 
 
 def gradients_of_part(

@@ -188,7 +188,7 @@ def blank_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
-    """Compute a step's gradients beside Adam's state and the EMA, change nothing, and return the peak in GiB."""
+    """Compute a step's gradients with Adam's state and the EMA in memory; change nothing; return the peak in GiB."""
     buffers = [buffer.clone() for buffer in training.network.buffers()]
     torch.cuda.reset_peak_memory_stats(image.device)
     try:
@@ -196,7 +196,7 @@ def try_step(training: Training, image: Tensor, labels: Tensor) -> float:
         return torch.cuda.max_memory_allocated(image.device) / GIB
     finally:
         training.optimizer.zero_grad(set_to_none=True)
-        restore(training.network, buffers)
+        restore_buffers(training.network, buffers)
 
 
 def step_that_fits(
@@ -223,7 +223,7 @@ def step_that_fits(
             return apply_gradients(training, loss)
         loss = None
         free_memory()  # only behind the except clause has the error let go of the step's tensors
-        restore(training.network, buffers)
+        restore_buffers(training.network, buffers)
         what = f"out of memory under the plan {training.plan}: the same step again"
         if training.has_freed_memory:
             plans = plans_for(training.network)
@@ -240,8 +240,8 @@ def step_that_fits(
 
 
 @torch.no_grad()
-def restore(network: nn.Module, buffers: list[Tensor]) -> None:
-    """Restore the running statistics of batch norms."""
+def restore_buffers(network: nn.Module, buffers: list[Tensor]) -> None:
+    """Restore a network's buffers, such as the running statistics of batch norms."""
     for buffer, before in zip(network.buffers(), buffers, strict=True):
         buffer.copy_(before)
 
@@ -253,10 +253,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def peak_gib(device: torch.device) -> float | None:
-    """Return the peak of GPU memory since the last call, in GiB; None on a CPU."""
+def take_peak_gib(device: torch.device) -> float | None:
+    """Return the peak of GPU memory in GiB since the last call and reset it; None on a CPU."""
     if device.type != "cuda":
         return None
-    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    peak = torch.cuda.max_memory_allocated(device) / GIB
     torch.cuda.reset_peak_memory_stats(device)
     return peak

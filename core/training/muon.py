@@ -1,4 +1,4 @@
-"""Muon: an optimizer that turns a convolution's whole step at once, and learns from few steps what Adam takes many for.
+"""Muon: an optimizer that orthogonalises the momentum of each convolution's weights; it needs fewer steps than Adam.
 
 K. Jordan and others: Muon, an optimizer for hidden layers in neural networks, 2024, kellerjordan.github.io/posts/muon.
 J. Liu and others: Muon is scalable for LLM training, 2025, arXiv 2502.16982 (the size of the step).
@@ -74,9 +74,9 @@ def is_hidden(module: nn.Module) -> bool:
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return the nearest matrix to (M, N) whose singular values are all about 1.
+    """Return about the nearest matrix to X, (M, N), whose singular values are all 1, by a Newton-Schulz iteration.
 
-    The iteration is on X X^T, of which every step is a polynomial, so that the whole matrix is multiplied twice alone.
+    Each step is a polynomial of the smaller matrix X X^T, so only two products involve X itself.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix

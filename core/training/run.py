@@ -18,10 +18,10 @@ from core.config import Config
 from core.scans.annotated import with_known
 from core.system.exits import DONE, REFUSED, STOPPED, Stopped, StopSignals, print_error, print_line, refusing
 from core.system.processes import join_group, leave_group, own_device
-from core.training.batches import Description, make_loader, naming_dead_workers, warn_of_held_out, workers_that_fit
+from core.training.batches import CaseFacts, make_loader, naming_dead_workers, warn_of_held_out, workers_that_fit
 from core.training.device import choose_device
 from core.training.log_table import summary_line
-from core.training.memory_plans import choose_plan, peak_gib
+from core.training.memory_plans import choose_plan, take_peak_gib
 from core.training.run_folder import RunFolder, SilentRunFolder
 from core.training.setup import EMA, Training, initialise_output_bias
 from core.training.step import NotFiniteError, PendingLoss
@@ -124,7 +124,7 @@ class Run:
         made = f" ({len(cases['made'])} with labels that a network has made)" if cases["made"] else ""
         self.say(f"{len(cases['train'])} cases to train on{made}; {how}; {where}")
 
-    def prepare(self, train_set: Dataset, to_train: Description, held_out: Description) -> None:
+    def prepare(self, train_set: Dataset, to_train: CaseFacts, held_out: CaseFacts) -> None:
         """Finish what the first step needs: the facts of the data, the memory plan, the output bias.
 
         Args:
@@ -133,7 +133,7 @@ class Run:
             held_out: of the others.
         """
         training, config = self.training, self.config
-        training.untaught = train_set.untaught(self.known)
+        training.never_annotated = train_set.never_annotated(self.known)
         if self.group.first:
             warn_of_held_out(to_train, held_out)
         fingerprints = to_train.fingerprints | held_out.fingerprints
@@ -231,8 +231,8 @@ class Run:
             asked = time.perf_counter()
         self.read_loss()
 
-    def note(self, loss: Tensor, batch: dict) -> None:
-        """Take a step's loss. It is read when the next step has been launched, so that a GPU never waits for it.
+    def record_loss(self, loss: Tensor, batch: dict) -> None:
+        """Store a step's loss. It is read after the next step has been launched, so that a GPU never waits for it.
 
         Raises:
             NotFiniteError: when the loss of the step before is NaN or infinite.
@@ -253,8 +253,8 @@ class Run:
 
     # ---- Validation and the end of an epoch ----
 
-    def validates(self, batches: DataLoader) -> bool:
-        """Return True when this epoch is one to validate after, and there are cases held out."""
+    def validation_is_due(self, batches: DataLoader) -> bool:
+        """Return True when a validation is due after this epoch and there are cases held out."""
         due = self.epoch % self.config.val_interval == 0 or self.epoch == self.config.epochs
         return due and len(batches.dataset) > 0
 
@@ -302,7 +302,7 @@ class Run:
             raise NotFiniteError(f"epoch {self.epoch}: the validation loss is {scores['val_loss']}; it was not saved")
         row = dict.fromkeys(self.folder.log_columns) | {"epoch": self.epoch, "train_loss": float(np.mean(self.losses))}
         row |= scores | {"seconds": time.perf_counter() - self.epoch_started, "data_seconds": self.waited}
-        row |= {"peak_gib": peak_gib(self.device), "learning_rate": self.training.optimizer.param_groups[0]["lr"]}
+        row |= {"peak_gib": take_peak_gib(self.device), "learning_rate": self.training.optimizer.param_groups[0]["lr"]}
         val_dice = row["val_dice"]
         if val_dice is not None:
             self.bar.set_postfix(dice=f"{val_dice:.4f}")

@@ -37,8 +37,8 @@ MAY_CHANGE = (
     "run_dir", "data_dir", "cache_dir", "init_from", "max_gib", "workers", "device", "memory", "compile",
     "checkpoint_minutes", "tensorboard",
 )  # fmt: skip
-# From one drawing of curves.png, or writing of best.pt, to the next: an epoch on a GPU takes seconds, and each of them
-# takes one. Both are up to date whenever last.pt is, and at the end.
+# Least time between two drawings of curves.png, and between two best.pt: each takes about a second, and an epoch on a
+# GPU takes seconds. best.pt is also written with last.pt; both are up to date at the end of a run.
 DRAW_SECONDS = BEST_SECONDS = 60
 RESULTS = ("log.csv", "curves.png", "last.pt", "previous.pt", "best.pt")
 RUN_FILES = ("config.yaml", "run.json", "val_cases.txt", *RESULTS)

@@ -39,8 +39,8 @@ class Training:
         has_freed_memory: True after memory ran out once and the same plan was tried again.
         patch_size: voxels X Y Z of what the network sees of a larger grid at a time; None: all of it.
         ema: exponential moving average of the weights, or None.
-        untaught: (K,) bool on the CPU, the classes that no training case annotates: the loss takes them as absent from
-            every case, or nothing would tell them from the background. None: there are none.
+        never_annotated: (K,) bool on the CPU, the classes that no training case annotates. The loss treats them as
+            annotated, so they are learned as absent; else nothing tells them from the background. None: there are none.
         average_gradients: (network, loss) -> loss; where several processes share a batch, it replaces gradients and
             loss by those of the whole batch.
     """
@@ -57,7 +57,7 @@ class Training:
     has_freed_memory: bool = False
     patch_size: Sequence[int] | None = None
     ema: "EMA | None" = None
-    untaught: Tensor | None = None
+    never_annotated: Tensor | None = None
     average_gradients: Callable[[nn.Module, Tensor], Tensor] = lambda network, loss: loss
 
     def ema_weights(self) -> AbstractContextManager:
@@ -167,7 +167,7 @@ def check_settings(config: Config, network: nn.Module, processes: int) -> None:
 
 
 def seed_torch(seed: int, deterministic: bool) -> None:
-    """Seed torch's random numbers and choose algorithms: deterministic ones, or else the fastest."""
+    """Seed torch's random numbers; use deterministic algorithms alone if asked to."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses without it
     if torch.are_deterministic_algorithms_enabled() != deterministic:  # torch imports its compiler for it, a second
@@ -179,7 +179,7 @@ def seed_torch(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
 
 
-def fit_network(network: nn.Module, config: Config, device: torch.device) -> None:
+def move_network(network: nn.Module, config: Config, device: torch.device) -> None:
     """Move a new network to the device, and apply channels_last and compile.
 
     Raises:

@@ -16,7 +16,7 @@ def backward_in_slabs(
     loss: Loss,
     h: Tensor,
     labels: Tensor,
-    check: Callable[[Tensor], None],
+    on_loss: Callable[[Tensor], None],
     scale: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Return the loss of the logits that `classify` gives for `h`, and overwrite `h` by the gradient.
@@ -29,15 +29,15 @@ def backward_in_slabs(
         loss: a `SlabLoss`, or any other one, which gets the whole volume as its only slab.
         h: (B, C, X, Y, Z), the features before `classify`; overwritten.
         labels: (B, X, Y, Z).
-        check: is shown the loss before the backward pass.
+        on_loss: is called with the loss before the backward pass.
         scale: is applied to the loss before the backward pass (share of the batch, loss scaling of fp16).
     """
     slab_loss, slabs = in_slabs(classify, loss, h)
     with torch.no_grad():
         parts = [slab_loss.sums(logits_of(classify, h[:, :, slab]), labels[:, slab]) for slab in slabs]
     sums = [torch.stack(part).sum(dim=0).requires_grad_() for part in zip(*parts, strict=True)]
-    value = slab_loss.of_sums(sums, labels.numel())
-    check(value)
+    value = slab_loss.from_sums(sums, labels.numel())
+    on_loss(value)
     slopes = torch.autograd.grad(scale(value), sums)
     for slab in slabs:
         part = h[:, :, slab].clone().requires_grad_()
@@ -59,7 +59,7 @@ def predict_in_slabs(classify: nn.Conv3d | None, loss: Loss, h: Tensor, labels: 
         parts.append(slab_loss.sums(logits, labels[:, slab]))
         predicted[:, slab] = logits.argmax(dim=1)
     sums = [torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)]
-    return slab_loss.of_sums(sums, labels.numel()), predicted
+    return slab_loss.from_sums(sums, labels.numel()), predicted
 
 
 def logits_of(classify: nn.Conv3d | None, h: Tensor) -> Tensor:

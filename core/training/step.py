@@ -60,7 +60,7 @@ def compute_gradients(
     training: Training,
     image: Tensor,
     labels: Tensor,
-    check: Callable[[Tensor], None] = lambda loss: None,
+    on_loss: Callable[[Tensor], None] = lambda loss: None,
     after: Callable[[], None] = lambda: None,
     annotated: Tensor | None = None,
     weights: Tensor | None = None,
@@ -71,7 +71,7 @@ def compute_gradients(
         training: with the network in training mode.
         image: (B, 1, X, Y, Z) float32 in 0..1.
         labels: (B, X, Y, Z), integer ids.
-        check: is shown the loss of each micro-batch before its backward pass.
+        on_loss: is called with the loss of each micro-batch before its backward pass.
         after: is called after each micro-batch.
         annotated: (B, K) bool on the CPU, the classes that each case's labels annotate; None: all.
         weights: (B,) on the CPU, of the cases; the loss of a micro-batch counts their mean. None: all 1.
@@ -82,16 +82,16 @@ def compute_gradients(
         steps = len(image)  # one by one, for each case's loss to count by its own weight
     for part, share in micro_batches(len(image), steps):
         share *= 1.0 if weights is None else weights[part].mean().item()
-        knows = None if annotated is None else annotated[part]
-        losses.append(share * backward(training, image[part], labels[part], knows, check, share))
+        classes = None if annotated is None else annotated[part]
+        losses.append(share * backward(training, image[part], labels[part], classes, on_loss, share))
         after()
     return sum(losses[1:], start=losses[0])
 
 
 def loss_of(training: Training, annotated: Tensor | None) -> Loss:
     """Return the loss of cases that annotate the classes `annotated` (B, K); None: all."""
-    if annotated is not None and training.untaught is not None:
-        annotated = annotated | training.untaught
+    if annotated is not None and training.never_annotated is not None:
+        annotated = annotated | training.never_annotated
     return marginal(training.loss, annotated)
 
 
@@ -107,7 +107,7 @@ def backward(
     image: Tensor,
     labels: Tensor,
     annotated: Tensor | None,
-    check: Callable[[Tensor], None],
+    on_loss: Callable[[Tensor], None],
     share: float,
 ) -> Tensor:
     """Run forward and backward pass of a micro-batch, `share` of its batch, as the plan says; return its loss."""
@@ -117,19 +117,19 @@ def backward(
 
     network, criterion = training.network, loss_of(training, annotated)
     if training.plan == "off":
-        loss = criterion(logits_of(training, image, annotated), labels)
-        check(loss)
+        loss = criterion(run_network(training, image, annotated), labels)
+        on_loss(loss)
         scale(loss).backward()
         return loss.detach()
     result = features(network, image, training.precision, keep=training.plan == "low")  # (B, 2C, X, Y, Z)
     gradient = result.detach()  # the same memory: from here on nobody needs the result itself
-    loss = backward_in_slabs(network.classify, criterion, gradient, labels, check, scale)
+    loss = backward_in_slabs(network.classify, criterion, gradient, labels, on_loss, scale)
     if result.requires_grad:  # not where the last convolution alone is trained
         result.backward(gradient)
     return loss
 
 
-def logits_of(training: Training, image: Tensor, annotated: Tensor | None) -> Tensor:
+def run_network(training: Training, image: Tensor, annotated: Tensor | None) -> Tensor:
     """Return the network's logits (B, K, X, Y, Z), float32 or float64; K is that of `annotated`, where it is given.
 
     Raises:
@@ -152,7 +152,7 @@ def validation_step(
 
     For V-Net this takes less memory than any training step; with patch_size, the logits of the whole grid besides.
     """
-    network, predict = training.network, partial(logits_of, training, annotated=annotated)
+    network, predict = training.network, partial(run_network, training, annotated=annotated)
     if training.patch_size:
         h, classify = mean_over_patches(predict, image, training.patch_size), None
     elif is_supported(network):

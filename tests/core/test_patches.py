@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.patches import InPatches, draw_patches, mean_over_patches, patch_weights, places, window_of
+from core.patches import InPatches, draw_patches, mean_over_patches, patch_boxes, patch_to_volume, patch_weights
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from core.patches import InPatches, draw_patches, mean_over_patches, patch_weigh
     [((8, 8, 8), (8, 8, 8), 1), ((12, 8, 9), (8, 8, 8), 4), ((16, 12, 8), (8, 8, 8), 6), ((17, 8, 8), (4, 8, 8), 8)],
 )
 def test_places_cover_the_grid_and_overlap_by_half(size, patch_size, count):
-    found = places(size, patch_size)
+    found = patch_boxes(size, patch_size)
     assert len(found) == count
     covered = np.zeros(size, int)
     for place in found:
@@ -86,6 +86,6 @@ def test_patches_of_image_and_labels_are_drawn_at_the_same_place_anywhere():
 
 
 def test_a_window_maps_the_patch_to_its_place():
-    window = window_of((slice(2, 6), slice(0, 4), slice(0, 8)), (8, 4, 16))
+    window = patch_to_volume((slice(2, 6), slice(0, 4), slice(0, 8)), (8, 4, 16))
     corners = window @ torch.tensor([[-1.0, -1, -1, 1], [1, 1, 1, 1]]).T
     torch.testing.assert_close(corners[:3].T, torch.tensor([[-0.5, -1, -1], [0.5, 1, 0]]))

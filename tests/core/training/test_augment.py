@@ -12,11 +12,11 @@ from torch import Tensor
 from core.config import load_config
 from core.scans.organ_words import mirrored_ids
 from core.training.augment import (
-    ELASTIC_POINTS,
+    CONTROL_POINTS,
     augment,
     change_values,
     draw_affine,
-    draw_bend,
+    draw_offsets,
     draw_warp,
     flip_left_right,
     smooth,
@@ -227,23 +227,23 @@ def test_every_second_case_is_flipped_and_only_when_asked():
 
 def test_an_elastic_deformation_is_as_strong_as_asked_for_and_smooth():
     config = settings(augment_elastic=0.02)
-    draws = [draw_bend(np.random.default_rng(i), config) for i in range(200)]
-    bends = smooth(torch.stack(draws), (24, 20, 16)).numpy()  # (200, 3, X, Y, Z) in units of half a volume
-    assert bends.std() / 2 == pytest.approx(0.02, rel=0.05)
-    np.testing.assert_allclose(bends.std(axis=(0, 2, 3, 4)) / 2, 0.02, rtol=0.1)
+    draws = [draw_offsets(np.random.default_rng(i), config) for i in range(200)]
+    offsets = smooth(torch.stack(draws), (24, 20, 16)).numpy()  # (200, 3, X, Y, Z) in units of half a volume
+    assert offsets.std() / 2 == pytest.approx(0.02, rel=0.05)
+    np.testing.assert_allclose(offsets.std(axis=(0, 2, 3, 4)) / 2, 0.02, rtol=0.1)
     # A cubic B-spline of scipy at the same places, from the first draw's coefficients.
     places = np.meshgrid(*[np.linspace(1, draws[0].shape[1] - 2, n) for n in (24, 20, 16)], indexing="ij")
     expected = ndimage.map_coordinates(draws[0][1].numpy().astype(float), places, order=3, prefilter=False)
-    np.testing.assert_allclose(bends[0, 1], expected, atol=1e-6)
+    np.testing.assert_allclose(offsets[0, 1], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_an_elastic_deformation_moves_image_and_labels_alike_along_its_own_axis(axis):
     image, labels, _ = random_batch(2)
     matrices = torch.eye(3, 4).expand(2, 3, 4)
-    bends = torch.zeros(2, 3, *[ELASTIC_POINTS] * 3)
-    bends[1, axis] = 2 * 3 / image.shape[2 + axis]  # the same for all points: three voxels along the axis
-    moved_image, moved = warp(image, labels, matrices, bends)
+    offsets = torch.zeros(2, 3, *[CONTROL_POINTS] * 3)
+    offsets[1, axis] = 2 * 3 / image.shape[2 + axis]  # the same for all points: three voxels along the axis
+    moved_image, moved = warp(image, labels, matrices, offsets)
     assert torch.equal(moved[0], labels[0])
     moved_image, image, moved, before = (
         volume.movedim(axis, 0) for volume in (moved_image[1, 0], image[1, 0], moved[1], labels[1])
@@ -313,7 +313,7 @@ def test_a_patch_is_warped_as_the_same_part_of_the_volume():
         assert torch.equal(moved[:, x : x + 8, :, z : z + 4], ids)
 
 
-def test_a_bend_is_as_steep_in_a_patch_as_in_the_volume():
+def test_an_elastic_deformation_is_as_steep_in_a_patch_as_in_the_volume():
     size, extent_mm = (16, 12, 8), (350.0, 250.0, 200.0)
     config = settings(augment_elastic=0.02, size=size, patch_size=(8, 9, 8))
     _, in_volume = draw_warp(np.random.default_rng(0), extent_mm, size, replace(config, patch_size=None))

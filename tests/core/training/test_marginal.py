@@ -96,7 +96,7 @@ def test_an_organ_that_no_case_annotates_is_learned_as_absent(plan):
     image = labels[:, None] * 0.5 + 0.2
     training = Training(network, LOSSES["dice_cross_entropy"], make_optimizer(network, 1e-2),
         torch.amp.GradScaler("cpu", enabled=False), torch.float32, plan=plan)  # fmt: skip
-    training.untaught = ~TWO_LEFT_OUT[0]
+    training.never_annotated = ~TWO_LEFT_OUT[0]
     for _ in range(20):
         training_step(training, image, labels, annotated=TWO_LEFT_OUT)
     loss, predicted = validation_step(training, image, labels, TWO_LEFT_OUT)
@@ -190,5 +190,5 @@ def test_fine_tuning_on_fewer_organs_does_not_unlearn_the_others(phantom_data, t
         assert code == 0, err
         assert load_checkpoint(tmp_path / folder / "last.pt")["training_data"]["organs"] == [*known]
     cases = CaseDataset(find_cases(data), load_config())
-    assert cases.untaught().sum() == 11
-    assert cases.untaught(["kidney_left", "aorta"]).nonzero().ravel().tolist() == [2, 4, 6, 7, 8, 9, 10, 11, 12]
+    assert cases.never_annotated().sum() == 11
+    assert cases.never_annotated(["kidney_left", "aorta"]).nonzero().ravel().tolist() == [2, 4, 6, 7, 8, 9, 10, 11, 12]

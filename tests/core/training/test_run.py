@@ -555,7 +555,7 @@ def test_a_scan_that_vanishes_is_named(run, data, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_names_organs_that_are_not_annotated():
     run = SimpleNamespace(losses=[0.5], pending=None, epoch=3, read_loss=lambda: None, bar=SimpleNamespace(update=int))
     annotated = torch.tensor([[True, True], [True, False]])
-    Run.note(run, torch.tensor(math.nan), {"case": ["a", "b"], "annotated": annotated})
+    Run.record_loss(run, torch.tensor(math.nan), {"case": ["a", "b"], "annotated": annotated})
     with pytest.raises(NotFiniteError, match=r"^epoch 3, step 2, case a, b: the loss is nan; .* logits of -inf"):
         run.pending.read()
 

@@ -167,7 +167,7 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(plan, loss, pieces):
     training = start(cut, plan=plan, loss=loss)
     training.accumulation_steps = pieces
     seen = []
-    found = training_step(training, image, labels, check=seen.append)
+    found = training_step(training, image, labels, on_loss=seen.append)
     assert len(seen) == min(pieces, 3)
     assert found.item() == pytest.approx(expected.item(), rel=1e-9)
     for (name, a), b in zip(whole.named_parameters(), cut.parameters(), strict=True):
