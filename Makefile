@@ -37,7 +37,7 @@ demo: $(VENV)/installed
 	$(RUN) -m visualization.overlay $(DEMO)/data/images/$${case}_0000.nii.gz $(DEMO)/predictions/$$case.nii.gz \
 		--output $(DEMO)/pictures/slices.png && \
 	$(RUN) -m visualization.report $(DEMO)/data/images/$${case}_0000.nii.gz $(DEMO)/predictions/$$case.nii.gz \
-		--truth $(DEMO)/data/labels/$$case.nii.gz --checkpoint $(DEMO)/train/best.pt --output $(DEMO)/pictures/report
+		--reference $(DEMO)/data/labels/$$case.nii.gz --checkpoint $(DEMO)/train/best.pt --output $(DEMO)/pictures/report
 	@echo "Everything is in $(DEMO): data, train (checkpoints, curves.png), predictions, scores, pictures (report/index.html)."
 
 style: $(VENV)/installed-dev

@@ -28,7 +28,7 @@ from core.scoring.rules import make_rules
 from core.scoring.tables import comparison_text, print_notes, score_table
 from core.system.exits import DONE, REFUSED, STOPPED, USAGE, print_warning, refusing, run_command
 from core.system.files import user_path
-from core.system.parallel import MOST_WORKERS
+from core.system.parallel import MAX_WORKERS
 
 
 def main() -> int:
@@ -126,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ceiling", action="store_true", help="score the labels on the network's grid and back")
     parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: the settings')")
     parser.add_argument("--crop", metavar="WHAT", help="none or organs: what it covers (default: the settings')")
-    parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MOST_WORKERS})")
+    parser.add_argument("--workers", type=int, metavar="N", help=f"processes (default: cores, at most {MAX_WORKERS})")
     parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest label map, as float32")
     parser.add_argument("--assume-ras", action="store_true", help="take files without a place in the patient as RAS+")
     parser.add_argument("--table", choices=("text", "md"), default="text", help="md: print tables in Markdown")

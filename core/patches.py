@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from core.scans.crop import Box
 
-LEAST_WEIGHT = 1e-3  # of a patch's voxel; its centre has 1
+MIN_WEIGHT = 1e-3  # of a patch's voxel; its centre has 1
 
 
 class InPatches(nn.Module):
@@ -60,7 +60,7 @@ def mean_over_patches(network: Callable[[Tensor], Tensor], image: Tensor, patch_
 def patch_weights(patch_size: Sequence[int]) -> Tensor:
     """Return the weights of a patch's voxels, (X, Y, Z): a Gaussian whose deviation is an eighth of each length."""
     axes = [torch.exp(-(((torch.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) / 2) for n in patch_size]
-    return torch.einsum("x,y,z->xyz", *axes).clamp(min=LEAST_WEIGHT)
+    return torch.einsum("x,y,z->xyz", *axes).clamp(min=MIN_WEIGHT)
 
 
 def patch_boxes(size: Sequence[int], patch_size: Sequence[int]) -> list[Box]:

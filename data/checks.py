@@ -18,9 +18,9 @@ from core.scans.typical import hu_percentiles
 from core.scans.volumes import SHIFTED_HU, load_labels, looks_too_high, window_hu
 
 ALL_CASES = "all cases"  # in the place of a case id, of a finding about the data set
-LEAST_CASES = 5  # from which on one can be far off the rest
+MIN_CASES = 5  # from which on one can be far off the rest
 FAR_OFF = 6.0  # robust standard deviations
-LEAST_SPREAD = {"spacing_mm": 0.1, "extent_mm": 0.1, "hu": 20.0}  # of a factor e, and in HU: less is no difference
+MIN_SPREAD = {"spacing_mm": 0.1, "extent_mm": 0.1, "hu": 20.0}  # of a factor e, and in HU: less is no difference
 MAD_TO_SD = 1.4826  # of a normal distribution
 # What copies that were resampled, turned into other types or denoised are told by: the scan in this window on so few
 # voxels, and their correlation. Copies gave 0.998 and more, other patients 0.89 at most (RESULTS.md).
@@ -236,9 +236,9 @@ def find_other_ids(cases: Sequence[Examined]) -> Iterator[Finding]:
 def find_outliers(cases: Sequence[Examined]) -> Iterator[Finding]:
     """Yield a finding for each case whose spacing, extent or HU are FAR_OFF robust deviations from the median."""
     read = [seen for seen in cases if seen.shape]
-    if len(read) < LEAST_CASES:
+    if len(read) < MIN_CASES:
         return
-    for what, least in LEAST_SPREAD.items():
+    for what, least in MIN_SPREAD.items():
         values = np.array([getattr(seen, what) for seen in read], dtype=float)
         compared = values if what == "hu" else np.log(values)
         median = np.median(compared, axis=0)

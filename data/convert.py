@@ -20,7 +20,7 @@ from tqdm import tqdm
 from core.config import DEFAULT_CONFIG, check, load_organs
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
 from core.system.files import read_text, user_path
-from core.system.parallel import MOST_WORKERS, cores, in_processes
+from core.system.parallel import MAX_WORKERS, cores, in_processes
 from data import doctor
 from data.converted import Converted, DataFolder, convert_case
 from data.label_names import BACKGROUND, OrganMap, load_collections, match_organs, parse_source_organs
@@ -174,7 +174,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--copy", action="store_true", help="copy scans instead of linking them")
     parser.add_argument("--no-doctor", action="store_true", help="do not check the data afterwards")
-    parser.add_argument("--workers", type=int, default=min(cores(), MOST_WORKERS), metavar="N", help="processes")
+    parser.add_argument("--workers", type=int, default=min(cores(), MAX_WORKERS), metavar="N", help="processes")
     return parser.parse_args(arguments)
 
 

@@ -28,7 +28,7 @@ from core.scans.nifti import MAX_GIB, Reading
 from core.scans.weights import read_weights
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.system.files import user_path, write_text
-from core.system.parallel import MOST_WORKERS, cores, in_processes
+from core.system.parallel import MAX_WORKERS, cores, in_processes
 from data.checks import WHAT_TO_DO, Examined, Finding, examine, find_duplicates, find_other_ids, find_outliers
 from dataset import find_data
 
@@ -176,7 +176,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("data_dir", type=user_path, metavar="DATA_DIR", help="folder with images and labels")
     parser.add_argument("--output", type=user_path, metavar="DIR", help="folder for results (default: DATA_DIR/doctor)")
     parser.add_argument("--config", type=user_path, default=DEFAULT_CONFIG, help="settings that name the organs")
-    parser.add_argument("--workers", type=int, default=min(cores(), MOST_WORKERS), metavar="N", help="processes")
+    parser.add_argument("--workers", type=int, default=min(cores(), MAX_WORKERS), metavar="N", help="processes")
     parser.add_argument("--max-gib", type=float, default=MAX_GIB, metavar="G", help="largest scan, as float32")
     parser.add_argument("--assume-ras", action="store_true", help="files that do not say where they lie are RAS+")
     parser.add_argument("--replace-nonfinite", action="store_true", help="NaN and infinite voxels become air")

@@ -82,7 +82,7 @@ def test_a_flag_of_another_command_is_found():
     text = """`python evaluate.py --labels L --epochs 3`, and
     torchrun --nproc-per-node 2 train.py --resume \\
         --frames 4  # --size
-    python -m visualization.movie --frames 4 --truth LABELS
+    python -m visualization.movie --frames 4 --reference LABELS
     """
     assert foreign_flags(text) == {"evaluate.py": {"--epochs"}, "train.py": {"--frames"}}
 

@@ -31,7 +31,7 @@ from core.network import build_network
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 180  # seconds for a script; a FIFO or a bomb would take longer
-MOST_MIB = 900  # of a script's memory, of which torch takes 300; a bomb that goes off takes 2000 and more
+MAX_MIB = 900  # of a script's memory, of which torch takes 300; a bomb that goes off takes 2000 and more
 
 # ---- The patient -----------------------------------------------------------------------------------------------------
 
@@ -346,7 +346,7 @@ def test_the_batch_goes_on_and_ends_with_1(segmented):
 
 
 def test_no_scan_takes_memory(segmented):
-    assert segmented[1].mib < MOST_MIB
+    assert segmented[1].mib < MAX_MIB
 
 
 @pytest.mark.parametrize("name", with_verdict(None, EITHER))
@@ -516,7 +516,7 @@ def test_all_label_maps_are_scored_or_refused(scored):
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert sorted(summary["cases"]) == sorted(name for name, (_, verdict) in MAPS.items() if verdict is None)
     assert sorted(summary["refused"]) == sorted(name for name, (_, verdict) in MAPS.items() if verdict is not None)
-    assert done.mib < MOST_MIB
+    assert done.mib < MAX_MIB
 
 
 @pytest.mark.parametrize("name", [name for name, (_, verdict) in MAPS.items() if verdict is None])

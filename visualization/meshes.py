@@ -20,12 +20,12 @@ PAD = 3  # voxels of background around an organ, also where the scan cuts it: th
 BLUR = 1.0  # standard deviation, in steps, that takes what is left of the voxels out of the distances
 TAUBIN = (0.5, -0.53)  # one step forward, one back; Taubin's weights
 TAUBIN_ROUNDS = 20
-MOST_MOVE_MM = 0.3  # along the normals; farther, a surface of few voxels would turn inside out
+MAX_MOVE_MM = 0.3  # along the normals; farther, a surface of few voxels would turn inside out
 CLOSED_UP = 0.01  # share of an organ's volume in its smoothed mesh, below which the mesh is no surface of it
 CONTEXT_STEP_MM = (3.0, 4.0)  # of skin and bones, which are seen faintly
 SKIN_HU, BONE_HU = -300.0, 200.0  # what is denser is no air; is bone, or metal
 IN_PLANE = ndimage.generate_binary_structure(2, 1)[:, :, None]  # neighbours within an axial slice
-LEAST_BONE_ML = 3.0  # smaller pieces are calcified vessels or contrast medium
+MIN_BONE_ML = 3.0  # smaller pieces are calcified vessels or contrast medium
 HALVINGS = 30  # in search of the level; each halves what is left of the range
 
 
@@ -116,7 +116,7 @@ def context_meshes(voxels: np.ndarray, labels: np.ndarray, affine: np.ndarray) -
     pieces, count = ndimage.label(bones)
     sizes_ml = np.bincount(pieces.ravel(), minlength=count + 1) * abs(np.linalg.det(affine[:3, :3])) / 1000
     sizes_ml[0] = 0
-    masks = (sizes_ml > LEAST_BONE_ML)[pieces], body
+    masks = (sizes_ml > MIN_BONE_ML)[pieces], body
     return tuple(organ_mesh(mask.astype(np.uint8), 1, affine, CONTEXT_STEP_MM) for mask in masks)
 
 
@@ -197,7 +197,7 @@ def grown_to(mesh: Mesh, volume_ml: float) -> Mesh | None:
     None for a speck that smoothing has closed up: to scale it would blow it up, or turn it inside out.
     """
     area_mm2 = np.linalg.norm(mesh.face_normals, axis=1).sum() / 2
-    move_mm = np.clip((volume_ml - mesh.volume_ml) * 1000 / area_mm2, -MOST_MOVE_MM, MOST_MOVE_MM)
+    move_mm = np.clip((volume_ml - mesh.volume_ml) * 1000 / area_mm2, -MAX_MOVE_MM, MAX_MOVE_MM)
     mesh = Mesh(mesh.vertices + move_mm * mesh.normals, mesh.faces)
     if not mesh.volume_ml > CLOSED_UP * volume_ml:
         return None

@@ -1,7 +1,7 @@
 """The organs of a scan, turning once around the body axis, as a movie.
 
     python -m visualization.movie SCAN LABELS --output organs.mp4
-    python -m visualization.movie SCAN PREDICTION --truth LABELS --output both.mp4
+    python -m visualization.movie SCAN PREDICTION --reference LABELS --output both.mp4
     python -m visualization.movie SCAN LABELS --context --output in_the_body.mp4
     python -m visualization.movie SCAN LABELS --organs "left kidney" "right kidney" --output kidneys.gif
 

@@ -1,7 +1,7 @@
 """Slices of a scan with its organs, as a picture: the three that show most, prediction beside reference, or many.
 
     python -m visualization.overlay SCAN LABELS --output slices.png
-    python -m visualization.overlay SCAN PREDICTION --truth LABELS --output errors.png
+    python -m visualization.overlay SCAN PREDICTION --reference LABELS --output errors.png
     python -m visualization.overlay SCAN LABELS --contact 20 --output sheet.png
 
 One axial, one coronal and one sagittal slice are chosen to show as many organs as possible; a sheet holds axial slices
@@ -137,14 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     with refusing(USAGE):
         check_format(args.output)
-        if args.contact is not None and args.truth is not None:
-            raise ValueError("--contact and --truth: a sheet shows one label map, expected one of the two")
+        if args.contact is not None and args.reference is not None:
+            raise ValueError("--contact and --reference: a sheet shows one label map, expected one of the two")
         if args.contact is not None and args.contact < 1:
             raise ValueError(f"--contact: got {args.contact}, expected 1 or more")
         given = load_given(args.config, args.checkpoint)
     with refusing(REFUSED):
         shown, note = read_shown(args, given)
-        if args.truth:
+        if args.reference:
             figure = draw_comparison(shown)
         else:
             figure = draw_contact_sheet(shown, args.contact) if args.contact else draw_overlay(shown)

@@ -1,7 +1,7 @@
 """A report on one case in one page: movie, slices, table of organs, remarks, and origin of the label map.
 
     python -m visualization.report SCAN LABELS --output DIR
-    python -m visualization.report SCAN PREDICTION --truth LABELS --checkpoint best.pt --output DIR
+    python -m visualization.report SCAN PREDICTION --reference LABELS --checkpoint best.pt --output DIR
 
 DIR/index.html holds the pictures and the movie, and links to DIR/viewer.html; DIR/report.json holds the numbers.
 `infer.py --report` writes one for each case (visualization/reports.py). --checkpoint names the organs, and the network
@@ -213,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with refusing(USAGE):
         given = load_given(args.config, args.checkpoint)
         provenance = {"scan": args.scan.name, "label map": args.labels.name}
-        if args.truth:
-            provenance["reference"] = args.truth.name
+        if args.reference:
+            provenance["reference"] = args.reference.name
         if args.checkpoint:
             provenance |= provenance_of([args.checkpoint], load_checkpoint(args.checkpoint))
         if args.output.exists() and not args.output.is_dir():

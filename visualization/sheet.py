@@ -11,7 +11,7 @@ from visualization.slices import as_seen, draw_slice
 from visualization.style import INK, apply_style
 
 CELL_INCHES = 2.2
-MOST_COLUMNS = 8
+MAX_COLUMNS = 8
 NAME_LETTERS = 26
 
 
@@ -22,7 +22,7 @@ def draw_sheet(slices: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[floa
         slices: of each case its id, HU (X, Y), ids (X, Y), and the size in mm along X and Y.
     """
     apply_style()
-    columns = min(MOST_COLUMNS, math.ceil(math.sqrt(len(slices))))
+    columns = min(MAX_COLUMNS, math.ceil(math.sqrt(len(slices))))
     rows = math.ceil(len(slices) / columns)
     figure = Figure(figsize=(columns * CELL_INCHES, rows * (CELL_INCHES + 0.2)))
     for place, (case, hu, ids, size_mm) in enumerate(slices, start=1):

@@ -57,7 +57,9 @@ def read_shown(args: argparse.Namespace, given: Config | None) -> tuple[Shown, s
         OSError, ValueError: when a file cannot be read, is not on the scan's grid, or holds other organs.
     """
     reading = Reading(args.max_gib, args.assume_ras)
-    paths = {"labels": args.labels} if args.truth is None else {"prediction": args.labels, "reference": args.truth}
+    paths = {"labels": args.labels}
+    if args.reference is not None:
+        paths = {"prediction": args.labels, "reference": args.reference}
     organs, note = choose_organs(given, {name: [path] for name, path in paths.items()})
     voxels, geometry = load_scan(args.scan, reading)
     label_maps = read_label_maps(paths, geometry, organs, reading)
@@ -93,20 +95,21 @@ def in_mm(geometry: Geometry, voxel: Sequence[int]) -> list[float]:
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
-def picture_parser(name: str, about: str, output: str, truth: str) -> argparse.ArgumentParser:
+def picture_parser(name: str, about: str, output: str, reference: str) -> argparse.ArgumentParser:
     """Return the parser of a command of this folder, with the flags that all pictures have.
 
     Args:
         name: of the module.
         about: its docstring.
         output: help of --output.
-        truth: help of --truth.
+        reference: help of --reference.
     """
     parser = argparse.ArgumentParser(prog=f"python -m visualization.{name}", description=about.splitlines()[0])
     parser.add_argument("scan", type=user_path, help="CT scan, NIfTI")
     parser.add_argument("labels", type=user_path, help="its label map, NIfTI")
     parser.add_argument("--output", type=user_path, required=True, help=output)
-    parser.add_argument("--truth", type=user_path, metavar="LABELS", help=truth)
+    # --truth is the flag's earlier name.
+    parser.add_argument("--reference", "--truth", type=user_path, metavar="LABELS", help=reference)
     text = "settings that name the organs (default: the label map does)"
     parser.add_argument("--config", type=user_path, metavar="FILE", help=text)
     parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="network whose settings name the organs")

@@ -1,7 +1,7 @@
 """A scan and its organs as one web page, to be opened from disk: slices in three planes, surfaces, names, volumes, HU.
 
     python -m visualization.viewer SCAN LABELS --output viewer.html
-    python -m visualization.viewer SCAN PREDICTION --truth LABELS --output viewer.html
+    python -m visualization.viewer SCAN PREDICTION --reference LABELS --output viewer.html
 
 The page holds all that it shows and loads nothing from the internet, so it can be mailed and opened years later. To
 stay small it holds the scan in-plane at no more than 256x256 voxels and in steps of 4 HU, and says so. With --full it

@@ -6,8 +6,8 @@ import numpy as np
 
 TISSUE_HU = (-200.0, 400.0)
 SAMPLES = 96  # rows, and columns, of a slice that are looked at
-FEWEST_VOXELS = 20  # of tissue in the sample of a slice; with fewer, its mean says little
-FEWEST_SLICES = 8  # of tissue; in fewer slices, chance alternates too
+MIN_VOXELS = 20  # of tissue in the sample of a slice; with fewer, its mean says little
+MIN_SLICES = 8  # of tissue; in fewer slices, chance alternates too
 # Acquisitions that may take turns, and the share that repeats when they do (three: of two equal steps and one back).
 PERIODS = {2: 1.0, 3: math.sqrt(3) / 2}
 # In 24 real scans, and in every second or third slice of them, changes repeat by at most 0.80 in a long scan and 0.75
@@ -27,7 +27,7 @@ def period_of_slices(voxels: np.ndarray) -> int:
     Args:
         voxels: (X, Y, Z) in HU, slices along Z. Only a part of each slice is looked at.
     """
-    if voxels.shape[2] < FEWEST_SLICES + 2:
+    if voxels.shape[2] < MIN_SLICES + 2:
         return 1
     step_x, step_y = (max(1, n // SAMPLES) for n in voxels.shape[:2])
     depth = voxels.shape[2]
@@ -67,7 +67,7 @@ class Means:
 
     def values(self) -> np.ndarray:
         """Return the means, (Z,); NaN where there are too few values."""
-        return np.where(self.counts >= FEWEST_VOXELS, self.sums / np.maximum(self.counts, 1), np.nan)
+        return np.where(self.counts >= MIN_VOXELS, self.sums / np.maximum(self.counts, 1), np.nan)
 
 
 def mean(values: np.ndarray) -> float:
@@ -85,7 +85,7 @@ def repeats(changes: np.ndarray, period: int, smallest: float) -> bool:
         smallest: median size of the changes.
     """
     known = np.isfinite(changes)
-    if np.count_nonzero(known) < FEWEST_SLICES:
+    if np.count_nonzero(known) < MIN_SLICES:
         return False
     typical = float(np.median(np.abs(changes[known])))
     if not typical > smallest:

@@ -48,7 +48,7 @@ SOLID_ORGANS = ("liver", "right kidney", "spleen", "left kidney")
 SOLID_HU = (-100.0, 400.0)
 # Share of their voxels that may lie outside. It was 0.1 % at most in three real cases and twenty phantoms, 5 % and more
 # with the scan mirrored under its label map (RESULTS.md).
-MOST_OFF_TISSUE = 0.03
+MAX_OFF_TISSUE = 0.03
 # A label map counts as mirrored when the mirrored one has this many times fewer voxels off tissue.
 BETTER_MIRRORED = 5
 # The scan's ends along X, Y, Z in RAS+ order.
@@ -56,7 +56,7 @@ ENDS = (("left", "right"), ("back", "front"), ("bottom", "top"))
 # Share of an organ outside its largest piece that needs no remark; most predictions have small loose pieces.
 CRUMBS = 0.02
 # The share of a data set's cases, and their number, that must be odd in the same organ to doubt the organ list.
-ODD_SHARE, LEAST_ODD = 0.5, 2
+ODD_SHARE, MIN_ODD = 0.5, 2
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def odd_organs(cases: Sequence[Mapping[str, float]]) -> str | None:
     for name in dict.fromkeys(name for case in cases for name in case):
         low, high = plausible_ml(name) or (0, np.inf)
         values = sorted(case[name] for case in cases if name in case and not low <= case[name] <= high)
-        if len(values) >= max(LEAST_ODD, ODD_SHARE * len(cases)):
+        if len(values) >= max(MIN_ODD, ODD_SHARE * len(cases)):
             odd[name] = values
     if not odd:
         return None
@@ -225,11 +225,11 @@ def misplaced(voxels: np.ndarray, labels: np.ndarray, organs: Sequence[str]) -> 
     """Check that a label map fits its scan's organs; arguments as for `share_off_tissue`.
 
     Returns:
-        the share of solid organs' voxels that is off tissue, 0 up to MOST_OFF_TISSUE; and the axis along which
+        the share of solid organs' voxels that is off tissue, 0 up to MAX_OFF_TISSUE; and the axis along which
         one of the two is mirrored, as "left and right", or None.
     """
     off = share_off_tissue(voxels, labels, organs)
-    if off <= MOST_OFF_TISSUE:
+    if off <= MAX_OFF_TISSUE:
         return 0.0, None
     mirrored = [share_off_tissue(voxels, np.flip(labels, axis), organs) for axis in range(3)]
     axis = int(np.argmin(mirrored))

@@ -19,7 +19,7 @@ SAMPLES = 128  # the body is looked for on at least so many voxels along each ax
 OPENING = 2  # samples by which the body is opened in X and Y: the table and its sheets come off
 MARGIN = 0.1  # of the organs' box, added on each side: what the network that locates them may miss
 LONGER = 1.25  # times what a network was trained on; a longer scan is searched in windows
-LEAST_PIECE = 0.02  # share of all found voxels; a smaller piece does not widen the box
+MIN_PIECE = 0.02  # share of all found voxels; a smaller piece does not widen the box
 
 
 def whole_box(shape: Sequence[int]) -> Box:
@@ -73,7 +73,7 @@ def located_box(labels: np.ndarray, searched: Box, shape: Sequence[int]) -> Box 
     """Return the organs' box in a scan from what a network found on its own, coarser grid.
 
     Args:
-        labels: (X', Y', Z') ids on the network's grid, which covers `searched`. Pieces below LEAST_PIECE of all that
+        labels: (X', Y', Z') ids on the network's grid, which covers `searched`. Pieces below MIN_PIECE of all that
             was found do not count.
         searched: box of the scan.
         shape: of the scan, (X, Y, Z).
@@ -84,7 +84,7 @@ def located_box(labels: np.ndarray, searched: Box, shape: Sequence[int]) -> Box 
     pieces, _ = ndimage.label(labels > 0, ndimage.generate_binary_structure(3, 3))
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
-    found = box_of((sizes >= max(1, LEAST_PIECE * sizes.sum()))[pieces])
+    found = box_of((sizes >= max(1, MIN_PIECE * sizes.sum()))[pieces])
     if found is None:
         return None
     scaled = []

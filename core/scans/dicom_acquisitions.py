@@ -12,12 +12,12 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from core.scans.dicom_geometry import SAME_POSITION_MM, WHOLE_GAP, places_of
+from core.scans.dicom_geometry import SAME_POSITION_MM, WHOLE_GAP, positions_mm
 from core.scans.dicom_header import MARKS, TIMES, printable
 from core.scans.dicom_slice import Slice
 
 MAX_ACQUISITIONS = 20  # cardiac series have 10 to 20 phases
-FEWEST, FEWEST_IN_TIME = 2, 3  # slices of an acquisition, and where only times tell it, which may agree by chance
+FEWEST, MIN_IN_TIME = 2, 3  # slices of an acquisition, and where only times tell it, which may agree by chance
 NAMED = 3  # attributes in a name
 # What may alternate within one acquisition: dose is modulated, and files are written by several threads.
 MINOR_MARKS = ("SliceThickness", "XRayTubeCurrent", "Exposure", "InstanceCreationTime")
@@ -43,19 +43,19 @@ def acquisitions_of(slices: Sequence[Slice], alternating: bool = False) -> list[
     Instance numbers are looked at only where the slices are no even volume, MINOR_MARKS only there or when the image is
     `alternating` along the slices.
     """
-    places = places_of(slices)
+    places = positions_mm(slices)
     even = is_even(places)
     passed = MINOR_MARKS if even and not alternating else ()
     marks = [mark for mark in MARKS[:-1] if mark not in passed]
     varying = [mark for mark in marks if len({one.marks.get(mark, "") for one in slices}) > 1]
     for keywords in (*combinations(varying, 1), *combinations(varying, 2)):
         parts = parts_by_mark(slices, keywords)
-        fewest = FEWEST_IN_TIME if set(keywords) & set(TIMES) else FEWEST
+        fewest = MIN_IN_TIME if set(keywords) & set(TIMES) else FEWEST
         if are_apart(parts, places, fewest):
             return named(slices, sorted(parts, key=lambda part: sort_key(slices[part[0]], keywords)), keywords)
     for keyword in [mark for mark in (*TIMES, *(() if even else ("InstanceNumber",))) if mark not in passed]:
         for parts in (parts_by_pause(slices, keyword), *parts_by_sweep(slices, places, keyword)):
-            if are_apart(parts, places, FEWEST_IN_TIME):
+            if are_apart(parts, places, MIN_IN_TIME):
                 return named(slices, parts, (keyword,))
     return []
 

@@ -19,7 +19,7 @@ SLICE_SUFFIXES = {".dcm", ".dicom", ".ima"}  # of names that only DICOM files ha
 HALF_COPIED = {".part", ".partial", ".crdownload", ".tmp", ".gz"}  # what a download, or a copy, adds to a name
 SLICE_SIZE = 0.5  # of the smallest slice; a file without such a name is taken for a damaged slice from this size on
 SAMPLED = 8  # files that tell which series a folder holds, where all would take long
-FEWEST_IN_TURN = 3  # slices; fewer are always even
+MIN_IN_TURN = 3  # slices; fewer are always even
 LISTED = 3  # names in a message before "and N more"
 Identity = tuple[str, ...]  # what the slices of one series have in common
 Places = dict[Identity, dict[str, Path]]  # the files of each series by place
@@ -179,7 +179,7 @@ def are_parts(one: Places, other: Places) -> bool:
 
 def take_turns(one: Collection[str], other: Collection[str]) -> bool:
     """Return True when two sets of places share a part of the patient but no place, and each is even by itself."""
-    if set(one) & set(other) or min(len(one), len(other)) < FEWEST_IN_TURN:
+    if set(one) & set(other) or min(len(one), len(other)) < MIN_IN_TURN:
         return False
     try:
         first, second = (np.array([place.strip("[]").split(",") for place in places], float) for places in (one, other))

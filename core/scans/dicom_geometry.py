@@ -38,7 +38,7 @@ def sort_slices(folder: Path, slices: Sequence[Slice]) -> list[Slice]:
         if any(differs.values()):
             which = " and ".join(keyword for keyword, different in differs.items() if different)
             raise ValueError(f"{other.path}: {which} differs from {first.path.name}, expected the same in all slices")
-    return [slices[k] for k in np.argsort(places_of(slices), kind="stable")]
+    return [slices[k] for k in np.argsort(positions_mm(slices), kind="stable")]
 
 
 def affine_of(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
@@ -71,7 +71,7 @@ def affine_of(folder: Path, slices: Sequence[Slice]) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def places_of(slices: Sequence[Slice]) -> np.ndarray:
+def positions_mm(slices: Sequence[Slice]) -> np.ndarray:
     """Return where slices are along their normal, in mm, (N,)."""
     normal = np.cross(*slices[0].orientation)
     return np.array([one.position @ normal for one in slices])
@@ -83,7 +83,7 @@ def check_doubles(folder: Path, slices: Sequence[Slice]) -> None:
     Raises:
         ValueError: naming two.
     """
-    gaps = np.diff(places_of(slices))
+    gaps = np.diff(positions_mm(slices))
     doubles = np.count_nonzero(gaps < SAME_POSITION_MM)
     if doubles:
         raise ValueError(
@@ -94,7 +94,7 @@ def check_doubles(folder: Path, slices: Sequence[Slice]) -> None:
 
 def why_uneven(slices: Sequence[Slice], off_voxels: np.ndarray) -> str:
     """Explain why slices, in order, are not an even grid; `off_voxels` (3, slices) is the distance of each from it."""
-    gaps = np.diff(places_of(slices))
+    gaps = np.diff(positions_mm(slices))
     closest, widest, typical = int(gaps.argmin()), int(gaps.argmax()), float(np.median(gaps))
     if np.abs(off_voxels[2]).max() <= GRID_TOLERANCE:
         return f"slices are shifted sideways by up to {np.abs(off_voxels[:2]).max():.2g} pixels, expected an even line"

@@ -23,8 +23,8 @@ ADVICE = {
     **dict.fromkeys((".npz", ".npy", ".h5", ".mat", ".png", ".jpg", ".tif", ".tiff"), NO_PLACE),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"), "unpack them"),
 }
-MOST_KINDS, MOST_SIMILAR = 3, 2  # that a message names
-LEAST_ALIKE = 0.6  # of difflib's ratio, its own default for close matches
+MAX_KINDS, MAX_SIMILAR = 3, 2  # that a message names
+MIN_ALIKE = 0.6  # of difflib's ratio, its own default for close matches
 PREFIX_LETTERS = 3  # that a name must have for another to be similar because it begins with it
 SUFFIXES = re.compile(r"(\.(nii|gz|mh[ad]|n?rrd|nhdr|hdr|img|np[yz]|png|jpg|tiff?|dcm|zip|mg[hz]|h5))+$", re.IGNORECASE)
 
@@ -38,11 +38,11 @@ def found_instead(folder: Path) -> str:
     counts = Counter("" if path.is_dir() else kind_of(path) for path in paths)
     if not counts:
         return ""
-    kinds = [kind for kind, _ in counts.most_common(MOST_KINDS)]
+    kinds = [kind for kind, _ in counts.most_common(MAX_KINDS)]
     advice = next((ADVICE[kind] for kind in kinds if kind in ADVICE), None)
     if advice is None and kinds[0] == "":
         advice = "give the folder that holds the files itself"
-    more = " and more" if len(counts) > MOST_KINDS else ""
+    more = " and more" if len(counts) > MAX_KINDS else ""
     listed = ", ".join(count_kind(kind, counts[kind]) for kind in kinds)
     return f"; holds {listed}{more}" + (f": {advice}" if advice else "")
 
@@ -81,7 +81,7 @@ def looked_for(case: str, folder: Path, taken: Collection[Path], ending: str = "
     """
     others = {path for file in taken for path in (file, file.parent)}
     alike = {path: likeness(case, bare_name(path)) for path in visible(folder) if path not in others}
-    best = sorted((path for path in alike if alike[path]), key=lambda path: -alike[path])[:MOST_SIMILAR]
+    best = sorted((path for path in alike if alike[path]), key=lambda path: -alike[path])[:MAX_SIMILAR]
     similar = ", ".join(f"{folder.name}/{path.name}" + "/" * path.is_dir() for path in best)
     return f"looked for {folder.name}/{case}{ending}" + (f"; similar: {similar}" if similar else "")
 
@@ -103,7 +103,7 @@ def likeness(name: str, other: str) -> float:
         return 2 + ratio
     if numbers and other_numbers:
         return 1 + ratio if numbers == other_numbers else 0
-    return ratio if ratio >= LEAST_ALIKE else 0
+    return ratio if ratio >= MIN_ALIKE else 0
 
 
 def bare_name(path: Path) -> str:

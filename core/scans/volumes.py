@@ -37,12 +37,12 @@ LABEL_TOLERANCE = 0.05  # a stored label may be this far from an integer (scaled
 READ_BYTES = 4 * 2**20  # read and put into order at a time; more leaves the CPU's cache
 GZIP_LEVEL = 2  # of ISA-L's 0 to 3: label maps come out smaller than with level 3, or with gzip's level 1
 AIR_HU = -1024.0  # replaces voxels without a value
-LEAST_FAT_HU = -100.0  # a scan whose lowest value is above it shows neither fat nor air, and is no CT in HU
+MIN_FAT_HU = -100.0  # a scan whose lowest value is above it shows neither fat nor air, and is no CT in HU
 SOFT_TISSUE_HU = (-200.0, 300.0)
 PADDING_BELOW_HU = -1500.0  # lower values stand for "not scanned", as -2000 or -3024
 SHIFTED_HU = 1024.0  # by which values are too high that were stored without a rescale intercept
 SHIFTED_SOFT_TISSUE = 0.1  # share of a scan's voxels that would be soft tissue after subtracting SHIFTED_HU
-LEAST_SOFT_TISSUE = 0.02  # share of a scan's voxels; below it is no abdomen, or values are not HU
+MIN_SOFT_TISSUE = 0.02  # share of a scan's voxels; below it is no abdomen, or values are not HU
 NIFTI_INTENT_LABEL = 1002  # NIFTI_INTENT_LABEL of nifti1.h
 
 
@@ -91,9 +91,9 @@ def warn_of_values(voxels: np.ndarray, warn: Callable[[str], None]) -> None:
     elif looks_too_high(voxels):
         low = lowest_scanned(sample)
         warn(f"its values go from {low:g} to {high:g} and look {SHIFTED_HU:g} too high; subtract that, or is it MR?")
-    elif low > LEAST_FAT_HU:
+    elif low > MIN_FAT_HU:
         warn(f"its values go from {low:g} to {high:g}, without the fat and air of every CT; is it MR, or not in HU?")
-    elif (soft := soft_tissue_share(sample)) < LEAST_SOFT_TISSUE:
+    elif (soft := soft_tissue_share(sample)) < MIN_SOFT_TISSUE:
         softest, hardest = SOFT_TISSUE_HU
         warn(
             f"{soft:.1%} of its voxels are soft tissue ({softest:g} to {hardest:g} HU); is it CT of the abdomen, in HU?"
@@ -112,13 +112,13 @@ def scanned_sample(voxels: np.ndarray) -> np.ndarray:
 def lowest_scanned(sample: np.ndarray) -> float:
     """Return the lowest value; where it is that of fat or air, the next one, as a single such value may be padding."""
     low = sample.min()
-    return float(low if low > LEAST_FAT_HU else np.min(sample, where=sample > low, initial=sample.max()))
+    return float(low if low > MIN_FAT_HU else np.min(sample, where=sample > low, initial=sample.max()))
 
 
 def looks_too_high(voxels: np.ndarray) -> bool:
     """Return True when values look SHIFTED_HU too high: no fat and no air, but soft tissue after subtracting that."""
     sample = scanned_sample(voxels)
-    return lowest_scanned(sample) > LEAST_FAT_HU and soft_tissue_share(sample - SHIFTED_HU) > SHIFTED_SOFT_TISSUE
+    return lowest_scanned(sample) > MIN_FAT_HU and soft_tissue_share(sample - SHIFTED_HU) > SHIFTED_SOFT_TISSUE
 
 
 def soft_tissue_share(voxels: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from core.scoring.case import Rules, Task
 from core.scoring.flare22 import TOLERANCE_MM, TOLERANCES_MM, tolerance_mm, unknown_names
 from core.scoring.organ_list import choose_organs, choose_scored, load_given
 from core.system.exits import print_warning
-from core.system.parallel import MOST_WORKERS, cores
+from core.system.parallel import MAX_WORKERS, cores
 
 
 def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argparse.Namespace) -> tuple[Rules, int]:
@@ -34,7 +34,7 @@ def make_rules(tasks: Sequence[Task], others: Sequence[Task], arguments: argpars
     if fixed and arguments.tolerance_mm != TOLERANCE_MM:
         print_warning(f"--tolerance-mm: does not change FLARE22's tolerances, which {', '.join(fixed)} have")
     size, crop = grid_of(arguments, given or load_config()) if arguments.ceiling else (None, "none")
-    workers = min(arguments.workers or min(cores(), MOST_WORKERS), len(tasks))
+    workers = min(arguments.workers or min(cores(), MAX_WORKERS), len(tasks))
     rules = Rules(
         organs=organs,
         scored=scored,

@@ -14,7 +14,7 @@ from typing import TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-MOST_WORKERS = 8  # by default, whatever the number of cores: each may need 1 GiB and more
+MAX_WORKERS = 8  # by default, whatever the number of cores: each may need 1 GiB and more
 # What takes seconds to import: the server does it once, and every worker is a copy of it.
 IMPORTED_ONCE = ["torch", "nibabel", "scipy.ndimage", "scipy.spatial"]
 

@@ -231,7 +231,7 @@ def test_a_flipped_affine_flips_the_picture(case, tmp_path):
 
 def test_a_gif_beside_the_truth(case, tmp_path):
     output = tmp_path / "new" / "o.gif"
-    flags = ["--truth", str(case[1]), "--frames", "3", "--size", "320", "180", "--organs", "liver"]
+    flags = ["--reference", str(case[1]), "--frames", "3", "--size", "320", "180", "--organs", "liver"]
     assert main([*map(str, case), "--output", str(output), *flags]) == 0
     with Image.open(output) as gif:
         assert (gif.n_frames, gif.size, gif.info["loop"]) == (3, (320, 180), 0)
@@ -280,7 +280,7 @@ def test_the_legend_has_the_volumes_of_the_organs_that_are_there(case, tmp_path,
         return draw_background(size, title, rows)
 
     monkeypatch.setattr(movie, "draw_background", listing)
-    flags = ["--truth", str(case[1]), "--frames", "1", "--size", "320", "180"]
+    flags = ["--reference", str(case[1]), "--frames", "1", "--size", "320", "180"]
     assert main([*map(str, case), "--output", str(tmp_path / "o.gif"), *flags]) == 0
     labels = np.asarray(nib.load(case[1]).dataobj)
     ml = [(labels == organ).sum() * 3 * 3 * 5 / 1000 for organ in (LIVER, SPLEEN)]

@@ -431,13 +431,13 @@ def test_the_command_draws_comparison_and_sheet(tmp_path):
     voxels, labels = make_volume()
     scan = save_nifti(voxels, "LAI", tmp_path / "case_0000.nii.gz", np.int16)
     label_map = save_nifti(labels, "LAI", tmp_path / "case.nii.gz", np.uint8)
-    for flags in (("--truth", label_map), ("--contact", 6)):
+    for flags in (("--reference", label_map), ("--contact", 6)):
         result = run_main("overlay", scan, label_map, *flags, "--output", tmp_path / "picture.png")
         assert (result.returncode, result.stderr) == (0, "")
         assert imread(tmp_path / "picture.png").shape[0] > 300
         (tmp_path / "picture.png").unlink()
     for flags, message in (
-        (("--truth", label_map, "--contact", 6), "one of the two"),
+        (("--reference", label_map, "--contact", 6), "one of the two"),
         (("--contact", 0), "got 0, expected 1 or more"),
     ):
         result = run_main("overlay", scan, label_map, *flags, "--output", tmp_path / "picture.png")

@@ -151,7 +151,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def compared(folder) -> Path:
     output = folder / "new" / "compared"
-    arguments = [folder / "scan_0000.nii.gz", folder / "prediction.nii.gz", "--truth", folder / "truth.nii.gz"]
+    arguments = [folder / "scan_0000.nii.gz", folder / "prediction.nii.gz", "--reference", folder / "truth.nii.gz"]
     assert report.main([*map(str, arguments), "--output", str(output)]) == 0
     return output
 

@@ -68,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(folder) -> Path:
     page = folder / "pages" / "viewer.html"
-    arguments = [folder / "scan.nii.gz", folder / "prediction.nii.gz", "--truth", folder / "truth.nii.gz"]
+    arguments = [folder / "scan.nii.gz", folder / "prediction.nii.gz", "--reference", folder / "truth.nii.gz"]
     assert viewer.main([*map(str, arguments), "--output", str(page)]) == 0
     return page
 
