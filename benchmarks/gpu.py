@@ -127,6 +127,8 @@ def run_python(*arguments: str) -> str:
 def measure(part: str, flags: dict[str, Any]) -> dict[str, Any]:
     """Measure one part in this process."""
     if part in PEERS:
+        if "channels" in flags:
+            raise ValueError(f"--channels: {part} is measured with config.yaml's network alone; leave it out")
         module, *more = PEERS[part]
         grid = ["--size", *flags["size"]] if "size" in flags else ["--size", *map(str, load_config().size)]
         return json.loads(

@@ -35,14 +35,14 @@ from core.scans.files import find_scans
 from core.scans.resample import logits_to_labels
 from core.scans.typical import HU_PERCENTILES
 from core.scans.volumes import load_scan, prepare_image, save_label_map
-from core.system.exits import run_command
-from core.training.device import choose_device
+from core.system.exits import print_warning, run_command
+from core.training.device import choose_device, choose_precision
 from data.make_phantom import write_phantom
 from infer import Inference, finish, predict, prepare
 from vnet import VNet
 
 SHAPE = (512, 512, 100)  # voxels of a clinical scan
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("float32", "bf16")
 PROJECT, PEER, IN_TURN = "project", "MONAI", "in turn"
 # Ranges that no scan lies outside of, so that there is nothing to warn about.
 ANY_SCAN = {
@@ -106,7 +106,12 @@ def make_contenders(
             measuring.Contender(f"{name}, {precision}, {IN_TURN}", partial(in_turn, job, scans)),
         ]
 
-    for precision, dtype in PRECISIONS.items():
+    for precision in PRECISIONS:
+        try:
+            dtype = choose_precision(precision, device)
+        except ValueError as error:  # the device does not compute in it
+            print_warning(f"left out: {error}")
+            continue
         output = output_of(folder, PROJECT, precision)
         output.mkdir()
         inference = Inference([network], config, ANY_SCAN, device, dtype, OutputFolder(output))

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from core.system.exits import DONE, USAGE, refusing
+from core.system.exits import DONE, USAGE, is_out_of_memory, one_line, refusing
 from core.system.provenance import git_commit, versions
-from core.training.memory_plans import GIB, clock
+from core.training.memory_plans import GIB, clock, free_memory
 
 CPU = torch.device("cpu")
 WIDTH = 120  # of a table, in letters
@@ -54,6 +54,7 @@ class Contender:
         seconds: of each turn.
         laps: part of the job -> its seconds, of each turn.
         rise_gib: rise of memory above what was there before the turn, of each turn.
+        failed: why it ran out of memory, or None. Then it has no results and takes no more turns.
     """
 
     name: str
@@ -64,10 +65,16 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
     laps: dict[str, list[float]] = field(default_factory=dict)
     rise_gib: list[float] = field(default_factory=list)
+    failed: str | None = None
 
 
 def take_turns(
-    contenders: Sequence[Contender], repeats: int, device: torch.device = CPU, warm_up: int = 1, memory: bool = True
+    contenders: Sequence[Contender],
+    repeats: int,
+    device: torch.device = CPU,
+    warm_up: int = 1,
+    memory: bool = True,
+    skip_failed: bool = False,
 ) -> None:
     """Let contenders do the job in turns, so that what else happens on the machine meets all of them.
 
@@ -77,18 +84,28 @@ def take_turns(
         device: that the clock waits for, and whose memory is watched.
         warm_up: turns that do not count.
         memory: watch it; freed memory is returned to the system first, which slows the next allocations.
+        skip_failed: go on without a contender that runs out of memory.
     """
     for turn in range(-warm_up, repeats):
         for contender in contenders:
-            if turn >= contender.turns:
+            if turn >= contender.turns or contender.failed:
                 continue
             contender.answer = None
             contender.before()
             read_rise_gib = watch_memory(device) if memory else lambda: None
             laps = Laps(device)
-            contender.answer = contender.run(laps)
-            seconds, rise_gib = clock(device) - laps.started, read_rise_gib()
-            if turn < 0:
+            try:
+                contender.answer = contender.run(laps)
+                seconds, rise_gib = clock(device) - laps.started, read_rise_gib()
+            except (MemoryError, RuntimeError) as error:
+                if not skip_failed or not is_out_of_memory(error, smaller=True):
+                    raise
+                contender.failed = one_line(error)
+                contender.seconds, contender.laps, contender.rise_gib = [], {}, []
+            if contender.failed:  # only behind the except clause has the error let go of the turn's tensors
+                contender.before()
+                free_memory()
+            if turn < 0 or contender.failed:
                 continue
             contender.seconds.append(seconds)
             contender.rise_gib += [] if rise_gib is None else [rise_gib]

@@ -8,7 +8,7 @@
 
 On a CPU in float32, on a GPU in bf16 mixed precision; batch 1. Each ratio is taken within a turn. Forward is the time
 to the loss, in training mode. The share is the step's counted arithmetic by its median time, in the device's rate for
-a large matrix product.
+a large matrix product. A network or plan that runs out of memory is left out, and its row says so.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         name for name, wanted in ((COMPILED, arguments.compile), (CHANNELS_LAST, arguments.channels_last)) if wanted
     ]
     contenders = make_contenders(config, image, labels, asked)
-    measuring.take_turns(contenders, arguments.repeats, device)
+    measuring.take_turns(contenders, arguments.repeats, device, skip_failed=True)
     return {
         "size": list(config.size),
         "device": str(device),
@@ -131,16 +131,20 @@ def compare(
     plain = {name: count_plain_step(build, config.size, precision) for name, build in networks.items()}
     counts = {plan: count_step(config, plan, precision) for plan in PLANS} | plain
     rate = matmul_flops_per_second(device, precision)
+    forward = {each.name: each.laps.get("forward", []) for each in contenders}
     rows = {
         each.name: {
-            "forward_s": measuring.summarise(each.laps["forward"]),
+            "forward_s": measuring.summarise(forward[each.name]),
             "step_s": measuring.summarise(each.seconds),
-            "forward_to_monai": peer and measuring.ratios(each.laps["forward"], peer.laps["forward"]),
+            "forward_to_monai": peer and measuring.ratios(forward[each.name], forward[PEER]),
             "step_to_monai": peer and measuring.ratios(each.seconds, peer.seconds),
             "rise_gib": measuring.summarise(each.rise_gib),
             "counted_peak_gib": counts[each.name].peak_gib if each.name in counts else None,
-            "share_of_matmul": counts[each.name.split(",")[0]].flops / statistics.median(each.seconds) / rate,
+            "share_of_matmul": counts[each.name.split(",")[0]].flops / statistics.median(each.seconds) / rate
+            if each.seconds
+            else None,
         }
+        | ({"failed": each.failed} if each.failed else {})
         for each in contenders
     }
     arithmetic = {

@@ -32,6 +32,8 @@ pytestmark = [
 ]
 # torch looks at it once, at the process's first matrix product, whether or not that is to be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when CUDA starts, which `works` below makes it do
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 CUDA = "cuda"
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,7 +152,8 @@ def test_validation_predicts_as_the_cpu(precision, patch_size):
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("plan", PLANS)
 def test_nothing_in_a_step_waits_for_the_card(plan, precision, augmented, patch):
-    config = replace(load_config(), augment=augmented or not patch, augment_flip=True, augment_elastic=0.02, **patch)
+    flip = {"augment_flip": True, "organs": ("background", "right kidney", "left kidney", "liver", "spleen")}
+    config = replace(load_config(), augment=augmented or not patch, augment_elastic=0.02, **flip, **patch)
     training = start(network().to(CUDA), plan, "dice_cross_entropy", precision, max_grad_norm=1.0)
     image, labels = batch(CUDA)
     extent_mm = torch.tensor([[300.0, 300.0, 200.0]] * 2)
@@ -177,7 +180,7 @@ def test_auto_takes_a_smaller_plan_on_a_smaller_card(card):
         used = torch.cuda.memory_reserved(card)
         if gib == 0:  # a little more than `low` needs, less than `off` does
             needs = peaks_gib(training, config, card)
-            gib = 0.25 * needs["off"] + 0.75 * needs["low"] - used / 2**30
+            gib = 0.1 * needs["off"] + 0.9 * needs["low"] - used / 2**30
             torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, (used + gib * 2**30) / total), card)
         try:
@@ -237,14 +240,14 @@ def test_training_is_the_same_twice_with_deterministic(run, tmp_path):
 def test_infer_gives_the_label_maps_of_the_cpu(run, run_main, phantom_data, tmp_path):
     assert run(CUDA, "--epochs", 4)[0] == 0
     best = tmp_path / "run" / "best.pt"
-    half = "bf16" if torch.bfloat16 in HALF else "fp16"
-    for device, precision in (("cpu", "float32"), (CUDA, "float32"), (CUDA, half)):
+    half = [name for name in ("bf16", "fp16") if works(name)][:1]
+    for device, precision in (("cpu", "float32"), (CUDA, "float32"), *((CUDA, name) for name in half)):
         out = ["--output", tmp_path / f"{device}_{precision}", "--device", device, "--precision", precision]
         code, _, err = run_main(infer, phantom_data, "--checkpoint", best, best, "--probabilities", *out)
         assert code == 0, err
     for path in sorted((tmp_path / "cpu_float32").glob("phantom_????.nii.gz")):
         expected = in_ras(path)
-        for name, least in (("cuda_float32", 0.9999), (f"cuda_{half}", 0.99)):
+        for name, least in (("cuda_float32", 0.9999), *((f"cuda_{name}", 0.99) for name in half)):
             assert np.mean(in_ras(tmp_path / name / path.name) == expected) > least, (name, path.name)
 
 

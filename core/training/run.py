@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain
 
 import numpy as np
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -262,13 +262,13 @@ class Run:
     def evaluating(self) -> Iterator[None]:
         """Put the network into evaluation mode, with the EMA weights where there are any, until the block ends.
 
-        When a signal stops the block, the run is saved; --resume repeats the validation.
+        When a signal stops the block, or memory runs out, the run is saved; --resume repeats the validation.
         """
         try:
             with self.training.ema_weights():
                 self.training.network.eval()
                 yield
-        except Stopped:
+        except (Stopped, MemoryError, OutOfMemoryError):
             self.checkpoint()
             raise
 

@@ -66,6 +66,7 @@ class RunFolder:
         self.log_table = LogTable(self.log)
         self.lock_file: IO | None = None
         self.replaces = False  # an earlier run, by --overwrite, which is there until this one starts
+        self.noted: dict[str, Any] = {}  # facts for run.json, while the earlier run's is there
         self.last_is_damaged = False
         self.can_draw, self.is_drawn, self.drawn = True, True, time.monotonic()
         self.kept_best: tuple[dict, dict] | None = None  # weights and facts of a best network that is not written yet
@@ -213,6 +214,7 @@ class RunFolder:
             "val_cases": cases["val"],
             "made_cases": cases["made"],
             "config": config_to_dict(self.config),
+            **self.noted,
         }
         write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
         self.replaces = False
@@ -254,6 +256,7 @@ class RunFolder:
         """Put facts into run.json beside what is there; what hinders that is a warning, and the run goes on."""
         path = self.path / "run.json"
         if self.replaces:
+            self.noted |= facts
             return
         try:
             before = json.loads(read_text(path))

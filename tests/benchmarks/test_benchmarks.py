@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from benchmarks import inference, memory, peers, train_step
-from benchmarks.measuring import take_turns
+from benchmarks.measuring import Contender, take_turns
 from benchmarks.peers import NO_MONAI, monai_installed
 from core.config import load_config
 from core.network import build_network
 from core.scans.files import find_scans
 from core.training.memory_count import count_step
 from core.training.setup import PLANS
+from core.training.step import training_step
 from data.make_phantom import write_phantom
 
 SMALL = load_config(
@@ -113,6 +114,32 @@ def test_train_step_times_every_contender(monkeypatch, capsys, with_a_peer, flag
     assert set(result["arithmetic"]) == {"project", "MONAI"}
 
 
+@pytest.mark.parametrize("first_turns", [0, 2])
+def test_train_step_goes_on_without_what_runs_out_of_memory(monkeypatch, capsys, with_a_peer, first_turns):
+    def step(training, *batch, on_loss):
+        if isinstance(training.network, nn.Conv3d) and len(taken) >= first_turns:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 62 GiB")
+        if isinstance(training.network, nn.Conv3d):
+            taken.append(training)
+        return training_step(training, *batch, on_loss=on_loss)
+
+    taken = []
+    monkeypatch.setattr(train_step, "training_step", step)
+    lines, result = run(monkeypatch, capsys, train_step, "--size", 16, 16, 16, "--repeats", 2)
+    assert len(taken) == first_turns
+    for name, row in result["contenders"].items():
+        assert (row["step_s"] is None) == ("failed" in row) == (name == "MONAI")
+        assert row["step_to_monai"] is None
+    assert result["contenders"]["MONAI"]["failed"] == "CUDA out of memory. Tried to allocate 62 GiB"
+    assert any("CUDA out of memory. Tried to allocate 62 GiB" in line for line in lines[:-1])
+
+
+def test_another_error_of_a_contender_ends_the_benchmark():
+    contender = Contender("x", lambda lap: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        take_turns([contender], repeats=1, skip_failed=True)
+
+
 @pytest.mark.slow
 def test_train_step_without_monai_has_no_ratios(monkeypatch, capsys, without_monai):
     lines, result = run(monkeypatch, capsys, train_step, "--size", 16, 16, 16, "--repeats", 1)
@@ -200,6 +227,17 @@ def test_inference_tells_the_stages_of_every_way(monkeypatch, capsys):
     assert result["contenders"]["MONAI, bf16"]["to_monai"]["median"] == 1
     assert sorted(map(sorted, result["scans"])) == [[24, 36, 40]] * 2
     assert any("project, bf16, in turn" in line for line in lines)
+
+
+def test_inference_leaves_out_a_precision_that_the_device_lacks(monkeypatch, capsys, without_monai):
+    def choose(name, device):
+        if name == "bf16":
+            raise ValueError("precision: got bf16 on Card")
+        return torch.float32
+
+    monkeypatch.setattr(inference, "choose_precision", choose)
+    _, result = run(monkeypatch, capsys, inference, *TINY, "--device", "cpu")
+    assert list(result["contenders"]) == ["project, float32", "project, float32, in turn"]
 
 
 def test_inference_without_monai_has_no_ratios(monkeypatch, capsys):

@@ -48,11 +48,13 @@ def test_the_logits_of_one_network_are_left_as_they_are():
 )
 def test_precision_is_the_one_asked_for_or_that_of_the_training(monkeypatch, name, trained_in, device, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     assert choose_inference_precision(name, trained_in, torch.device(device)) == expected
 
 
 def test_a_network_trained_in_bf16_runs_in_fp16_on_a_card_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     assert choose_inference_precision("auto", "bf16", torch.device("cuda")) == torch.float16
 
 

@@ -225,6 +225,21 @@ def test_a_signal_during_validation_is_acted_on_and_the_validation_done_later(ru
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_no_step_is_lost_when_memory_runs_out_in_validation(run, whole, tmp_path, monkeypatch, error):
+    def too_large(*_):
+        raise error("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validation_step", too_large)
+        code, _, err = run("--checkpoint-minutes", "1000")
+    assert (code, err.count("error: out of memory")) == (3, 1)
+    before = content(tmp_path / "run")
+    assert (before["epoch"], len(before["losses"])) == (0, 4)
+    assert run("--resume")[0] == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
 @pytest.mark.slow
 def test_a_second_signal_quits_at_once(data, tmp_path):
     slow = ["--size", "64", "64", "48", "--channels", "8", "--batch-size", "4", "--accumulation-steps", "4"]

@@ -1,5 +1,6 @@
 """What an epoch's end writes, and when."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,21 @@ def best(folder: RunFolder) -> tuple[float, float]:
     """Return the weight and the Dice in best.pt."""
     content = load_checkpoint(folder.best)
     return content["network"]["weight"].item(), content["val_dice"]
+
+
+def test_what_is_noted_before_an_earlier_run_is_replaced_is_kept(folder):
+    cases = {"train": ["a"], "val": [], "made": []}
+    folder.start(torch.device("cpu"), cases)
+    folder.note(memory_plan="of the earlier run")
+    again = RunFolder(folder.config)
+    again.replaces = True
+    again.note(outcome="under way", memory_plan="measured")
+    assert json.loads((folder.path / "run.json").read_text())["memory_plan"] == "of the earlier run"
+    again.lock_file = folder.lock_file
+    again.start(torch.device("cpu"), cases)
+    again.note(more=1)
+    found = json.loads((folder.path / "run.json").read_text())
+    assert [found[key] for key in ("outcome", "memory_plan", "more")] == ["under way", "measured", 1]
 
 
 def test_best_is_written_at_most_once_a_minute_and_with_last(folder, clock):
