@@ -165,7 +165,7 @@ def main() -> int:
         output.prepare(cases, refused)
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device, warn=group.first)
-            locator = Locator.load(arguments.locate, checkpoint, device)
+            locator = Locator.load(arguments.locate, checkpoint, device, warn=group.first)
             checkpoint["fingerprint"] += mark_of_options(arguments)
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
     if group.first and arguments.cases is None and not arguments.skip_existing:

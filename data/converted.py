@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from core.config import load_organs
 from core.scans.annotated import read_annotated, write_annotated
 from core.scans.files import list_files
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.organ_names import read_organ_names
 from core.scans.volumes import load_labels, read_geometry, save_label_map
-from core.system.files import locked, read_text, whole_file, write_text
+from core.system.files import locked, read_text, rename_old, whole_file, write_text
 from core.system.yaml_files import dump_yaml
 from data.label_names import Key, OrganMap, same_organ
 from data.layouts import SourceCase
@@ -276,10 +277,19 @@ class DataFolder:
         """Make the folders, and note the cases that this command is going to write."""
         for name in ("images", "labels"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
-        write_text(self.organs_file, dump_yaml({"organs": list(self.organs)}))
+        if not self.lists_organs():  # it may hold more settings, which stay
+            rename_old(self.organs_file, f"{self.organs_file}: is another organ list, or none")
+            write_text(self.organs_file, dump_yaml({"organs": list(self.organs)}))
         self.own = [case.id for case in todo]
         self.cases |= {case.id: {"scan": str(case.scan.resolve()), "key": None, "annotated": []} for case in todo}
         self.save()  # without lines of an earlier conversion of these
+
+    def lists_organs(self) -> bool:
+        """Return True when organs.yaml is there and lists these organs."""
+        try:
+            return load_organs(self.organs_file) == self.organs
+        except (OSError, ValueError):
+            return False
 
     def finish(self, case: SourceCase, organ_map: OrganMap, present: Sequence[str]) -> None:
         """Note that a case is finished, and which organs occur in it."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -69,6 +70,7 @@ def judge(
     taught: Collection[str],
     unlike: Sequence[str],
     limits: Limits,
+    cut: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Judgement:
     """Judge a label map.
 
@@ -78,9 +80,11 @@ def judge(
         taught: the organs that the networks were taught; no other can be trusted, or missed.
         unlike: in words, how the scan differs from the training cases.
         limits: requirements on it.
+        cut: the organs that the box of `crop` cuts, with its ends.
     """
     odd = {name: f"{gap:.0f} mm from the {other}" for name, other, gap in far_apart(found)}
     odd |= {name: f"volume of {rounded(ml)} mL" for name, ml in odd_volumes(found)}
+    odd |= {name: f"cut by the {' and the '.join(ends)} of the box" for name, ends in cut.items()}
     judged = {}
     for name, agreed in agreement.items():
         organ = found.get(name)

@@ -12,17 +12,18 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from core.inference.inputs import read_scan
-from core.scans.annotated import write_annotated
+from core.scans.annotated import ANNOTATED, read_annotated, write_annotated
 from core.scans.files import listed
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import NIFTI_SUFFIXES, save_label_map, save_scan
-from core.scans.weights import write_weights
+from core.scans.weights import WEIGHTS, read_weights, write_weights
 from core.system.files import locked, open_text, whole_file
 from data.converted import place, remove, suffix_of
 from data.judging import Judgement, Limits
@@ -60,7 +61,8 @@ class MadeLabels:
             if scan.resolve().is_relative_to(self.path.resolve()):
                 raise ValueError(f"--output: {self.path} holds the scan {scan} of case {case}; choose another folder")
         # A scan's rows come before its files; several processes, or one that was stopped, may have made the folders.
-        if not (self.path / TABLE).is_file() and any((self.path / "labels").glob("*")):
+        foreign = chain(*map(self.path.glob, ("labels/*", "images/*", ANNOTATED, WEIGHTS)))
+        if not (self.path / TABLE).is_file() and any(foreign):
             raise ValueError(f"--output: {self.path} holds a data set that this command has not made; choose another")
         for name in ("images", "labels"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,7 @@ class MadeLabels:
         """
         with locked(self.path / LOCK):
             rows = [row for row in self.read() if row["case"] != case] + self.rows_of(case, scan, judgement)
-            self.write(rows)
+            self.write(rows, case)
         if judgement.reason:
             return
         trusted = np.array([False, *(not organ.reason for organ in judgement.organs.values())])
@@ -160,20 +162,25 @@ class MadeLabels:
             raise ValueError(f"{path}: is another kind of table, expected the columns {', '.join(COLUMNS)}")
         return rows
 
-    def write(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Write the three tables, ordered by case."""
+    def write(self, rows: Sequence[Mapping[str, str]], case: str) -> None:
+        """Write the three tables, ordered by case; of annotated.csv and weights.csv only the line of `case` changes.
+
+        People may have edited the others. pseudo_labels.csv comes first: it says that this command made the folder.
+        """
         rows = sorted(rows, key=lambda row: row["case"])  # a case's rows keep their order
-        annotated = {row["case"]: [] for row in rows if row["taken"] == "yes"}
-        for row in rows:
-            if row["organ"] and row["taken"] == "yes":
-                annotated[row["case"]].append(row["organ"])
-        write_annotated(self.path, annotated)
-        taken = [row for row in rows if row["taken"] == "yes" and not row["organ"]]
-        write_weights(self.path, {row["case"]: float(row["weight"]) for row in taken})
         with whole_file(self.path / TABLE) as temporary, open_text(temporary, "w") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(rows)
+        annotated, weights = read_annotated(self.path), read_weights(self.path)
+        for table in (annotated, weights):
+            table.pop(case, None)
+        taken = [row for row in rows if row["case"] == case and row["taken"] == "yes"]
+        if taken:
+            annotated[case] = [row["organ"] for row in taken if row["organ"]]
+            weights[case] = float(taken[0]["weight"])
+        write_annotated(self.path, dict(sorted(annotated.items())))
+        write_weights(self.path, dict(sorted(weights.items())))
 
     def summary(self, cases: Collection[str]) -> list[str]:
         """Say in lines how many scans were taken, how often each organ is trusted, and why scans were left out."""

@@ -33,7 +33,7 @@ from core.inference.locating import Locator
 from core.inference.networks import choose_inference_precision
 from core.inference.restoring import restore_labels
 from core.inference.stages import Segmentation, run_overlapped
-from core.scans.anatomy import organs_in
+from core.scans.anatomy import cut_by_box, organs_in
 from core.scans.nifti import Reading
 from core.scans.typical import differences
 from core.scans.volumes import prepare_image
@@ -109,7 +109,8 @@ def finish(labelling: Labelling, scan: Prediction) -> None:
     found = organs_in(labels, scan.geometry, organs)
     agreement = dict(zip(organs[1:], scan.agreement[1:].tolist(), strict=True))
     taught = labelling.training_data.get("organs", organs[1:])  # older checkpoints do not say it
-    judgement = judge(found, agreement, taught, scan.unlike, labelling.limits)
+    cut = cut_by_box(labels, scan.box, organs)
+    judgement = judge(found, agreement, taught, scan.unlike, labelling.limits, cut)
     labelling.made.add(scan.case, scan.file, labels, scan.geometry, judgement)
 
 
@@ -139,7 +140,7 @@ def main() -> int:
         cases, refused = choose_scans(arguments.inputs, arguments.cases, None, show=group.first)
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device)
-            locator = Locator.load(arguments.locate, checkpoint, device)
+            locator = Locator.load(arguments.locate, checkpoint, device, warn=group.first)
             config, training_data = checkpoint["config"], checkpoint["training_data"]
             precision = choose_inference_precision(arguments.precision, config.precision, device)
             made = MadeLabels(arguments.output, config.organs, checkpoint["fingerprint"], limits, arguments.copy)

@@ -740,6 +740,47 @@ def test_a_label_map_that_no_network_has_made_is_kept(run, scans, tmp_path):
     assert (tmp_path / "out" / "two.nii.gz.old.old").read_bytes() == before
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_label_map_that_somebody_has_edited_is_kept(run, scans, tmp_path, dtype):
+    assert run(scans)[0] == 0
+    path = tmp_path / "out" / "two.nii.gz"
+    before = in_ras(path)
+    made = nib.load(path)  # with nibabel the header names the network still
+    edited = np.asarray(made.dataobj).astype(dtype)
+    nib.save(nib.Nifti1Image(edited, made.affine, made.header), path)  # unchanged voxels
+    assert run(scans)[::2] == (0, "")
+    edited[0, 0, 0] += 1
+    nib.save(nib.Nifti1Image(edited, made.affine, made.header, dtype=dtype), path)
+    code, _, err = run(scans)
+    assert (code, err.count("\n")) == (0, 1)
+    assert f"so the earlier two.nii.gz is now {path}.old" in err
+    assert np.array_equal(in_ras(path), before)
+    kept = shutil.copy(f"{path}.old", tmp_path / "kept.nii.gz")
+    assert np.count_nonzero(nib.load(kept).get_fdata() != nib.load(path).get_fdata()) == 1
+    assert run(scans)[::2] == (0, "")
+
+
+def test_two_cases_whose_files_would_have_one_name_are_refused(run, scans, tmp_path):
+    save_scan(scans / "one_probabilities.nii.gz", make_voxels((6, 6, 6)))
+    code, _, err = run(scans)
+    assert (code, err.count("error: ")) == (2, 1)
+    assert "cases one and one_probabilities: " in err
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_organs_that_the_locator_was_not_trained_on_are_named(config, checkpoint, tmp_path, run_main):
+    organs = cropped_checkpoint(tmp_path / "organs.pt", config, checkpoint, "organs")
+    body = cropped_checkpoint(tmp_path / "all.pt", config, checkpoint, "body", bias=(0, 1, 0, 0))
+    for path, taught in ((organs, list(config.organs[1:])), (body, list(config.organs[1:2]))):
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"training_data": content["training_data"] | {"organs": taught}}, path)
+    scan = save_scan(tmp_path / "scan.nii.gz", body_in_air())
+    flags = ["--checkpoint", organs, "--locate", body, "--output", tmp_path / "out", "--device", "cpu"]
+    code, _, err = run_main(infer, scan, *flags)
+    missed = ", ".join(config.organs[2:])
+    assert (code, f"all.pt: was not trained on {missed}; the box that it finds may cut them" in err) == (0, True)
+
+
 def test_a_file_beside_no_label_map_of_a_network_is_kept(run, scans, tmp_path):
     path = tmp_path / "out" / "two_probabilities.nii.gz"
     path.parent.mkdir()

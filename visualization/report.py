@@ -26,7 +26,7 @@ from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import read_text, write_text
+from core.system.files import read_text, rename_old, write_text
 from core.system.provenance import git_commit, versions
 from visualization.comparison import draw_comparison
 from visualization.movie import make_movie
@@ -58,8 +58,18 @@ def write_report(shown: Shown, folder: Path, provenance: dict[str, str]) -> Path
     facts = {"case": shown.title, "provenance": provenance} | describe(shown)
     write_page(folder / REPORT_VIEWER, make_viewer(shown))
     write_page(folder / REPORT_PAGE, make_report(shown, facts))
+    if not is_numbers(folder / REPORT_NUMBERS):
+        rename_old(folder / REPORT_NUMBERS, f"{folder / REPORT_NUMBERS} is no report of this program")
     write_text(folder / REPORT_NUMBERS, json.dumps(facts, indent=2) + "\n")
     return folder / REPORT_PAGE
+
+
+def is_numbers(path: Path) -> bool:
+    """Return True when a file holds the numbers of a report."""
+    try:
+        return {"case", "organs", "remarks"} <= json.loads(read_text(path)).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def describe(shown: Shown) -> dict:

@@ -13,8 +13,10 @@ from core.config import Config
 from core.inference.networks import choose_inference_precision, predict_logits
 from core.scans.crop import Box, body_box, located_box, whole_box, windows_along_z
 from core.scans.geometry import Geometry
+from core.scans.organ_words import same_name
 from core.scans.resample import largest_class
 from core.scans.volumes import prepare_image
+from core.system.exits import print_warning
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,11 @@ class Locator:
     usual_mm: float = math.inf
 
     @classmethod
-    def load(cls, path: str | None, checkpoint: dict, device: torch.device) -> "Locator":
+    def load(cls, path: str | None, checkpoint: dict, device: torch.device, warn: bool = False) -> "Locator":
         """Return the locator for a network's `checkpoint`, with the network at `path` (--locate) if it takes one.
 
-        The fingerprint in `checkpoint` becomes that of both networks.
+        The fingerprint in `checkpoint` becomes that of both networks. With `warn`, a warning names organs that the
+        locator was not trained on, though the network was.
 
         Raises:
             FileNotFoundError, ValueError: when the file cannot be used, is missing, or would do nothing.
@@ -63,6 +66,10 @@ class Locator:
             raise ValueError(
                 f"{path}: was trained with crop organs, expected none or body to find the organs in a scan"
             )
+        ours, theirs = (each["training_data"].get("organs") for each in (checkpoint, content))  # older ones: None
+        missed = [organ for organ in ours or () if theirs and not any(same_name(organ, other) for other in theirs)]
+        if missed and warn:
+            print_warning(f"{path}: was not trained on {', '.join(missed)}; the box that it finds may cut them")
         checkpoint["fingerprint"] += f"+{content['fingerprint']}"
         precision = choose_inference_precision("auto", config.precision, device)
         lengths = [content["training_data"]["extent_mm"][end][2] for end in ("min", "max")]

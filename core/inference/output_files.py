@@ -100,13 +100,16 @@ def check_paths_are_free(output: Path, cases: dict[str, Path]) -> None:
     """Check that the results of cases, given with their scans, can be written, and that volumes.csv can be read.
 
     Raises:
-        OSError, ValueError: when a folder, a scan itself or a table of another kind has a result's name.
+        OSError, ValueError: when a folder, a scan itself, a table of another kind or another case has a result's name.
     """
     for name in (SLICER, ITK_SNAP):
         if (output / name).is_dir():
             raise ValueError(f"{output / name}: is a folder where a table is to be written; move it away")
+    label_maps = {label_map_path(output, case): case for case in cases}
     for case, scan in cases.items():
         for path in case_files(output, case):
+            if label_maps.get(path, case) != case:
+                raise ValueError(f"cases {case} and {label_maps[path]}: {path} would be of both; rename a scan")
             if path.is_dir():
                 raise ValueError(f"{path}: is a folder where case {case} is to be written; move it away")
             if path.exists() and scan.exists() and path.samefile(scan):

@@ -28,7 +28,7 @@ from core.scans.files import listed
 from core.scans.geometry import check_same_grid
 from core.scans.nifti import Reading
 from core.scans.organ_names import read_network
-from core.scans.volumes import read_geometry, save_label_map, save_probabilities
+from core.scans.volumes import is_as_made, read_geometry, save_label_map, save_probabilities
 from core.system.exits import print_error, print_warning
 from core.system.files import check_room, locked, read_text, remove_left_over, rename_old, whole_file, write_text
 
@@ -233,14 +233,14 @@ class OutputFolder:
             self.set_aside(case)
 
     def keep_foreign(self, case: str) -> None:
-        """Rename a label map in a case's place to *.old when it names no network: a person may have drawn it.
+        """Rename a label map in a case's place to *.old unless a network made it: a person may have drawn or edited it.
 
         Also what is beside it, or beside none, in the place of what is written.
         """
         path = self.label_map(case)
-        if not names_network(path):
+        if not is_as_made(path):
             keep_drawn(path)
-            rename_old(path, f"case {case}: the label map there names no network of this program")
+            rename_old(path, f"case {case}: the label map there is not as a network of this program made it")
             for flag in self.extras:
                 extra = output_files.extra_path(self.path, case, flag)
                 rename_old(extra, f"case {case}: no label map of this program was beside it")
@@ -273,21 +273,13 @@ class OutputFolder:
         }
 
 
-def names_network(label_map: Path) -> bool:
-    """Return True when a label map says which network of this program made it; False where it cannot be read."""
-    try:
-        return bool(read_network(label_map))
-    except (OSError, ValueError):
-        return False
-
-
 def keep_drawn(path: Path) -> None:
     """Rename PATH.old to PATH.old.old, and so on, before `path` takes its place, when a person may have drawn it."""
     old = path.with_name(f"{path.name}.old")
     with suppress(OSError, ValueError):  # no such file, or no label map
-        if path.is_file() and not read_network(old):
+        if path.is_file() and not (read_network(old) and is_as_made(old)):
             keep_drawn(old)
-            rename_old(old, "it names no network of this program")
+            rename_old(old, "it is not as a network of this program made it")
 
 
 def grid_difference(scan: Path, label_map: Path) -> str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from core.scans.crop import Box, shape_of
 from core.scans.geometry import Geometry
 from core.scans.organ_words import standard_name
 
@@ -53,6 +54,7 @@ MAX_OFF_TISSUE = 0.03
 BETTER_MIRRORED = 5
 # The scan's ends along X, Y, Z in RAS+ order.
 ENDS = (("left", "right"), ("back", "front"), ("bottom", "top"))
+TUBES = ("aorta", "inferior vena cava", "esophagus")
 # Share of an organ outside its largest piece that needs no remark; most predictions have small loose pieces.
 CRUMBS = 0.02
 # The share of a data set's cases, and their number, that must be odd in the same organ to doubt the organ list.
@@ -104,6 +106,26 @@ def ends_of(box: Sequence[slice], shape: Sequence[int]) -> tuple[str, ...]:
         for end, touched in zip(pair, (part.start == 0, part.stop == n), strict=True)
         if touched
     )
+
+
+def cut_by_box(labels: np.ndarray, box: Box, organs: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the ends of a box of the scan that cut organs, some of ENDS, by name; without ends of the scan itself.
+
+    The top and the bottom do not count for TUBES, which go on beyond the abdomen.
+
+    Args:
+        labels: (X, Y, Z) ids below K in RAS+ order, of the whole scan; background outside of the box.
+        box: the part of the scan that was segmented.
+        organs: names by id, background first.
+    """
+    parts = zip(organs[1:], ndimage.find_objects(labels[box], max_label=len(organs) - 1), strict=True)
+    cut = {}
+    for name, part in parts:
+        expected = ends_of(box, labels.shape) + (ENDS[2] if standard_name(name) in TUBES else ())
+        ends = tuple(end for end in ends_of(part, shape_of(box)) if end not in expected) if part else ()
+        if ends:
+            cut[name] = ends
+    return cut
 
 
 def swapped_sides(found: dict[str, Organ]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Organ names, and the network, inside a label map's file: a NIfTI header extension, written and read.
+"""Organ names, network and checksum inside a label map's file: a NIfTI header extension, written and read.
 
 The extension holds the label table of Connectome Workbench, as XML with code 0. TotalSegmentator writes the same form
 into its label maps.
@@ -8,8 +8,9 @@ into its label maps.
 """
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 from xml.etree import ElementTree
 
@@ -25,16 +26,17 @@ from core.system.exits import one_line
 XML_CODE = 0  # of the extension; NIfTI calls it unknown, and so do the programs that write this table
 EXTENSION_BYTES = 16  # the size of an extension is a multiple of this, its own 8 bytes of size and code included
 ROOT = b"<CaretExtension"
-NETWORK = "Network"  # the name of the entry that holds the fingerprint of a label map's network
+# Entries beside the names: the fingerprint of the label map's network, and the checksum of the voxels that it made.
+NETWORK, CHECKSUM = "Network", "Checksum"
 MAX_ID = 255  # of an organ; label maps are uint8
 
 
-def organ_names_extension(organs: Sequence[str], network: str = "") -> Nifti1Extension:
+def organ_names_extension(organs: Sequence[str], entries: Mapping[str, str] = MappingProxyType({})) -> Nifti1Extension:
     """Return the header extension that names organs; the same names give the same bytes.
 
     Args:
         organs: names by id, background first; the background is not written.
-        network: fingerprint of the network and options that made the label map; empty for none.
+        entries: what else it holds, by name (NETWORK, CHECKSUM); values without special characters of XML.
     """
     labels = []
     for organ, name in enumerate(organs[1:], start=1):
@@ -42,7 +44,8 @@ def organ_names_extension(organs: Sequence[str], network: str = "") -> Nifti1Ext
         text = name.replace("]]>", "]]]]><![CDATA[>")  # the end mark of CDATA may not occur in it
         colour = f'Red="{red}" Green="{green}" Blue="{blue}" Alpha="1"'
         labels.append(f'<Label Key="{organ}" {colour}><![CDATA[{text}]]></Label>')
-    made_by = f"<MetaData><MD><Name>{NETWORK}</Name><Value>{network}</Value></MD></MetaData>" if network else ""
+    made_by = "".join(f"<MD><Name>{name}</Name><Value>{value}</Value></MD>" for name, value in entries.items())
+    made_by = made_by and f"<MetaData>{made_by}</MetaData>"
     xml = "\n".join(
         [
             '<?xml version="1.0" encoding="UTF-8"?>',
@@ -70,8 +73,21 @@ def read_network(path: str | Path) -> str | None:
     Raises:
         FileNotFoundError, ValueError: as `read_organ_names`.
     """
-    entry = f".//MD[Name='{NETWORK}']/Value"
-    return read_extension(Path(path), lambda xml: ElementTree.fromstring(xml).findtext(entry))
+    return read_entries(path).get(NETWORK)
+
+
+def read_entries(path: str | Path) -> dict[str | None, str | None]:
+    """Return the entries of `organ_names_extension` in a label map's file, by name; none where it holds none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_organ_names`.
+    """
+
+    def parse(xml: bytes) -> dict[str | None, str | None]:
+        found = ElementTree.fromstring(xml).iterfind(".//MD")
+        return {entry.findtext("Name"): entry.findtext("Value") for entry in found}
+
+    return read_extension(Path(path), parse) or {}
 
 
 def read_extension(path: Path, parse: Callable[[bytes], Any]) -> Any:

@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
@@ -21,13 +22,15 @@ from typing import IO
 import nibabel as nib
 import numpy as np
 from isal import igzip
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 
 from core.scans.alternating import period_of_slices
 from core.scans.crop import Box, shape_of
 from core.scans.geometry import Geometry
 from core.scans.nifti import MAX_BEHIND, READ_ERRORS, Reading, open_nifti
-from core.scans.organ_names import organ_names_extension
+from core.scans.organ_names import CHECKSUM, NETWORK, organ_names_extension, read_entries
 from core.scans.resample import resize_image, resize_slab, slabs
 from core.system.exits import one_line
 from core.system.files import whole_file
@@ -228,18 +231,40 @@ def save_label_map(
     """Write labels, (X, Y, Z) uint8 in RAS+ order, as a label map in the scan's own geometry.
 
     The file has the scan's shape, affine, qform and sform with their codes, and units; type uint8, intent "label".
-    Its header holds the names of `organs`, by id with the background first, and the fingerprint of the network that
-    made it, when they are given.
+    Its header holds the names of `organs`, by id with the background first, when they are given; and the fingerprint of
+    the network that made it, with a checksum of the voxels.
     The file is replaced in one step; `path` never holds half a file.
     """
     header = geometry.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_intent(NIFTI_INTENT_LABEL, name="organ ids")
-    if organs:
-        header.extensions.append(organ_names_extension(organs, network))
     stored = np.empty(geometry.stored_shape, dtype=np.uint8, order="F")
     copy_by_planes(geometry.from_ras(labels), stored)
+    if organs:
+        made_by = {NETWORK: network, CHECKSUM: checksum_of(stored)} if network else {}
+        header.extensions.append(organ_names_extension(organs, made_by))
     save_volume(stored, header, path)
+
+
+def is_as_made(path: Path) -> bool:
+    """Return True when a network of this program has made a label map and its voxels are the same since then.
+
+    A label map of an earlier version, without a checksum, counts as the same. False where it cannot be read.
+    """
+    try:
+        made_by = read_entries(path)
+        if NETWORK not in made_by or CHECKSUM not in made_by:
+            return NETWORK in made_by
+        with np.errstate(invalid="ignore"):  # NaN, which no label map of ours holds
+            stored = np.asanyarray(nib.load(path).dataobj).astype(np.uint8, order="F")
+        return made_by[CHECKSUM] == checksum_of(stored)
+    except (*READ_ERRORS, ImageFileError, HeaderDataError):
+        return False
+
+
+def checksum_of(stored: np.ndarray) -> str:
+    """Return a checksum (CRC-32) of stored voxels in Fortran order, in hexadecimal digits."""
+    return f"{zlib.crc32(stored.T):08x}"
 
 
 def save_scan(voxels: np.ndarray, geometry: Geometry, path: str | Path) -> None:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +27,7 @@ from core.checkpoint import check_resumable, load_checkpoint, save_checkpoint
 from core.config import Config, config_to_dict, save_config
 from core.scans.files import format_case_ids, listed
 from core.system.exits import how_it_ended, one_line, print_warning
-from core.system.files import lock_file, open_text, read_text, remove_left_over, whole_file, write_text
+from core.system.files import lock_file, open_text, read_text, remove_left_over, rename_old, whole_file, write_text
 from core.system.provenance import git_commit, versions
 from core.training.log_table import LogTable
 from core.training.tensorboard import write_scalars
@@ -118,7 +118,8 @@ class RunFolder:
         Where last.pt is damaged it is the one before. With `extend` the run may go on for more epochs.
 
         Raises:
-            FileExistsError: when the folder holds a run and neither `resume` nor `overwrite` is asked for.
+            FileExistsError: when the folder holds a run and neither `resume` nor `overwrite` is asked for, or a run
+                that is done but has no last.pt.
             ValueError: when both are, or when the run to resume was made with other settings or is damaged.
         """
         if resume and overwrite:
@@ -129,6 +130,9 @@ class RunFolder:
             raise FileExistsError(f"{self.path}: holds a run already; go on with --resume or replace it by --overwrite")
         self.replaces = overwrite and holds_run
         checkpoint = self.newest_checkpoint() if resume else None
+        # One that was killed before its first last.pt says "under way", and starts again.
+        if resume and holds_run and not checkpoint and self.record().get("outcome", "done") == "done":
+            raise FileExistsError(f"{self.path}: holds a run without last.pt; put it back, or give --overwrite")
         if checkpoint:
             self.check_same_settings(checkpoint["config"], extend)
         return checkpoint
@@ -201,6 +205,8 @@ class RunFolder:
         self.lock()
         if self.replaces:
             self.clear()
+        for name in () if self.record() else ("config.yaml", "val_cases.txt", "run.json"):
+            rename_old(self.path / name, f"{self.path}: no run has written it")
         save_config(self.config, self.path / "config.yaml")
         with whole_file(self.val_cases) as temporary:
             temporary.write_bytes(format_case_ids(cases["val"]))
@@ -218,6 +224,14 @@ class RunFolder:
         }
         write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
         self.replaces = False
+
+    def record(self) -> dict[str, Any]:
+        """Return the content of run.json; empty where no run has written one."""
+        with suppress(OSError, ValueError):
+            content = json.loads(read_text(self.path / "run.json"))
+            if isinstance(content, dict) and "train_cases" in content:
+                return content
+        return {}
 
     def clear(self) -> None:
         """Remove what an earlier run has reached."""

@@ -159,6 +159,22 @@ def test_a_second_run_follows_changes_and_touches_nothing_of_others(phantoms, ru
     assert sorted(path.name for path in (foreign / "images").iterdir()) == ["img0002_0000.nii.gz"]
 
 
+def test_settings_in_organs_yaml_stay_and_a_foreign_one_is_kept(phantoms, run, tmp_path):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "organs.yaml").write_text("organs: [background, tumour]")
+    _, _, err, _ = run(source, to=other)
+    assert (other / "organs.yaml.old").read_text() == "organs: [background, tumour]"
+    assert f"so the earlier organs.yaml is now {other / 'organs.yaml.old'}" in err
+    with open(other / "organs.yaml", "a") as file:
+        file.write("size: [64, 64, 48]  # mine\n")
+    before = (other / "organs.yaml").read_bytes()
+    code, _, err, _ = run(source, to=other)
+    assert (code, "organs.yaml" in err) == (0, False)
+    assert (other / "organs.yaml").read_bytes() == before
+
+
 def kill(folder: DataFolder, *_: object) -> None:
     """End the command as SIGKILL does: nothing is written any more."""
     folder.save = lambda: None

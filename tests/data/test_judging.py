@@ -53,6 +53,12 @@ def test_an_organ_that_cannot_be_trusted_says_why_and_the_scan_is_taken_without_
     assert (judgement.reason, judgement.weight) == ("", pytest.approx(0.9))
 
 
+def test_an_organ_that_the_box_cuts_is_not_trusted():
+    judgement = judge(HEALTHY, AGREED, ORGANS, (), Limits(), {"liver": ("right", "top")})
+    assert judgement.organs["liver"].reason == "cut by the right and the top of the box"
+    assert judgement.trusted == ["spleen", "right kidney", "left kidney"]
+
+
 def test_an_organ_that_was_not_taught_is_not_trusted_where_it_is_found():
     judgement = judge(HEALTHY | {"bladder": organ(90, 0)}, AGREED | {"bladder": 0.95}, ORGANS, (), Limits())
     assert judgement.organs["bladder"].reason == "not taught"

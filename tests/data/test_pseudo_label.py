@@ -19,9 +19,9 @@ from warm import ROOT, run_script
 
 import train
 from core.checkpoint import load_checkpoint, load_network, save_checkpoint
-from core.scans.annotated import read_annotated
+from core.scans.annotated import read_annotated, write_annotated
 from core.scans.volumes import load_labels, load_scan
-from core.scans.weights import read_weights
+from core.scans.weights import read_weights, write_weights
 from data import made_labels, pseudo_label
 from data.agreement import inverse, predict_and_compare, views
 from dataset import find_cases
@@ -133,6 +133,18 @@ def test_the_same_again_makes_what_is_missing_and_other_limits_are_refused(run, 
     assert "has 2 cases of other networks or limits (phantom_0001, phantom_0002); choose another folder" in err
 
 
+def test_edited_lines_of_annotated_and_weights_stay(run, made, trained, phantom_data):
+    (annotated, weights), corrected = (read_annotated(made), read_weights(made)), "phantom_0002"
+    assert len(annotated["phantom_0001"]) > 1
+    write_annotated(made, annotated | {"phantom_0001": annotated["phantom_0001"][1:]})  # a wrong liver
+    write_weights(made, {case: weight for case, weight in weights.items() if case != corrected})
+    flags = ["--checkpoint", trained / "last.pt", "--output", made]
+    code, _, err = run(phantom_data, *flags, *LENIENT, "--cases", "phantom_0001", corrected, "phantom_0003")
+    assert code == 0, err
+    assert read_annotated(made)["phantom_0001"] == annotated["phantom_0001"][1:]
+    assert set(read_weights(made)) == {"phantom_0001", "phantom_0003"}
+
+
 def test_another_scan_of_the_same_name_is_refused(run, made, trained, phantom_data, tmp_path):
     scan = phantom_data / "images" / "phantom_0002_0000.nii.gz"
     (tmp_path / "more").mkdir()
@@ -225,6 +237,12 @@ def test_what_cannot_be_used_is_refused(run, trained, phantom_data, tmp_path):
     (tmp_path / "made" / "labels").mkdir(parents=True, exist_ok=True)  # alone it hinders nobody
     (tmp_path / "made" / "labels" / "mine.nii.gz").write_text("")
     assert "holds a data set that this command has not made" in run(phantom_data, *flags)[2]
+    for name in ("images/mine_0000.nii.gz", "annotated.csv", "weights.csv"):
+        shutil.rmtree(tmp_path / "made")
+        (tmp_path / "made" / name).parent.mkdir(parents=True)
+        (tmp_path / "made" / name).write_text("mine")
+        assert "holds a data set that this command has not made" in run(phantom_data, *flags)[2]
+        assert (tmp_path / "made" / name).read_text() == "mine"
     shutil.rmtree(tmp_path / "made")
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "pseudo_labels.csv").write_text("a,b\n1,2\n")

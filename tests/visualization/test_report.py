@@ -156,6 +156,17 @@ def compared(folder) -> Path:
     return output
 
 
+def test_a_report_json_of_somebody_else_is_kept(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "make_viewer", lambda shown: "<p>Content-Security-Policy</p>")
+    monkeypatch.setattr(report, "make_report", lambda shown, facts: "<p>Content-Security-Policy</p>")
+    (tmp_path / "report.json").write_text('{"mine": 1}')
+    arguments = [folder / "scan_0000.nii.gz", folder / "prediction.nii.gz", "--output", tmp_path]
+    for number in range(2):
+        assert report.main([*map(str, arguments)]) == 0
+        assert capsys.readouterr().err.count("report.json.old") == (0 if number else 1)
+    assert (tmp_path / "report.json.old").read_text() == '{"mine": 1}'
+
+
 def test_the_report_has_the_numbers_of_the_label_maps(compared):
     assert {path.name for path in compared.iterdir()} == {"index.html", "report.json", "viewer.html"}
     facts = json.loads((compared / "report.json").read_text())

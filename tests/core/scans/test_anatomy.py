@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from core.scans.anatomy import Organ, comparable_ml, far_apart, odd_organs, organs_in, remarks
+from core.scans.anatomy import Organ, comparable_ml, cut_by_box, far_apart, odd_organs, organs_in, remarks
 from core.scans.volumes import load_labels
 
 HERE = ((0.0, 50.0),) * 3  # a box in mm
@@ -55,3 +55,18 @@ def test_neighbours_that_are_far_apart_are_named_with_their_distance(tmp_path):
     labels[4:10, 2:4, 13:15] = 2
     nib.save(nib.Nifti1Image(labels, np.diag([-5.0, 3.0, 2.0, 1.0])), tmp_path / "labels.nii.gz")
     assert far_apart(organs_in(*load_labels(tmp_path / "labels.nii.gz"), organs)) == []
+
+
+def test_organs_that_a_box_cuts_inside_of_the_scan():
+    labels = np.zeros((10, 12, 14), np.uint8)
+    box = (slice(2, 8), slice(0, 12), slice(5, 14))
+    labels[2:4, 3:5, 6:8] = 1  # at the left end of the box, which is inside of the scan
+    labels[7, 0:3, 5] = 2  # at the right end and the bottom of the box, and at the back of the scan
+    labels[4:6, 6:8, 10:14] = 3  # at the top of the scan
+    labels[5, 8, 5:8] = 4  # at the bottom of the box, as is usual for a vessel
+    labels[7, 5, 5:8] = 5  # and at its right end
+    organs = ("background", "liver", "spleen", "pancreas", "aorta", "inferior vena cava")
+    assert cut_by_box(labels, box, organs) == {
+        "liver": ("left",), "spleen": ("right", "bottom"), "inferior vena cava": ("right",)
+    }  # fmt: skip
+    assert cut_by_box(labels, (slice(0, 10), slice(0, 12), slice(0, 14)), organs) == {}

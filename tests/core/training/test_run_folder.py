@@ -62,6 +62,32 @@ def test_what_is_noted_before_an_earlier_run_is_replaced_is_kept(folder):
     assert [found[key] for key in ("outcome", "memory_plan", "more")] == ["under way", "measured", 1]
 
 
+@pytest.mark.parametrize(("outcome", "refused"), [("done", True), (None, True), ("under way", False)])
+def test_a_finished_run_without_last_pt_is_not_started_again(folder, outcome, refused):
+    folder.start(torch.device("cpu"), {"train": ["a"], "val": [], "made": []})
+    folder.best.write_bytes(b"the only copy")
+    if outcome:
+        folder.note(outcome=outcome)
+    else:
+        (folder.path / "run.json").unlink()
+    if refused:
+        with pytest.raises(FileExistsError, match=r"holds a run without last.pt; put it back, or give --overwrite"):
+            folder.find_run(resume=True, overwrite=False)
+    else:  # killed before its first last.pt
+        assert folder.find_run(resume=True, overwrite=False) is None
+
+
+def test_files_of_somebody_else_in_the_run_folder_are_kept(folder, capsys):
+    for name in ("config.yaml", "val_cases.txt", "run.json"):
+        (folder.path / name).write_text('{"mine": 1}')
+    for number in range(2):  # the second time, they are a run's
+        folder.start(torch.device("cpu"), {"train": ["a"], "val": ["b"], "made": []})
+        assert capsys.readouterr().err.count("no run has written it, so the earlier") == (0 if number else 3)
+    for name in ("config.yaml", "val_cases.txt", "run.json"):
+        assert (folder.path / f"{name}.old").read_text() == '{"mine": 1}'
+    assert folder.val_cases.read_text() == "b\n"
+
+
 def test_best_is_written_at_most_once_a_minute_and_with_last(folder, clock):
     network = network_of(1)
     folder.keep_best(network, val_dice=0.1)
