@@ -55,7 +55,7 @@ class Inference:
         series_uid: which of the series in a DICOM folder to read, UID or UID:N; None when there is only one.
         fingerprint: of the networks and options that change label maps; written into each label map.
         locator: finds the part of a scan that the networks were trained on.
-        largest_piece: whether only the largest connected piece of each organ is kept.
+        drop_pieces: pieces of an organ up to this share of its largest piece become background; 0: none.
     """
 
     networks: Sequence[nn.Module]
@@ -68,7 +68,7 @@ class Inference:
     series_uid: str | None = None
     fingerprint: str = ""
     locator: Locator = field(default_factory=Locator)
-    largest_piece: bool = False
+    drop_pieces: float = 0
 
 
 # ---- One scan: read and prepare, predict, finish ---------------------------------------------------------------------
@@ -112,7 +112,7 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     scan.logits = None
     if not torch.isfinite(logits).all():
         raise ValueError("the network's output is not finite, so that no label map can be made of it")
-    labels = restore_labels(logits, scan.box, geometry.shape, inference.largest_piece)  # (X, Y, Z) uint8
+    labels = restore_labels(logits, scan.box, geometry.shape, inference.drop_pieces)  # (X, Y, Z) uint8
     output.write(scan, logits, labels, organs, inference.fingerprint)
 
 
@@ -179,7 +179,7 @@ def main() -> int:
     group.wait()  # all processes have listed the same cases before the first one is segmented
     own, to_report = (dict(list(each.items())[group.rank :: group.size]) for each in (cases, to_report))
     config, training_data, fingerprint = (checkpoint[key] for key in ("config", "training_data", "fingerprint"))
-    options = output, reading, arguments.series, fingerprint, locator, arguments.largest_piece
+    options = output, reading, arguments.series, fingerprint, locator, arguments.drop_pieces
     inference = Inference(networks, config, training_data, device, precision, *options)
     failed, unreported = segment(inference, own, group.first), []
     done = {case: file for case, file in own.items() if case not in failed}
@@ -200,8 +200,17 @@ def main() -> int:
 
 def mark_of_options(arguments: argparse.Namespace) -> str:
     """Return the suffix that marks a fingerprint with the options that change a label map; "" for none of them."""
-    piece = "+largest-piece" if arguments.largest_piece else ""
-    return piece + (f"+{crc32(arguments.series.encode()):08x}" if arguments.series else "")
+    dropped = arguments.drop_pieces
+    pieces = "+largest-piece" if dropped == 1 else f"+pieces-{dropped:g}" if dropped else ""
+    return pieces + (f"+{crc32(arguments.series.encode()):08x}" if arguments.series else "")
+
+
+def share(text: str) -> float:
+    """Return a number from 0 to 1 of the command line."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number from 0 to 1")
+    return value
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -222,7 +231,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--precision", default="auto", help="auto (as trained; on a CPU float32), float32, bf16, fp16")
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
-    parser.add_argument("--largest-piece", action="store_true", help="keep only each organ's largest connected piece")
+    pieces = "remove pieces of an organ up to this share of its largest piece, 0 to 1 (default: 0, none)"
+    parser.add_argument("--drop-pieces", type=share, default=0.0, metavar="SHARE", help=pieces)
+    parser.add_argument(
+        "--largest-piece", action="store_const", const=1.0, dest="drop_pieces", help="the same as --drop-pieces 1"
+    )
     extra = partial(parser.add_argument, action="append_const", dest="extras", default=[])
     extra("--probabilities", const="--probabilities", help="write CASE_probabilities.nii.gz too")
     extra("--dicom-seg", const="--dicom-seg", help="write CASE_seg.dcm too, a DICOM Segmentation of a DICOM series")

@@ -45,7 +45,7 @@ from warm import run_script
 import infer
 from core.checkpoint import load_checkpoint, load_network, save_checkpoint
 from core.config import Config, load_config
-from core.inference import output_folder
+from core.inference import output_folder, restoring
 from core.inference.output_folder import OutputFolder
 from core.network import build_network
 from core.scans.crop import whole_box
@@ -370,18 +370,34 @@ def test_a_network_of_patches_labels_the_whole_grid(config, checkpoint, tmp_path
     assert (labels == both.argmax(axis=0)).mean() > 0.999
 
 
-def test_only_the_largest_piece_of_each_organ_is_kept(checkpoint, tmp_path, run):
+@pytest.mark.parametrize(("flags", "share"), [(["--largest-piece"], 1), (["--drop-pieces", "0.01"], 0.01)])
+def test_small_pieces_of_each_organ_are_removed(checkpoint, tmp_path, run, flags, share):
     scan = save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE))
-    assert run(scan, "--largest-piece")[0] == 0
+    assert run(scan, *flags)[0] == 0
     found, all_pieces = in_ras(tmp_path / "out" / "scan.nii.gz"), predict_by_hand(checkpoint, make_voxels(SIZE))
-    removed = 0
+    removed = kept = 0
     for organ in range(1, 4):
-        pieces, count = ndimage.label(all_pieces == organ, np.ones((3, 3, 3)))
-        largest = 1 + np.argmax(np.bincount(pieces.ravel())[1:])
-        assert np.array_equal(found == organ, pieces == largest)
-        removed += count - 1
+        pieces, _ = ndimage.label(all_pieces == organ, np.ones((3, 3, 3)))
+        sizes = np.bincount(pieces.ravel())[1:]
+        stay = [i for i, voxels in enumerate(sizes) if i == np.argmax(sizes) or voxels > share * max(sizes)]
+        assert np.array_equal(found == organ, np.isin(pieces, np.add(stay, 1)))
+        removed, kept = removed + len(sizes) - len(stay), kept + len(stay)
     assert removed > 0
+    assert (kept == 3) == (share == 1)
     assert read_volumes(tmp_path / "out")["scan", "liver"] == pytest.approx((found == 1).sum() * VOXEL_ML, rel=1e-4)
+
+
+@pytest.mark.parametrize(("share", "stay"), [(0.49, "aabbc"), (0.5, "aabb"), (0.99, "aabb"), (1, "aa")])
+def test_a_piece_of_that_share_goes_and_of_equal_ones_the_first_stays(share, stay):
+    labels = np.array([1, 1, 0, 1, 1, 0, 1, 0, 2], np.uint8).reshape(9, 1, 1)
+    expected = [int(letter in stay) for letter in "aa.bb.c"] + [0, 2]
+    assert restoring.drop_small_pieces(labels, share).ravel().tolist() == expected
+
+
+@pytest.mark.parametrize("typed", ["1.1", "-0.1", "nan", "some"])
+def test_another_share_of_pieces_is_wrong_usage(scans, run, typed):
+    code, _, err = run(scans, "--drop-pieces", typed)
+    assert (code, "--drop-pieces" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -537,12 +553,13 @@ def test_skip_existing_tells_label_maps_of_other_options(run, scans, series, tmp
         one.save_as(path)
     for scan, flags, others in (
         (scans / "one_0000.nii.gz", (), ("--largest-piece",)),
+        (scans / "two_0000.nii.gz", ("--drop-pieces", "0.1"), ("--drop-pieces", "0.2")),
         (series, ("--series", "1.2.3.4:1"), ("--series", "1.2.3.4:2")),
     ):
         assert run(scan, *flags)[0] == 0
         assert "keeps" not in run(scan, *flags, "--skip-existing")[2]
         assert (
-            "keeps are of other options (--largest-piece, --locate, --series): "
+            "keeps are of other options (--drop-pieces, --locate, --series): "
             in run(scan, *others, "--skip-existing")[2]
         )
 
@@ -1231,10 +1248,10 @@ def test_a_mistake_of_ours_is_no_failure_of_a_scan(run, many, tmp_path, monkeypa
 def test_failures_are_named_in_order_whatever_the_stage(run, many, monkeypatch):
     finish, predict = infer.restore_labels, infer.predict
 
-    def fail_to_finish(logits, box, shape, largest_piece):
+    def fail_to_finish(logits, box, shape, drop_pieces):
         if shape[0] == 20:
             raise OSError("no space left")
-        return finish(logits, box, shape, largest_piece)
+        return finish(logits, box, shape, drop_pieces)
 
     def fail_to_predict(inference, scan):
         if scan.case == "3":

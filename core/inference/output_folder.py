@@ -110,7 +110,7 @@ class OutputFolder:
             if network != fingerprint:
                 what = "are another network's" if network else "do not say which network made them"
                 if network and network.partition("+")[0] == fingerprint.partition("+")[0]:
-                    what = "are of other options (--largest-piece, --locate, --series)"
+                    what = "are of other options (--drop-pieces, --locate, --series)"
                 found.setdefault(what, []).append(case)
         return found
 

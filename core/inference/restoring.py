@@ -12,21 +12,22 @@ from core.scans.resample import logits_to_labels
 CONNECTED = ndimage.generate_binary_structure(3, 3)  # voxels that share a face, an edge or a corner are one piece
 
 
-def restore_labels(logits: Tensor, box: Box, shape: Sequence[int], largest_piece: bool = False) -> np.ndarray:
+def restore_labels(logits: Tensor, box: Box, shape: Sequence[int], drop_pieces: float = 0) -> np.ndarray:
     """Return labels of a scan of `shape`, uint8, from logits (K, X, Y, Z) of a box of it; background around the box.
 
-    With `largest_piece`, only the largest connected piece of each organ is kept.
+    With `drop_pieces`, small pieces of organs become background, as `drop_small_pieces` says.
     """
     labels = np.zeros(shape, dtype=np.uint8)
     labels[box] = logits_to_labels(logits, shape_of(box))
-    return keep_largest_pieces(labels) if largest_piece else labels
+    return drop_small_pieces(labels, drop_pieces) if drop_pieces else labels
 
 
-def keep_largest_pieces(labels: np.ndarray) -> np.ndarray:
-    """Make background of all but the largest connected piece of each organ in labels, (X, Y, Z) uint8, in place.
+def drop_small_pieces(labels: np.ndarray, share: float) -> np.ndarray:
+    """Make background of pieces of organs in labels, (X, Y, Z) uint8, in place; the largest piece of each organ stays.
 
-    Of pieces of the same size the first is kept, in the order of X, Y, Z. Each id is on its own: right and left kidney
-    keep one piece each.
+    A piece goes when its voxels are at most `share`, 0 to 1, of those of the organ's largest piece; with 1, all others
+    go. Of the largest, if several have the same size, the first stays, in the order of X, Y, Z. Each id is on its own:
+    right and left kidney keep one piece each.
     """
     for organ, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
@@ -35,6 +36,9 @@ def keep_largest_pieces(labels: np.ndarray) -> np.ndarray:
         pieces, count = ndimage.label(part == organ, CONNECTED)
         if count > 1:
             sizes = np.bincount(pieces.ravel())
-            sizes[0] = 0
-            part[(pieces > 0) & (pieces != sizes.argmax())] = 0
+            sizes[0] = 0  # what is not the organ
+            largest = sizes.argmax()
+            small = sizes <= share * sizes[largest]
+            small[[0, largest]] = False
+            part[small[pieces]] = 0
     return labels
