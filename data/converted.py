@@ -17,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from core.config import load_organs
 from core.scans.annotated import read_annotated, write_annotated
 from core.scans.files import list_files
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.organ_names import read_organ_names
 from core.scans.volumes import load_labels, read_geometry, save_label_map
 from core.system.files import locked, read_text, rename_old, whole_file, write_text
-from core.system.yaml_files import dump_yaml
+from core.system.yaml_files import dump_yaml, read_yaml
 from data.label_names import Key, OrganMap, same_organ
 from data.layouts import SourceCase
 from data.other_formats import NIFTI_SUFFIXES, is_other_format, write_as_nifti
@@ -287,7 +286,7 @@ class DataFolder:
     def lists_organs(self) -> bool:
         """Return True when organs.yaml is there and lists these organs."""
         try:
-            return load_organs(self.organs_file) == self.organs
+            return read_yaml(self.organs_file).get("organs") == list(self.organs)
         except (OSError, ValueError):
             return False
 

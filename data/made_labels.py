@@ -67,6 +67,8 @@ class MadeLabels:
         for name in ("images", "labels"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         rows = self.read()
+        for read in (read_annotated, read_weights):  # a wrong edit shows now, and not after each scan
+            read(self.path)
         self.check_same_scans(cases, rows)
         others = {row["case"] for row in rows if row["made_by"] != self.made_by}
         if others:

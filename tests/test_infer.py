@@ -766,6 +766,8 @@ def test_a_label_map_that_somebody_has_edited_is_kept(run, scans, tmp_path, dtyp
     edited = np.asarray(made.dataobj).astype(dtype)
     nib.save(nib.Nifti1Image(edited, made.affine, made.header), path)  # unchanged voxels
     assert run(scans)[::2] == (0, "")
+    nib.save(nib.Nifti1Image(made.get_fdata(), made.affine, made.header), path)  # nibabel scales them
+    assert run(scans)[::2] == (0, "")
     edited[0, 0, 0] += 1
     nib.save(nib.Nifti1Image(edited, made.affine, made.header, dtype=dtype), path)
     code, _, err = run(scans)
@@ -775,6 +777,16 @@ def test_a_label_map_that_somebody_has_edited_is_kept(run, scans, tmp_path, dtyp
     kept = shutil.copy(f"{path}.old", tmp_path / "kept.nii.gz")
     assert np.count_nonzero(nib.load(kept).get_fdata() != nib.load(path).get_fdata()) == 1
     assert run(scans)[::2] == (0, "")
+
+
+def test_a_label_map_of_a_network_is_kept_once_when_its_case_fails_twice(run, scans, tmp_path):
+    content = (scans / "two_0000.nii.gz").read_bytes()
+    for _ in range(2):
+        assert run(scans)[0] == 0
+        (scans / "two_0000.nii.gz").write_text("no NIfTI at all")
+        assert run(scans)[0] == 1
+        (scans / "two_0000.nii.gz").write_bytes(content)
+    assert sorted(path.name for path in (tmp_path / "out").glob("two*")) == ["two.nii.gz.old"]
 
 
 def test_two_cases_whose_files_would_have_one_name_are_refused(run, scans, tmp_path):
@@ -805,7 +817,8 @@ def test_a_file_beside_no_label_map_of_a_network_is_kept(run, scans, tmp_path):
     code, _, err = run(scans, "--probabilities")
     assert (code, path.is_file()) == (0, True)
     assert err == (
-        f"warning: case two: no label map of this program was beside it, so the earlier {path.name} is now {path}.old\n"
+        "warning: case two: it is beside no label map that is as this program made it, "
+        f"so the earlier {path.name} is now {path}.old\n"
     )
     assert run(scans, "--probabilities")[::2] == (0, "")  # a network's own are replaced
     assert path.with_name(f"{path.name}.old").read_bytes() == b"somebody's work"

@@ -15,11 +15,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from core.inference.output_files import is_report_file
 from core.system.files import read_text, rename_old, write_text
 
 FOLDER = Path(__file__).resolve().parent
 STYLE = FOLDER / "page.css"
-POLICY = b"Content-Security-Policy"  # in every page made here
 
 
 def as_json(content: Any) -> str:
@@ -80,6 +80,6 @@ def data_url(kind: str, content: bytes) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write a page whole; the folder is made when missing, and a file there that is no such page becomes *.old."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and POLICY not in path.read_bytes():
+    if not is_report_file(path):
         rename_old(path, f"{path} is no page of this program")
     write_text(path, page)

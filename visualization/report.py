@@ -19,7 +19,7 @@ import numpy as np
 
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
-from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORT_VIEWER
+from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORT_VIEWER, is_report_file
 from core.scans.anatomy import organs_in, plausible_ml, remarks, rounded
 from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.organ_list import load_given
@@ -58,18 +58,10 @@ def write_report(shown: Shown, folder: Path, provenance: dict[str, str]) -> Path
     facts = {"case": shown.title, "provenance": provenance} | describe(shown)
     write_page(folder / REPORT_VIEWER, make_viewer(shown))
     write_page(folder / REPORT_PAGE, make_report(shown, facts))
-    if not is_numbers(folder / REPORT_NUMBERS):
+    if not is_report_file(folder / REPORT_NUMBERS):
         rename_old(folder / REPORT_NUMBERS, f"{folder / REPORT_NUMBERS} is no report of this program")
     write_text(folder / REPORT_NUMBERS, json.dumps(facts, indent=2) + "\n")
     return folder / REPORT_PAGE
-
-
-def is_numbers(path: Path) -> bool:
-    """Return True when a file holds the numbers of a report."""
-    try:
-        return {"case", "organs", "remarks"} <= json.loads(read_text(path)).keys()
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def describe(shown: Shown) -> dict:

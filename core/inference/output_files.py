@@ -1,5 +1,6 @@
 """The files in infer.py's output folder: their names, and checks before the work starts that they can be written."""
 
+import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable
@@ -17,6 +18,8 @@ EXTRAS = {PROBABILITIES: "_probabilities.nii.gz", SEGMENTATION: "_seg.dcm", STRU
 
 # The folder of reports, and the files of one case's report; the folder's own page lists all cases.
 REPORTS, REPORT_PAGE, REPORT_VIEWER, REPORT_NUMBERS = "reports", "index.html", "viewer.html", "report.json"
+
+PAGE_POLICY, NUMBERS = b"Content-Security-Policy", {"case", "organs", "remarks"}  # what tells our pages and numbers
 
 
 def label_map_path(output: Path, case: str) -> Path:
@@ -37,6 +40,15 @@ def case_files(output: Path, case: str) -> list[Path]:
 def report_files(output: Path, case: str) -> tuple[Path, ...]:
     """Return the paths of a case's report: its page, its viewer, and its numbers."""
     return tuple(output / REPORTS / case / name for name in (REPORT_PAGE, REPORT_VIEWER, REPORT_NUMBERS))
+
+
+def is_report_file(path: Path) -> bool:
+    """Return True when a file is a page of this program, or the numbers of a report."""
+    try:
+        content = path.read_bytes()
+        return json.loads(content).keys() >= NUMBERS if path.name == REPORT_NUMBERS else PAGE_POLICY in content
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 # ---- Checks before the work starts -----------------------------------------------------------------------------------

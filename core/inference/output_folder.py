@@ -243,7 +243,7 @@ class OutputFolder:
             rename_old(path, f"case {case}: the label map there is not as a network of this program made it")
             for flag in self.extras:
                 extra = output_files.extra_path(self.path, case, flag)
-                rename_old(extra, f"case {case}: no label map of this program was beside it")
+                rename_old(extra, f"case {case}: it is beside no label map that is as this program made it")
 
     def reported(self, case: str) -> tuple[Path, ...]:
         """Return the files of a case's report and the page that lists it; none when the case has no report."""
@@ -257,10 +257,12 @@ class OutputFolder:
             OSError: when that fails.
         """
         for path in self.reported(case):
-            if self.report:
+            if not self.report:
+                rename_old(path, f"{case}: segmented without --report")
+            elif output_files.is_report_file(path):
                 path.unlink(missing_ok=True)
             else:
-                rename_old(path, f"{case}: segmented without --report")
+                rename_old(path, f"{path} is no report of this program")
 
     def without_report(self, cases: dict[str, Path], fingerprint: str) -> dict[str, Path]:
         """Return the cases that these networks have finished but for the report that is asked for."""

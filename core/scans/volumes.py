@@ -22,8 +22,6 @@ from typing import IO
 import nibabel as nib
 import numpy as np
 from isal import igzip
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from torch import Tensor
 
 from core.scans.alternating import period_of_slices
@@ -238,8 +236,7 @@ def save_label_map(
     header = geometry.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_intent(NIFTI_INTENT_LABEL, name="organ ids")
-    stored = np.empty(geometry.stored_shape, dtype=np.uint8, order="F")
-    copy_by_planes(geometry.from_ras(labels), stored)
+    stored = stored_order(labels, geometry)
     if organs:
         made_by = {NETWORK: network, CHECKSUM: checksum_of(stored)} if network else {}
         header.extensions.append(organ_names_extension(organs, made_by))
@@ -255,11 +252,17 @@ def is_as_made(path: Path) -> bool:
         made_by = read_entries(path)
         if NETWORK not in made_by or CHECKSUM not in made_by:
             return NETWORK in made_by
-        with np.errstate(invalid="ignore"):  # NaN, which no label map of ours holds
-            stored = np.asanyarray(nib.load(path).dataobj).astype(np.uint8, order="F")
-        return made_by[CHECKSUM] == checksum_of(stored)
-    except (*READ_ERRORS, ImageFileError, HeaderDataError):
+        labels, geometry = load_labels(path, reading=Reading(math.inf, assume_ras=True, warn=lambda _: None))
+        return made_by[CHECKSUM] == checksum_of(stored_order(labels, geometry))
+    except READ_ERRORS:
         return False
+
+
+def stored_order(labels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Return labels, (X, Y, Z) uint8 in RAS+ order, along the file's own axes and in its order (Fortran's)."""
+    stored = np.empty(geometry.stored_shape, dtype=np.uint8, order="F")
+    copy_by_planes(geometry.from_ras(labels), stored)
+    return stored
 
 
 def checksum_of(stored: np.ndarray) -> str:

@@ -39,5 +39,5 @@ def read_weights(data_dir: str | Path, ids: Collection[str] | None = None) -> di
 
 def write_weights(data_dir: str | Path, weights: Mapping[str, float]) -> None:
     """Write the weights by case id, whole."""
-    typed = {case: f"{weight:.4g}" for case, weight in weights.items()}
+    typed = {case: f"{weight:.10g}" for case, weight in weights.items()}
     write_case_table(Path(data_dir) / WEIGHTS, COLUMNS, typed)

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain
 
 import numpy as np
-from torch import OutOfMemoryError, Tensor
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -268,7 +268,7 @@ class Run:
             with self.training.ema_weights():
                 self.training.network.eval()
                 yield
-        except (Stopped, MemoryError, OutOfMemoryError):
+        except (Stopped, MemoryError, RuntimeError, ConnectionError):  # as torch and a lost process say it
             self.checkpoint()
             raise
 

@@ -220,6 +220,7 @@ class RunFolder:
             "val_cases": cases["val"],
             "made_cases": cases["made"],
             "config": config_to_dict(self.config),
+            "outcome": "under way",
             **self.noted,
         }
         write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")

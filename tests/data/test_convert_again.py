@@ -168,7 +168,7 @@ def test_settings_in_organs_yaml_stay_and_a_foreign_one_is_kept(phantoms, run, t
     assert (other / "organs.yaml.old").read_text() == "organs: [background, tumour]"
     assert f"so the earlier organs.yaml is now {other / 'organs.yaml.old'}" in err
     with open(other / "organs.yaml", "a") as file:
-        file.write("size: [64, 64, 48]  # mine\n")
+        file.write("size: [64, 64, 48]  # mine\npatch_size: [96, 96, 64]  # with --size\n")
     before = (other / "organs.yaml").read_bytes()
     code, _, err, _ = run(source, to=other)
     assert (code, "organs.yaml" in err) == (0, False)

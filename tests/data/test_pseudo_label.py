@@ -143,6 +143,12 @@ def test_edited_lines_of_annotated_and_weights_stay(run, made, trained, phantom_
     assert code == 0, err
     assert read_annotated(made)["phantom_0001"] == annotated["phantom_0001"][1:]
     assert set(read_weights(made)) == {"phantom_0001", "phantom_0003"}
+    (made / "weights.csv").write_text("case,weight\nphantom_0001,0.98765\n")
+    write_weights(made, read_weights(made))
+    assert read_weights(made) == {"phantom_0001": 0.98765}
+    (made / "weights.csv").write_text("case,weight\nphantom_0001,0\n")
+    code, _, err = run(phantom_data, *flags, *LENIENT)
+    assert (code, err.count("\n"), "expected a number above 0" in err) == (2, 1, True)
 
 
 def test_another_scan_of_the_same_name_is_refused(run, made, trained, phantom_data, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -274,3 +275,14 @@ def test_tables_of_other_organs_are_kept_and_equal_ones_not_written_again(output
         assert b"aorta" in later[name]
         assert later[f"{name}.old"] == earlier[name]
         assert f"the earlier {name} is now" in warned
+
+
+def test_files_of_somebody_else_in_the_place_of_a_report_are_kept(output, capsys):
+    reports = output.path / "reports"
+    (reports / "two").mkdir(parents=True)
+    foreign = {"two/report.json": '{"mine": 1}', "index.html": "my own"}
+    for name, text in (foreign | {"two/index.html": "<p>Content-Security-Policy</p>"}).items():
+        (reports / name).write_text(text)
+    replace(output, report=True).retire_report("two")
+    assert files_in(reports) == {f"{name}.old": text.encode() for name, text in foreign.items()}
+    assert capsys.readouterr().err.count("is no report of this program, so the earlier") == 2

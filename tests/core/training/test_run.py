@@ -225,7 +225,7 @@ def test_a_signal_during_validation_is_acted_on_and_the_validation_done_later(ru
     assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, RuntimeError])
 def test_no_step_is_lost_when_memory_runs_out_in_validation(run, whole, tmp_path, monkeypatch, error):
     def too_large(*_):
         raise error("out of memory")

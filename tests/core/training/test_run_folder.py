@@ -66,6 +66,7 @@ def test_what_is_noted_before_an_earlier_run_is_replaced_is_kept(folder):
 def test_a_finished_run_without_last_pt_is_not_started_again(folder, outcome, refused):
     folder.start(torch.device("cpu"), {"train": ["a"], "val": [], "made": []})
     folder.best.write_bytes(b"the only copy")
+    assert folder.find_run(resume=True, overwrite=False) is None  # killed just after its start
     if outcome:
         folder.note(outcome=outcome)
     else:
