@@ -8,7 +8,7 @@ from core.scans.weights import read_weights, write_weights
 def test_what_is_written_is_read(tmp_path, capsys):
     assert read_weights(tmp_path) == {}
     write_weights(tmp_path, {"a": 0.91234, "Ü b": 1.0})
-    assert read_weights(tmp_path, ["a", "Ü b"]) == {"a": 0.9123, "Ü b": 1.0}
+    assert read_weights(tmp_path, ["a", "Ü b"]) == {"a": 0.91234, "Ü b": 1.0}
     assert capsys.readouterr().err == ""
     read_weights(tmp_path, ["a"])
     assert "weights.csv: lists Ü b, expected ids of the 1 cases" in capsys.readouterr().err
