@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from core.checkpoint import load_networks
-from core.config import Config, check
+from core.config import Config, check, check_share
 from core.inference.inputs import choose_scans, read_scan
 from core.inference.locating import Locator
 from core.inference.networks import choose_inference_precision, mean_logits, predict_logits
@@ -157,9 +157,7 @@ def main() -> int:
     output = OutputFolder(Path(arguments.output), arguments.extras, arguments.report)
     with refusing(USAGE):
         device = choose_device(own_device(check("device", arguments.device, "--device")))
-        check("precision", arguments.precision, "--precision")
-        max_gib = check("max_gib", arguments.max_gib, "--max-gib")
-        reading = Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
+        reading = check_options(arguments)
         group = join_group(torch.device("cpu"))  # the processes exchange only names
         cases, refused = choose_scans(arguments.inputs, arguments.cases, arguments.series, show=group.first)
         output.prepare(cases, refused)
@@ -198,19 +196,19 @@ def main() -> int:
     return REFUSED if names else DONE
 
 
+def check_options(arguments: argparse.Namespace) -> Reading:
+    """Check the options whose values are limited, with a ValueError for a wrong one; return those for reading scans."""
+    check("precision", arguments.precision, "--precision")
+    check_share(arguments.drop_pieces, "--drop-pieces")
+    max_gib = check("max_gib", arguments.max_gib, "--max-gib")
+    return Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
+
+
 def mark_of_options(arguments: argparse.Namespace) -> str:
     """Return the suffix that marks a fingerprint with the options that change a label map; "" for none of them."""
     dropped = arguments.drop_pieces
     pieces = "+largest-piece" if dropped == 1 else f"+pieces-{dropped:g}" if dropped else ""
     return pieces + (f"+{crc32(arguments.series.encode()):08x}" if arguments.series else "")
-
-
-def share(text: str) -> float:
-    """Return a number from 0 to 1 of the command line."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected a number from 0 to 1")
-    return value
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -232,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", help="auto (as trained; on a CPU float32), float32, bf16, fp16")
     parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
     pieces = "remove pieces of an organ up to this share of its largest piece, 0 to 1 (default: 0, none)"
-    parser.add_argument("--drop-pieces", type=share, default=0.0, metavar="SHARE", help=pieces)
+    parser.add_argument("--drop-pieces", type=float, default=0.0, metavar="SHARE", help=pieces)
     parser.add_argument(
         "--largest-piece", action="store_const", const=1.0, dest="drop_pieces", help="the same as --drop-pieces 1"
     )

@@ -287,6 +287,13 @@ def check(key: str, value: Any, where: str) -> Any:
     return typed if rule.is_list else typed[0]
 
 
+def check_share(value: float, flag: str) -> float:
+    """Return a share of 0 to 1; raise a ValueError for another number, which begins with `flag`."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{flag}: got {value:g}, expected a number from 0 to 1")
+    return value
+
+
 def is_a(value: Any, kind: type) -> bool:
     """Return True if a value converts to a type without loss; a bool is not a number here."""
     if isinstance(value, bool):

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from core.checkpoint import load_networks
-from core.config import Config, check
+from core.config import Config, check, check_share
 from core.inference.inputs import choose_scans, read_scan
 from core.inference.locating import Locator
 from core.inference.networks import choose_inference_precision
@@ -133,7 +133,9 @@ def main() -> int:
     """Label the scans that the command line names; return the exit code."""
     arguments = parse_arguments()
     with refusing(USAGE):
-        limits = Limits(share(arguments.min_agreement, "--min-agreement"), share(arguments.min_organs, "--min-organs"))
+        limits = Limits(
+            check_share(arguments.min_agreement, "--min-agreement"), check_share(arguments.min_organs, "--min-organs")
+        )
         device = choose_device(own_device(check("device", arguments.device, "--device")))
         check("precision", arguments.precision, "--precision")
         group = join_group(torch.device("cpu"))  # the processes exchange only names
@@ -160,13 +162,6 @@ def main() -> int:
     if names and group.first:
         print_stderr(f"error: failed: {', '.join(names)}")
     return REFUSED if names else DONE
-
-
-def share(value: float, flag: str) -> float:
-    """Return a share of 0 to 1; a ValueError for another number."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{flag}: got {value:g}, expected a number from 0 to 1")
-    return value
 
 
 def parse_arguments() -> argparse.Namespace:

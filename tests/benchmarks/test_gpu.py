@@ -63,6 +63,11 @@ def test_an_epoch_of_train_py_is_measured():
     assert 0 <= training["data_wait_s"] <= training["epoch_s"]
 
 
+def test_the_peers_have_no_channels(run_main):
+    code, _, err = run_main(gpu, *SMALL, "--part", "monai")
+    assert (code, err) == (2, "error: --channels: monai is measured with config.yaml's network alone; leave it out\n")
+
+
 def test_a_part_without_time_is_said(run_main):
     code, out, _ = run_main(gpu, *SMALL, "--parts", "augment", "--minutes", "0")
     assert (code, "| augment | failed: no time was left |" in out) == (1, True)

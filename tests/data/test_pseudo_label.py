@@ -151,6 +151,18 @@ def test_edited_lines_of_annotated_and_weights_stay(run, made, trained, phantom_
     assert (code, err.count("\n"), "expected a number above 0" in err) == (2, 1, True)
 
 
+def test_organs_that_the_box_cuts_are_left_out(run, trained, phantom_data, tmp_path, monkeypatch):
+    def lower_half(locator, voxels, geometry, warn):
+        x, y, z = voxels.shape
+        return slice(0, x), slice(0, y), slice(0, z // 2)
+
+    monkeypatch.setattr(pseudo_label.Locator, "find_box", lower_half)
+    flags = ["--checkpoint", trained / "last.pt", "--output", tmp_path / "made", "--cases", "phantom_0001"]
+    run(phantom_data, *flags, "--min-agreement", "0", "--min-organs", "0")
+    reasons = {row["organ"]: row["reason"] for row in rows_of(tmp_path / "made")}
+    assert "cut by the top of the box" in reasons.values(), reasons
+
+
 def test_another_scan_of_the_same_name_is_refused(run, made, trained, phantom_data, tmp_path):
     scan = phantom_data / "images" / "phantom_0002_0000.nii.gz"
     (tmp_path / "more").mkdir()
