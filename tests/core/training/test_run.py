@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,7 +84,9 @@ def wait_for_checkpoint(process: subprocess.Popen, last: Path, saves: int) -> No
     """Wait until last.pt has been replaced `saves` times, or the run has ended."""
     seen = None
     while saves and process.poll() is None:
-        now = last.stat().st_mtime_ns if last.exists() else None
+        now = None  # also for the moment between last.pt's move to previous.pt and its replacement
+        with suppress(FileNotFoundError):
+            now = last.stat().st_mtime_ns
         saves -= now != seen
         seen = now
         time.sleep(0.001)
