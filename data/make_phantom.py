@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from core.scans.organ_names import organ_names_extension
 from core.scoring.flare22 import TOLERANCES_MM
-from core.system.exits import DONE, USAGE, refusing, run_command
+from core.system.exits import DONE, USAGE, CtrlC, refusing, run_command
 from core.system.files import read_text, user_path, whole_file, write_text
 from data.phantom import make_case
 
@@ -140,6 +140,7 @@ def write_phantom(data_dir: Path, cases: int, shape: tuple[int, int, int], seed:
         half_written.unlink()
     write_record(data_dir, {"finished": False, "settings": settings})
     for number in tqdm(range(1, cases + 1), desc="phantoms", unit="case", disable=None):
+        CtrlC.check()
         write_case(data_dir, seed, number, shape)
     write_record(data_dir, {"finished": True, "settings": settings})
     return True

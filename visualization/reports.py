@@ -13,7 +13,7 @@ from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORTS, la
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import DEFAULT_READING
-from core.system.exits import print_error, print_warning
+from core.system.exits import CtrlC, print_error, print_warning
 from core.system.files import read_text
 from visualization.page import escaped, make_page, write_page
 from visualization.report import number, write_report
@@ -45,6 +45,7 @@ def write_reports(
     """
     failed = []
     for case, file in tqdm(cases.items(), desc="reports", disable=None):
+        CtrlC.check()
         try:
             voxels, geometry = read(file)
             label_maps = read_label_maps({"prediction": label_map_path(output, case)}, geometry, organs, reading)

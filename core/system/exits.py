@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
@@ -33,11 +34,35 @@ WORKER_TRACEBACK = "Traceback (most recent call last):"
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run a script's main and end with the exit code that it returns; Ctrl-C ends it in one sentence."""
     use_utf8()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
+        signal.signal(signal.SIGINT, CtrlC.note)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         print_stderr("interrupted; what was written before is whole")
         sys.exit(INTERRUPTED)
+
+
+class CtrlC:
+    """Raises KeyboardInterrupt at Ctrl-C, as Python does, and remembers it.
+
+    One that is raised while Python clears away a file object (io's finalizer asks it whether it is closed) is dropped
+    without a word, and the command would go on. Loops that read or write files call `check` before each.
+    """
+
+    pressed = False
+
+    @classmethod
+    def note(cls, number: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        cls.pressed = True
+        signal.default_int_handler(number, frame)
+
+    @classmethod
+    def check(cls) -> None:
+        """Raise KeyboardInterrupt where Ctrl-C was pressed before and is lost."""
+        if cls.pressed:
+            raise KeyboardInterrupt
 
 
 def use_utf8() -> None:

@@ -11,6 +11,8 @@ from multiprocessing import resource_tracker
 from threading import Thread
 from typing import TypeVar
 
+from core.system.exits import CtrlC
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -41,6 +43,7 @@ def in_processes(
     """
     if workers == 1 or "forkserver" not in multiprocessing.get_all_start_methods():
         for task in tasks:
+            CtrlC.check()
             yield task, function(task)
         return
     executor = None

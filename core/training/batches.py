@@ -21,7 +21,7 @@ from core.scans.annotated import ANNOTATED, warn_of_unknown_names
 from core.scans.files import listed
 from core.scans.organ_names import check_organ_names
 from core.scans.typical import ranges_of
-from core.system.exits import leave_signals_to_the_command, print_warning
+from core.system.exits import CtrlC, leave_signals_to_the_command, print_warning
 from core.system.processes import ALONE, Group
 
 SEEN = ("image", "labels", "extent_mm", "annotated", "weight")  # what training sees of a sample
@@ -185,15 +185,14 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, train: 
         check_organ_names(dataset.cases[index].labels, dataset.organs)
     loader = DataLoader(dataset, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_the_command)
     for sample in tqdm(loader, desc="preparing cases", disable=None if group.first else True):
+        CtrlC.check()
         for name, values in found.items():
             values += sample[name].tolist()
         counts += map(annotated_and_present, sample["annotated"], sample["labels"], sample["volumes_ml"])
         left_out = (sample["volumes_ml"] > 0) & ~sample["annotated"]
         ignored += [dataset.organs[organ] for organ in left_out.nonzero()[:, 1].tolist()]
         fingerprints += zip(sample["case"], map(fingerprint, *(sample[name] for name in SEEN)), strict=True)
-        for case, swapped in zip(sample["case"], sample["swapped"], strict=True):
-            if swapped:
-                print_warning(f"case {case}: {swapped}; mirrored, or ids mixed up? python -m data.doctor tells more")
+        warn_of_swapped(sample["case"], sample["swapped"])
     dataset.warn_no_more()
     found = {name: list(chain(*group.gather(values))) for name, values in found.items()}
     volumes = [dict(zip(dataset.organs, row, strict=True)) for row in found.pop("volumes_ml")]
@@ -209,6 +208,13 @@ def describe_cases(dataset: Dataset, workers: int, group: Group = ALONE, train: 
             warn_of_small_boxes([case for case, _ in fingerprints], found["extent_mm"], counts)
     taught = [organ for i, organ in enumerate(dataset.organs) if i and any(present[i] for _, present in counts)]
     return CaseFacts(ranges_of(found) | {"organs": taught}, dict(fingerprints))
+
+
+def warn_of_swapped(cases: Sequence[str], swapped: Sequence[str]) -> None:
+    """Warn of cases whose organs lie on the wrong sides; `swapped` says of each which, or is empty."""
+    for case, organs in zip(cases, swapped, strict=True):
+        if organs:
+            print_warning(f"case {case}: {organs}; mirrored, or ids mixed up? python -m data.doctor tells more")
 
 
 def annotated_and_present(annotated: torch.Tensor, labels: torch.Tensor, ml: torch.Tensor) -> np.ndarray:

@@ -66,3 +66,22 @@ def test_a_closed_stream_takes_what_is_printed(monkeypatch, name):
     use_utf8()
     with getattr(sys, name) as stream:
         print("odd", file=stream)
+
+
+def test_ctrl_c_that_a_finalizer_drops_ends_the_loop_over_cases():
+    code = (
+        "import io, os, signal\n"
+        "from core.system.exits import run_command\n"
+        "from core.system.parallel import in_processes\n"
+        "class File(io.RawIOBase):\n"
+        "    @property\n"
+        "    def closed(self): os.kill(os.getpid(), signal.SIGINT); return True\n"
+        "def read(case): File(); return case\n"  # clearing it away drops the KeyboardInterrupt
+        "def main():\n"
+        "    for case, _ in in_processes(read, range(3), 1): print(case)\n"
+        "    return 0\n"
+        "run_command(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "0\n")
+    assert done.stderr == "interrupted; what was written before is whole\n"
