@@ -15,6 +15,7 @@ Exit code 0: done, 1: some case was missing or refused (the others are scored), 
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from core.scans.files import find_label_maps, select_cases
@@ -85,34 +86,29 @@ def draw_picture(output: Path) -> list[str]:
     """Draw scores.png from metrics.csv; return its name, or nothing when it cannot be drawn."""
     try:
         from visualization.scores import draw_scores
+
+        draw_scores(output / "metrics.csv", output / "scores.png")
+        return ["scores.png"]
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         print_warning("no scores.png, since matplotlib is not installed")
-        return []
-    try:
-        draw_scores(output / "metrics.csv", output / "scores.png")
     except OSError as error:
         print_warning(f"no scores.png: {error}")
-        return []
-    return ["scores.png"]
+    return []
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Score label maps against reference label maps.")
-    parser.add_argument(
-        "--predictions", type=user_path, metavar="DIR", help="folder of CASE.nii.gz from infer.py, or any network's"
-    )
-    parser.add_argument(
-        "--labels", type=user_path, required=True, metavar="DIR", help="folder of reference CASE.nii.gz"
-    )
-    parser.add_argument("--output", type=user_path, required=True, metavar="DIR", help="folder for the results")
+    folder = partial(parser.add_argument, type=user_path, metavar="DIR")
+    file = partial(parser.add_argument, type=user_path, metavar="FILE")
+    folder("--predictions", help="folder of CASE.nii.gz from infer.py, or any network's")
+    folder("--labels", required=True, help="folder of reference CASE.nii.gz")
+    folder("--output", required=True, help="folder for the results")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
-    parser.add_argument(
-        "--config", type=user_path, metavar="FILE", help="settings that name the organs (default: the label maps do)"
-    )
-    parser.add_argument("--checkpoint", type=user_path, metavar="FILE", help="network whose settings name the organs")
+    file("--config", help="settings that name the organs (default: the label maps do)")
+    file("--checkpoint", help="network whose settings name the organs")
     parser.add_argument("--organs", nargs="+", metavar="NAME", help="score only these organs (default: all)")
     parser.add_argument("--protocol", choices=("default", "flare22"), default="default", help="rules of scoring")
     parser.add_argument(
@@ -120,9 +116,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"of NSD, for organs that FLARE22 does not have (default: {TOLERANCE_MM:g})",
     )  # fmt: skip
     parser.add_argument("--distances", action="store_true", help="hd_mm and mean_distance_mm too, in the files only")
-    parser.add_argument(
-        "--against", type=user_path, metavar="DIR", help="other predictions of the same cases, to compare with"
-    )
+    folder("--against", help="other predictions of the same cases, to compare with")
     parser.add_argument("--ceiling", action="store_true", help="score the labels on the network's grid and back")
     parser.add_argument("--size", nargs=3, type=int, metavar=tuple("XYZ"), help="that grid (default: the settings')")
     parser.add_argument("--crop", metavar="WHAT", help="none or organs: what it covers (default: the settings')")

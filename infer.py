@@ -110,8 +110,6 @@ def finish(inference: Inference, scan: Segmentation) -> None:
     """
     logits, geometry, organs, output = scan.logits, scan.geometry, inference.config.organs, inference.output
     scan.logits = None
-    if not torch.isfinite(logits).all():
-        raise ValueError("the network's output is not finite, so that no label map can be made of it")
     labels = restore_labels(logits, scan.box, geometry.shape, inference.drop_pieces)  # (X, Y, Z) uint8
     output.write(scan, logits, labels, organs, inference.fingerprint)
 
@@ -214,21 +212,16 @@ def mark_of_options(arguments: argparse.Namespace) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments; ~ in paths is expanded."""
     parser = argparse.ArgumentParser(description="Segment CT scans with a trained V-Net.")
-    parser.add_argument(
-        "inputs", nargs="+", type=user_path, metavar="INPUT", help="a NIfTI file, a folder of them, or a DICOM series"
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, nargs="+", type=user_path, metavar="FILE",
-        help="best.pt or last.pt of a run; of several, as of all folds, the probabilities are averaged",
-    )  # fmt: skip
-    parser.add_argument("--locate", type=user_path, metavar="FILE", help="network that finds the box for crop: organs")
-    parser.add_argument(
-        "--output", required=True, type=user_path, metavar="DIR", help="folder for label maps and volumes.csv"
-    )
+    path, switch = partial(parser.add_argument, type=user_path), partial(parser.add_argument, action="store_true")
+    path("inputs", nargs="+", metavar="INPUT", help="a NIfTI file, a folder of them, or a DICOM series")
+    several = "best.pt or last.pt of a run; of several, as of all folds, the probabilities are averaged"
+    path("--checkpoint", required=True, nargs="+", metavar="FILE", help=several)
+    path("--locate", metavar="FILE", help="network that finds the box for crop: organs")
+    path("--output", required=True, metavar="DIR", help="folder for label maps and volumes.csv")
     parser.add_argument("--cases", nargs="+", metavar="ID", help="only these cases: ids, or a file with one a line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--precision", default="auto", help="auto (as trained; on a CPU float32), float32, bf16, fp16")
-    parser.add_argument("--skip-existing", action="store_true", help="leave out scans whose label map is there")
+    switch("--skip-existing", help="leave out scans whose label map is there")
     pieces = "remove pieces of an organ up to this share of its largest piece, 0 to 1 (default: 0, none)"
     parser.add_argument("--drop-pieces", type=float, default=0.0, metavar="SHARE", help=pieces)
     parser.add_argument(
@@ -238,15 +231,11 @@ def parse_arguments() -> argparse.Namespace:
     extra("--probabilities", const="--probabilities", help="write CASE_probabilities.nii.gz too")
     extra("--dicom-seg", const="--dicom-seg", help="write CASE_seg.dcm too, a DICOM Segmentation of a DICOM series")
     extra("--rtstruct", const="--rtstruct", help="write CASE_rtstruct.dcm too, an RT Structure Set of a DICOM series")
-    parser.add_argument("--report", action="store_true", help="write a page with pictures for each case, in reports/")
+    switch("--report", help="write a page with pictures for each case, in reports/")
     parser.add_argument("--series", metavar="UID", help="the DICOM series to segment; UID:2: its second acquisition")
     parser.add_argument("--max-gib", type=float, default=Reading.max_gib, metavar="G", help="largest scan, as float32")
-    parser.add_argument(
-        "--assume-ras", action="store_true", help="take files that do not say where they lie to be in RAS+ order"
-    )
-    parser.add_argument(
-        "--replace-nonfinite", action="store_true", help="make air of NaN and infinite voxels, instead of refusing them"
-    )
+    switch("--assume-ras", help="take files that do not say where they lie to be in RAS+ order")
+    switch("--replace-nonfinite", help="make air of NaN and infinite voxels, instead of refusing them")
     return parser.parse_args()
 
 

@@ -32,7 +32,9 @@ TOLERANCE_MM = 2.0  # of every organ's NSD
 SHIFT_VOXELS = (3, 3, 1)  # by which the prediction is moved
 MIB_PER_GIB = 1024
 PROJECT = "this repository"
+PACKAGES = ("monai", "surface-distance")  # of the peers
 
+DISTANCES = ("nsd", "hd95_mm", "hd_mm")  # the scores of the task surface
 Scores = dict[str, np.ndarray]  # score -> its value for organ 1, 2, ...
 
 
@@ -92,26 +94,22 @@ def overlap_by_monai(case: Case) -> Scores:
 
 def surface(case: Case) -> Scores:
     """As evaluate.py does it, organ after organ."""
-    found = {"nsd": [], "hd95_mm": [], "hd_mm": []}
     threads = torch.get_num_threads()
-    for each in organ_surfaces(case.reference, case.prediction, case.classes, case.spacing_mm, threads):
-        found["nsd"].append(nsd(each, TOLERANCE_MM))
-        found["hd95_mm"].append(hausdorff_mm(each, 95))
-        found["hd_mm"].append(hausdorff_mm(each))
-    return {score: np.array(values) for score, values in found.items()}
+    surfaces = organ_surfaces(case.reference, case.prediction, case.classes, case.spacing_mm, threads)
+    rows = [(nsd(each, TOLERANCE_MM), hausdorff_mm(each, 95), hausdorff_mm(each)) for each in surfaces]
+    return dict(zip(DISTANCES, np.transpose(rows), strict=True))
 
 
 def surface_by_deepmind(case: Case) -> Scores:
     """surface-distance, organ after organ."""
     import surface_distance as sd
 
-    found = {"nsd": [], "hd95_mm": [], "hd_mm": []}
+    rows = []
     for organ in range(1, case.classes):
         both = sd.compute_surface_distances(case.reference == organ, case.prediction == organ, case.spacing_mm)
-        found["nsd"].append(sd.compute_surface_dice_at_tolerance(both, TOLERANCE_MM))
-        found["hd95_mm"].append(sd.compute_robust_hausdorff(both, 95))
-        found["hd_mm"].append(sd.compute_robust_hausdorff(both, 100))
-    return {score: np.array(values) for score, values in found.items()}
+        hd95, hd = (sd.compute_robust_hausdorff(both, percent) for percent in (95, 100))
+        rows.append((sd.compute_surface_dice_at_tolerance(both, TOLERANCE_MM), hd95, hd))
+    return dict(zip(DISTANCES, np.transpose(rows), strict=True))
 
 
 def surface_by_monai(case: Case) -> Scores:
@@ -182,12 +180,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     _, reference, spacing = make_case(SEED, 1, shape)
     prediction = np.roll(reference, SHIFT_VOXELS, axis=(0, 1, 2))
     case = Case(reference, prediction, tuple(map(float, spacing)), len(load_config().organs))
-    packages = {
-        each.package: measuring.installed_version(each.package)
-        for task in TASKS.values()
-        for each in task
-        if each.package
-    }
+    packages = {package: measuring.installed_version(package) for package in PACKAGES}
     tasks = {
         name: compete([each for each in task if not each.package or packages[each.package]], case, arguments.repeats)
         for name, task in TASKS.items()

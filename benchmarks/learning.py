@@ -144,13 +144,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the command line's arguments, and the flags for train.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=user_path, metavar="DATA", help="a data set as for train.py")
-    parser.add_argument(
-        "--recipe",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help="settings; of two files, the first is of the network that locates for the second, which is scored",
-    )
+    recipe = "settings; of two files, the first is of the network that locates for the second, which is scored"
+    parser.add_argument("--recipe", required=True, nargs="+", metavar="FILE", help=recipe)
     parser.add_argument("--output", required=True, type=user_path, metavar="DIR", help="folder for runs and results")
     parser.add_argument("--against", type=user_path, metavar="DIR", help="the --output of another recipe")
     parser.add_argument("--parts", type=positive, default=4, metavar="N", help="parts of the data (default: 4)")

@@ -12,36 +12,22 @@ it is not installed.
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
 from benchmarks.measuring import THREE, make_parser, measure_and_print
 from core.config import Config, load_config
 from core.system.exits import run_command
-from core.training.losses import LOSSES
 from core.training.memory_count import blank_training, count_step
-from core.training.memory_plans import GIB
-from core.training.setup import PLANS, Training, make_optimizer
+from core.training.setup import PLANS
 from core.training.step import training_step
-from vnet import check_size
-
-
-class Count(NamedTuple):
-    """Need of one training step in a plain loop: its peak in GiB, and its floating-point operations."""
-
-    peak_gib: float
-    forward_flops: int
-    flops: int
 
 
 class Traffic(TorchDispatchMode):
@@ -84,37 +70,15 @@ def count_traffic(config: Config, plan: str, precision: torch.dtype) -> Traffic:
     return traffic
 
 
-def count_plain_step(build: Callable[[], nn.Module], size: Sequence[int], precision: torch.dtype) -> Count:
-    """Count a step of autocast, cross-entropy, backward pass and Adam, as core/training/memory_count.py does.
-
-    Args:
-        build: makes the network.
-        size: of the input, (X, Y, Z) voxels; batch 1.
-        precision: that convolutions are computed in.
-    """
-    counter, tracker, forward_flops = FlopCounterMode(display=False), MemTracker(), []
-    with FakeTensorMode():
-        network = build()
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        training = Training(network, LOSSES["cross_entropy"], make_optimizer(network, 1e-4), scaler, precision)
-        image, labels = torch.zeros(1, 1, *size), torch.zeros(1, *size, dtype=torch.uint8)
-        tracker.track_external(network, training.optimizer, image, labels)
-        with tracker, counter:
-            training_step(training, image, labels, on_loss=lambda loss: forward_flops.append(counter.get_total_flops()))
-    peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
-    return Count(peak / GIB, forward_flops[0], counter.get_total_flops())
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Count a step of every network at the settings' size; a peak is null where its network is not installed."""
     config = load_config(flags={"size": list(map(str, arguments.size))} if arguments.size else {})
-    check_size(config.size, len(config.up_convs))
     config = replace(config, batch_size=1, loss="cross_entropy")
     classes, precision = len(config.organs), torch.bfloat16
     counts = {f"project_{plan}": count_step(config, plan, precision) for plan in PLANS}
     traffic = {f"project_{plan}": count_traffic(config, plan, precision) for plan in PLANS}
     has_monai = peers.monai_installed()
-    counts["monai"] = count_plain_step(lambda: peers.monai_vnet(classes), config.size, precision) if has_monai else None
+    counts["monai"] = count_step(config, "off", precision, lambda _: peers.monai_vnet(classes)) if has_monai else None
     return {
         "size": list(config.size),
         "classes": classes,

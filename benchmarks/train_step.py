@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measuring, peers
-from benchmarks.memory import count_plain_step
 from core.config import Config, load_config
 from core.network import build_network
 from core.system.exits import run_command
@@ -31,7 +30,6 @@ from core.training.losses import LOSSES
 from core.training.memory_count import count_step
 from core.training.setup import PLANS, Training, compile_network, make_optimizer, to_channels_last
 from core.training.step import training_step
-from vnet import check_size
 
 SIZE = (128, 128, 64)
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}  # of square matrices that keep the device busy for a moment
@@ -96,7 +94,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: when a flag does not fit, or as `make_contenders`.
     """
     config = load_config(flags={"size": list(map(str, arguments.size)), "device": arguments.device})
-    check_size(config.size, len(config.up_convs))
     config = replace(config, batch_size=1, loss="cross_entropy")
     device = choose_device(config.device)
     precision = choose_precision("auto", device)
@@ -125,11 +122,11 @@ def compare(
 ) -> dict[str, Any]:
     """Return the contenders' numbers, and the arithmetic of a plain step beside the device's rate."""
     peer = next((each for each in contenders if each.name == PEER), None)
-    networks = {PROJECT: lambda: build_network(config)}
+    counts = {plan: count_step(config, plan, precision) for plan in PLANS}
+    plain = {PROJECT: counts["off"]}
     if peer:
-        networks[PEER] = lambda: peers.monai_vnet(len(config.organs))
-    plain = {name: count_plain_step(build, config.size, precision) for name, build in networks.items()}
-    counts = {plan: count_step(config, plan, precision) for plan in PLANS} | plain
+        counts[PEER] = count_step(config, "off", precision, lambda _: peers.monai_vnet(len(config.organs)))
+        plain[PEER] = counts[PEER]
     rate = matmul_flops_per_second(device, precision)
     forward = {each.name: each.laps.get("forward", []) for each in contenders}
     rows = {

@@ -27,14 +27,8 @@ SUFFIX = ".onnx"
 
 def metadata_of(config: Config, fingerprint: str) -> dict[str, str]:
     """Return what a program must know beside the network, each as JSON; organs by id, background first."""
-    facts = {
-        "orientation": "RAS+",
-        "window_hu": config.window_hu,
-        "size": config.size,
-        "crop": config.crop,
-        "organs": config.organs,
-        "network": fingerprint,
-    }
+    facts = {key: getattr(config, key) for key in ("window_hu", "size", "crop", "organs")}
+    facts |= {"orientation": "RAS+", "network": fingerprint}
     return {key: json.dumps(value) for key, value in facts.items()}
 
 

@@ -64,7 +64,10 @@ def convert_case(case: SourceCase, organ_map: OrganMap, organs: Sequence[str], d
         remove(written)
         with tempfile.TemporaryDirectory() as folder:
             scan = as_nifti(case.scan, Path(folder))
-            labels, geometry = read_labels(case, organ_map, organs, result, Path(folder))
+            if case.labels:
+                labels, geometry = read_label_map(case.labels, organ_map, result, Path(folder))
+            else:
+                labels, geometry = read_masks(case, organ_map, organs, result, Path(folder))
             check_same_grid(read_geometry(scan), geometry, f"case {case.id}")
             place(scan, scan_file, copy or scan != case.scan)
             save_label_map(labels, geometry, labels_file, organs)
@@ -78,24 +81,15 @@ def convert_case(case: SourceCase, organ_map: OrganMap, organs: Sequence[str], d
     return result
 
 
-def read_labels(
-    case: SourceCase, organ_map: OrganMap, organs: Sequence[str], result: Converted, folder: Path
-) -> tuple[np.ndarray, Geometry]:
-    """Read a case's label map or masks.
+def read_label_map(path: Path, organ_map: OrganMap, result: Converted, folder: Path) -> tuple[np.ndarray, Geometry]:
+    """Read a label map and change its ids; count what is dropped.
 
     Returns:
-        labels, (X, Y, Z) uint8 ids of the organ list in RAS+ order, and the geometry of the file or of the first mask.
+        labels, (X, Y, Z) uint8 ids of the organ list in RAS+ order, and the geometry of the file.
 
     Raises:
-        FileNotFoundError, ValueError: when they cannot be read, or hold what has no name.
+        FileNotFoundError, ValueError: when it cannot be read, or holds what has no name.
     """
-    if case.labels:
-        return read_label_map(case.labels, organ_map, result, folder)
-    return read_masks(case, organ_map, organs, result, folder)
-
-
-def read_label_map(path: Path, organ_map: OrganMap, result: Converted, folder: Path) -> tuple[np.ndarray, Geometry]:
-    """Read a label map and change its ids; count what is dropped. Returns and raises as `read_labels`."""
     nifti = as_nifti(path, folder)
     ids, geometry = load_labels(nifti)
     check_header_names(nifti, organ_map)
@@ -136,7 +130,7 @@ def check_header_names(path: Path, organ_map: OrganMap) -> None:
 def read_masks(
     case: SourceCase, organ_map: OrganMap, organs: Sequence[str], result: Converted, folder: Path
 ) -> tuple[np.ndarray, Geometry]:
-    """Join masks into a label map; where two overlap, the organ later in the list wins. As `read_labels`."""
+    """Join masks into a label map; where two overlap, the organ later in the list wins. As `read_label_map`."""
     labels = geometry = None
     for name in sorted(used_masks(case, organ_map), key=organ_map.target.get):
         organ = organ_map.target[name]

@@ -46,8 +46,7 @@ def pair_files(folder: Path) -> tuple[list[tuple[str, Path | None, Path | None]]
         if path.is_dir() and path.name not in scans and is_series_folder(path)
     }
     findings = [Finding(case, "dicom", "its scan is a DICOM series") for case in series]
-    for case, paths in series.items():
-        scans.setdefault(case, []).extend(paths)
+    scans |= series
     labels = list_files(folder / "labels", scans)
     if not scans and not labels:
         raise ValueError(f"{folder}: neither images nor labels has a file (.nii.gz or .nii)")

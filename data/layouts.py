@@ -16,6 +16,7 @@ from pathlib import Path
 
 from core.scans.annotated import read_annotated
 from core.scans.files import case_id, find_files, label_ids, listed
+from core.scans.not_found import visible
 from core.scans.organ_names import read_organ_names
 from core.scans.weights import WEIGHTS, read_weights
 from data.label_names import Key, load_collections, read_dataset_json, same_organ
@@ -133,7 +134,7 @@ def find_layouts(folder: Path, levels: int = LEVELS) -> Iterator[tuple[Path, str
     names = [stem(path) for path in scans_in(folder)]
     if any(re.fullmatch(r"img\d+", name) for name in names) and any(BTCV_LABEL.match(name) for name in names):
         here.append("btcv")
-    below = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    below = [path for path in visible(folder) if path.is_dir()]
     if any(named(path, SCAN) for path in below):
         here.append("masks")
     for layout in here:
@@ -155,9 +156,7 @@ def named(folder: Path, name: str) -> Path | None:
 
 def scans_in(folder: Path) -> list[Path]:
     """Return the files of a folder that are named like images, in order; hidden ones are left out."""
-    return [
-        path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+    return [path for path in visible(folder) if path.name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 def contents(folder: Path) -> str:
@@ -234,7 +233,7 @@ def label_case(case: str, scans: dict[str, Path]) -> str:
 
 def find_masked_cases(source: Source) -> None:
     """Find a case in each folder with ct.nii.gz: masks in segmentations/, otherwise combined_labels.nii.gz."""
-    for folder in sorted(path for path in source.folder.iterdir() if path.is_dir() and path.name[0] != "."):
+    for folder in filter(Path.is_dir, visible(source.folder)):
         scan, combined = named(folder, SCAN), named(folder, COMBINED)
         files = scans_in(folder / MASKS) if (folder / MASKS).is_dir() else []
         masks = {stem(path): path for path in files}

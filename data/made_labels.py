@@ -24,7 +24,7 @@ from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import NIFTI_SUFFIXES, save_label_map, save_scan
 from core.scans.weights import WEIGHTS, read_weights, write_weights
-from core.system.files import locked, open_text, whole_file
+from core.system.files import locked, open_text, write_table
 from data.converted import place, remove, suffix_of
 from data.judging import Judgement, Limits
 
@@ -170,10 +170,7 @@ class MadeLabels:
         People may have edited the others. pseudo_labels.csv comes first: it says that this command made the folder.
         """
         rows = sorted(rows, key=lambda row: row["case"])  # a case's rows keep their order
-        with whole_file(self.path / TABLE) as temporary, open_text(temporary, "w") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(self.path / TABLE, COLUMNS, rows)
         annotated, weights = read_annotated(self.path), read_weights(self.path)
         for table in (annotated, weights):
             table.pop(case, None)

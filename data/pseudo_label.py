@@ -103,8 +103,6 @@ def finish(labelling: Labelling, scan: Prediction) -> None:
     """
     logits, organs = scan.logits, labelling.config.organs
     scan.logits = None
-    if not torch.isfinite(logits).all():
-        raise ValueError("the network's output is not finite, so that no label map can be made of it")
     labels = restore_labels(logits, scan.box, scan.geometry.shape)
     found = organs_in(labels, scan.geometry, organs)
     agreement = dict(zip(organs[1:], scan.agreement[1:].tolist(), strict=True))

@@ -10,17 +10,7 @@ from matplotlib.patches import Rectangle
 
 from core.scoring.overlap import confusion_matrix, organ_scores
 from visualization import slices
-from visualization.canvas import (
-    MARGIN,
-    ROW_GAP,
-    TITLE_HEIGHT,
-    Canvas,
-    box_extent_mm,
-    organs_present,
-    organs_shown,
-    plane_of,
-    volume_column,
-)
+from visualization.canvas import MARGIN, ROW_GAP, TITLE_HEIGHT, Canvas
 from visualization.shown import Shown
 from visualization.style import EXTRA, MISSED, MIXED_UP
 
@@ -39,55 +29,23 @@ def draw_comparison(shown: Shown) -> Figure:
     # Slices of the prediction only when the reference is empty.
     chosen = slices.choose_slices(counted[1] if reference.any() else counted[0])
     counts = [p + r for p, r in zip(*counted, strict=True)]
-    box, present = slices.crop_to_organs(counts, spacing_mm), organs_present(counts)
-    extent_mm = box_extent_mm(box, spacing_mm)
+    box, present = slices.crop_to_organs(counts, spacing_mm), slices.organs_present(counts)
+    extent_mm = slices.box_extent_mm(box, spacing_mm)
 
     x, y, z = extent_mm
     scale = min(COMPARED_WIDTH / (3 * max(x, y)), COMPARED_HEIGHT / (y + 2 * z))
     legend_height = (len(present) + 3 + len(ERRORS)) * slices.LEGEND_LINE
     rows = (y + 2 * z) * scale + 2 * ROW_GAP
-    upper, side = TITLE_HEIGHT + 2 * MARGIN, MARGIN + 3 * (max(x, y) * scale + 2 * MARGIN)
+    column, upper = max(x, y) * scale + 2 * MARGIN, TITLE_HEIGHT + 2 * MARGIN
+    side, top = MARGIN + 3 * column, upper
     canvas = Canvas(side + slices.legend_width(3) + MARGIN, upper + max(rows, legend_height) + 2 * MARGIN, shown.title)
-    draw_compared_slices(canvas, upper, scale, (voxels, prediction, reference), chosen, box, extent_mm)
-    volumes = [volume_column(of_map, shown.geometry.voxel_ml) for of_map in counted]
-    dice = organ_scores(confusion_matrix(reference, prediction, len(organs)))["dice"]
-    columns = {"mL": volumes[0], "reference": volumes[1], "Dice": [f"{value:.3f}" for value in dice]}
-    legend = canvas.axes(side, upper, slices.legend_width(3), legend_height)
-    slices.draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
-    draw_error_legend(canvas, side, upper + legend_height)
-    return canvas.figure
-
-
-def draw_compared_slices(
-    canvas: Canvas,
-    top: float,
-    scale: float,
-    volumes: tuple[np.ndarray, np.ndarray, np.ndarray],
-    chosen: Sequence[int],
-    box: Sequence[slice],
-    extent_mm: np.ndarray,
-) -> None:
-    """Draw a row for each view, with three panels: prediction, reference, errors.
-
-    Args:
-        canvas: to draw on.
-        top: inches of the first row from the upper edge.
-        scale: inches per mm.
-        volumes: voxels in HU, prediction and reference, each (X, Y, Z).
-        chosen: the number of the slice by axis.
-        box: the part of the volumes to draw.
-        extent_mm: its size along X, Y, Z.
-    """
-    voxels, prediction, reference = volumes
-    column = max(extent_mm[:2]) * scale + 2 * MARGIN
     for axis, (view, letters) in slices.VIEWS.items():
-        plane, size_mm = plane_of(axis, chosen[axis], box), np.delete(extent_mm, axis)
+        plane, size_mm = slices.plane_of(axis, chosen[axis], box), np.delete(extent_mm, axis)
         width, height = size_mm * scale
         panels = [canvas.axes(MARGIN + place * column, top, width, height) for place in range(3)]
-        tissue = slices.as_seen(voxels[plane])
         for panel, labels in zip(panels, (prediction, reference), strict=False):
-            slices.draw_slice(panel, tissue, slices.as_seen(labels[plane]), size_mm)
-        draw_errors(panels[2], tissue, slices.as_seen(errors_of(prediction[plane], reference[plane])), size_mm)
+            slices.draw_slice(panel, voxels[plane], labels[plane], size_mm)
+        draw_errors(panels[2], voxels[plane], errors_of(prediction[plane], reference[plane]), size_mm)
         for panel in panels:
             slices.write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}" if panel is panels[0] else "")
         if axis == 2:
@@ -95,6 +53,13 @@ def draw_compared_slices(
             for panel, heading in zip(panels, ("prediction", "reference", "errors"), strict=True):
                 panel.annotate(heading, (0, 1), (0, 26), **slices.AROUND, weight="bold")
         top += height + ROW_GAP
+    volumes = [slices.volume_column(of_map, shown.geometry.voxel_ml) for of_map in counted]
+    dice = organ_scores(confusion_matrix(reference, prediction, len(organs)))["dice"]
+    columns = {"mL": volumes[0], "reference": volumes[1], "Dice": [f"{value:.3f}" for value in dice]}
+    legend = canvas.axes(side, upper, slices.legend_width(3), legend_height)
+    slices.draw_legend(legend, organs, present, columns, slices.organs_shown(counts, chosen))
+    draw_error_legend(canvas, side, upper + legend_height)
+    return canvas.figure
 
 
 def errors_of(prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -111,13 +76,13 @@ def draw_errors(axes: Axes, voxels: np.ndarray, errors: np.ndarray, size_mm: Seq
 
     Args:
         axes: of the same shape as the slice.
-        voxels: (rows, columns) HU, as seen.
-        errors: (rows, columns) of `errors_of`, as seen.
-        size_mm: the slice's width and height in mm.
+        voxels: (A, B) HU, a slice of a RAS+ volume.
+        errors: (A, B) of `errors_of`.
+        size_mm: its size along A and B: the picture's width and height.
     """
     slices.draw_tissue(axes, voxels, size_mm)
     colours = np.array([(0, 0, 0, 0), *(to_rgba(colour, ERROR_TINT) for colour in ERRORS.values())])
-    axes.imshow(colours[errors], extent=(0, size_mm[0], size_mm[1], 0), interpolation="nearest")
+    axes.imshow(colours[slices.as_seen(errors)], extent=(0, size_mm[0], size_mm[1], 0), interpolation="nearest")
 
 
 def draw_error_legend(canvas: Canvas, left: float, bottom: float) -> None:

@@ -105,17 +105,12 @@ def draw_dice(axes: Axes, log: dict[str, np.ndarray], organs: Sequence[str]) -> 
     axes.set(title="Dice on the validation scans", xlabel="epoch", ylim=(0, 1))
     shown = {"mean": "mean"} | dict(zip(organs, drawable_organs(organs), strict=True))
     ranked = sorted(lines, key=lambda name: -1 if ends[name] is None else ends[name][1], reverse=True)
+    size = min(NAME_SIZE, NAMES_HEIGHT / len(ranked))
     for place, name in enumerate(ranked):
         _, colour, width = lines[name]
         height = 1 - (place + 0.5) / len(ranked)
         value = "-" if ends[name] is None else f"{ends[name][1]:.3f}"
-        weight = "bold" if width > 3 else "normal"
-        style = {
-            "transform": axes.transAxes,
-            "va": "center",
-            "size": min(NAME_SIZE, NAMES_HEIGHT / len(ranked)),
-            "weight": weight,
-        }
+        style = {"transform": axes.transAxes, "va": "center", "size": size, "weight": "bold" if width > 3 else "normal"}
         axes.text(1.12, height, "\u25a0", color=colour, **style)
         axes.text(1.155, height, value, **style)
         axes.text(1.25, height, shorten(shown[name], NAME_LETTERS), **style)

@@ -18,7 +18,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from core.scoring.organ_list import choose_scored, load_given
+from core.scoring.organ_list import choose_scored
 from core.scoring.tables import shorten
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.system.files import whole_file
@@ -69,12 +69,10 @@ def draw_frames(
     """
     width, height = background.size
     size = int(width * (1 - LEGEND)) // len(panels), height
-    scenes = [scene for scene in panels.values() if scene]
+    scenes = [*(veil.scene for veil in veils), *(scene for scene in panels.values() if scene)]
     for scene in scenes:  # the same place of the patient in the middle of every panel
         scene.centre_on(scenes[-1].centre)
-    for veil in veils:
-        veil.scene.centre_on(scenes[-1].centre)
-    scale = max(fitting_scale(scene, size) for scene in (*scenes, *(veil.scene for veil in veils)))
+    scale = max(fitting_scale(scene, size) for scene in scenes)
     for number in range(frames):
         view, picture = view_at(360 * number / frames), background.copy()
         for place, (title, scene) in enumerate(panels.items()):
@@ -227,9 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--frames: got {args.frames}, expected 1 or more")
         if min(args.size) < 64 or any(pixels % 2 for pixels in args.size):
             raise ValueError(f"--size: got {args.size[0]} {args.size[1]}, expected two even numbers of 64 or more")
-        given = load_given(args.config, args.checkpoint)
-    with refusing(REFUSED):
-        shown, note = read_shown(args, given)
+    shown, note = read_shown(args)
     with refusing(USAGE):
         chosen = choose_scored(args.organs, shown.organs)
     with refusing(REFUSED):

@@ -18,20 +18,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from visualization import slices
-from visualization.canvas import (
-    MARGIN,
-    ROW_GAP,
-    TITLE_HEIGHT,
-    Canvas,
-    box_extent_mm,
-    organs_present,
-    organs_shown,
-    plane_of,
-    volume_column,
-)
+from visualization.canvas import MARGIN, ROW_GAP, TITLE_HEIGHT, Canvas
 from visualization.comparison import draw_comparison
 from visualization.shown import Shown, picture_parser, print_written, read_shown
 from visualization.style import check_format, save_figure
@@ -52,9 +41,9 @@ def draw_overlay(shown: Shown) -> Figure:
     """
     voxels, labels, organs, spacing_mm = shown.voxels, shown.labels, shown.organs, shown.geometry.spacing_mm
     counts = slices.count_by_slice(labels, len(organs))
-    present = organs_present(counts)
+    present = slices.organs_present(counts)
     chosen, box = slices.choose_slices(counts), slices.crop_to_organs(counts, spacing_mm)
-    extent_mm = box_extent_mm(box, spacing_mm)
+    extent_mm = slices.box_extent_mm(box, spacing_mm)
 
     x, y, z = extent_mm
     x, y, z = extent_mm * min(PANELS_WIDTH / (x + y), PANELS_HEIGHT / (y + z))
@@ -63,15 +52,13 @@ def draw_overlay(shown: Shown) -> Figure:
     canvas = Canvas(right + max(y, slices.legend_width(1)) + MARGIN, lower + z + MARGIN, shown.title)
     panels = canvas.axes(MARGIN, upper, x, y), canvas.axes(MARGIN, lower, x, z), canvas.axes(right, lower, y, z)
     for panel, (axis, (view, letters)) in zip(panels, slices.VIEWS.items(), strict=True):
-        plane = plane_of(axis, chosen[axis], box)
-        slices.draw_slice(
-            panel, slices.as_seen(voxels[plane]), slices.as_seen(labels[plane]), np.delete(extent_mm, axis)
-        )
+        plane = slices.plane_of(axis, chosen[axis], box)
+        slices.draw_slice(panel, voxels[plane], labels[plane], np.delete(extent_mm, axis))
         slices.write_around(panel, letters, f"{view}, {'xyz'[axis]} = {chosen[axis]}")
     slices.draw_scale_bar(panels[0])
     legend = canvas.axes(right, upper, slices.legend_width(1), top_row)
-    columns = {"mL": volume_column(counts, shown.geometry.voxel_ml)}
-    slices.draw_legend(legend, organs, present, columns, organs_shown(counts, chosen))
+    columns = {"mL": slices.volume_column(counts, shown.geometry.voxel_ml)}
+    slices.draw_legend(legend, organs, present, columns, slices.organs_shown(counts, chosen))
     return canvas.figure
 
 
@@ -82,9 +69,9 @@ def draw_contact_sheet(shown: Shown, number: int) -> Figure:
     """
     voxels, labels, organs, spacing_mm = shown.voxels, shown.labels, shown.organs, shown.geometry.spacing_mm
     counts = slices.count_by_slice(labels, len(organs))
-    chosen, present = evenly_spaced(counts[2], number), organs_present(counts)
+    chosen, present = evenly_spaced(counts[2], number), slices.organs_present(counts)
     box = slices.crop_to_organs(counts, spacing_mm)
-    size_mm = box_extent_mm(box, spacing_mm)[:2]
+    size_mm = slices.box_extent_mm(box, spacing_mm)[:2]
     x, y = size_mm * SHEET_CELL / max(size_mm)
     columns = math.ceil(math.sqrt(len(chosen) * (y + SHEET_CAPTION) / x))
     columns = min(len(chosen), columns, int(SHEET_WIDTH / (x + SHEET_GAP)))
@@ -92,28 +79,18 @@ def draw_contact_sheet(shown: Shown, number: int) -> Figure:
     upper, cell = TITLE_HEIGHT + MARGIN, y + SHEET_CAPTION + SHEET_GAP
     side, below = 2 * MARGIN + columns * (x + SHEET_GAP), math.ceil(len(chosen) / columns) * cell
     canvas = Canvas(side + slices.legend_width(1) + MARGIN, upper + max(below, legend_height) + MARGIN, shown.title)
-    panels = []
     for place, z in enumerate(chosen):
         row, column = divmod(place, columns)
-        panels.append(canvas.axes(MARGIN + column * (x + SHEET_GAP), upper + SHEET_CAPTION + row * cell, x, y))
-        draw_cell(panels[-1], voxels, labels, z, box, spacing_mm)
-    write_sides(panels[0])
-    slices.draw_scale_bar(panels[-1])
+        panel = canvas.axes(MARGIN + column * (x + SHEET_GAP), upper + SHEET_CAPTION + row * cell, x, y)
+        plane = slices.plane_of(2, z, box)
+        slices.draw_slice(panel, voxels[plane], labels[plane], size_mm)
+        panel.annotate(f"z = {z}", (0, 1), (0, 6), **slices.AROUND, size=8)
+    write_sides(canvas.figure.axes[0])
+    slices.draw_scale_bar(panel)
     seen = set(np.flatnonzero(counts[2][chosen].any(axis=0)).tolist())
-    volumes = {"mL": volume_column(counts, shown.geometry.voxel_ml)}
+    volumes = {"mL": slices.volume_column(counts, shown.geometry.voxel_ml)}
     slices.draw_legend(canvas.axes(side, upper, slices.legend_width(1), legend_height), organs, present, volumes, seen)
     return canvas.figure
-
-
-def draw_cell(
-    panel: Axes, voxels: np.ndarray, labels: np.ndarray, z: int, box: Sequence[slice], spacing_mm: Sequence[float]
-) -> None:
-    """Draw one axial slice of a sheet, within a box, with its number."""
-    plane = plane_of(2, z, box)
-    slices.draw_slice(
-        panel, slices.as_seen(voxels[plane]), slices.as_seen(labels[plane]), box_extent_mm(box, spacing_mm)[:2]
-    )
-    panel.annotate(f"z = {z}", (0, 1), (0, 6), **slices.AROUND, size=8)
 
 
 def evenly_spaced(counts: np.ndarray, number: int) -> np.ndarray:
@@ -141,9 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--contact and --reference: a sheet shows one label map, expected one of the two")
         if args.contact is not None and args.contact < 1:
             raise ValueError(f"--contact: got {args.contact}, expected 1 or more")
-        given = load_given(args.config, args.checkpoint)
+    shown, note = read_shown(args)
     with refusing(REFUSED):
-        shown, note = read_shown(args, given)
         if args.reference:
             figure = draw_comparison(shown)
         else:

@@ -77,9 +77,9 @@ def data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{as_base64(content)}"
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write a page whole; the folder is made when missing, and a file there that is no such page becomes *.old."""
+def write_page(path: Path, page: str, kind: str = "page") -> None:
+    """Write a page, or a report's numbers, whole; the folder is made when missing, and a foreign file becomes *.old."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not is_report_file(path):
-        rename_old(path, f"{path} is no page of this program")
+        rename_old(path, f"{path} is no {kind} of this program")
     write_text(path, page)

@@ -9,6 +9,7 @@ mm are mm everywhere. The organs do not move against each other, so how much of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from embreex.mesh_construction import TriangleMesh
@@ -110,6 +111,14 @@ class Scene:
         directions = np.broadcast_to(np.asarray(direction, np.float32), start.shape)
         return self.embree.run(np.ascontiguousarray(start, np.float32), np.ascontiguousarray(directions), output=1)
 
+    def surface_at(self, hit: dict[str, np.ndarray], met: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return normals (N, 3) and openness (N,) where the hits in a mask are, interpolated between the vertices."""
+        u, v = (hit[name][met, None].astype(float) for name in "uv")
+        a, b, c = self.faces[hit["primID"][met]].T
+        both = np.column_stack([self.normals, self.openness])
+        mean = (1 - u - v) * both[a] + u * both[b] + v * both[c]
+        return mean[:, :3], mean[:, 3]
+
 
 def sphere(count: int) -> np.ndarray:
     """(count, 3) unit vectors spread evenly over all directions (Fibonacci's spiral)."""
@@ -137,14 +146,10 @@ class Veil:
         """(N, 3) light with the veil over it, but where something nearer than the veil, at (N,) depths, sent it."""
         hit = self.scene.cast(start, -view.back)
         met = (hit["primID"] >= 0) & (hit["tfar"] < depth_mm)
-        u, v = (hit[name][met, None].astype(float) for name in "uv")
-        a, b, c = self.scene.faces[hit["primID"][met]].T
-        normals, openness = self.scene.normals, self.scene.openness[:, None]
-        normal = (1 - u - v) * normals[a] + u * normals[b] + v * normals[c]
-        open_to = (1 - u - v) * openness[a] + u * openness[b] + v * openness[c]
+        normal, openness = self.scene.surface_at(hit, met)
         facing = np.abs(normal @ view.back) / np.maximum(np.linalg.norm(normal, axis=1), np.finfo(float).tiny)
         opacity = (self.flat + (self.rim - self.flat) * (1 - facing) ** RIM_FALL)[:, None]
-        own = shaded(np.full(normal.shape, VEIL_LIGHT), normal, open_to[:, 0], view)
+        own = shaded(np.full(normal.shape, VEIL_LIGHT), normal, openness, view)
         veiled = light.copy()
         veiled[met] = light[met] * (1 - opacity) + own * opacity
         return veiled
@@ -171,14 +176,14 @@ def render(
     )
     light = np.power(backdrop(size), GAMMA).reshape(-1, 3)
     organ, depth_mm = np.zeros(width * height, np.uint8), np.full(width * height, np.inf, np.float32)
-    light[seen], organ[seen], depth_mm[seen] = look(scene, view, size, mm, rows[seen], columns[seen], light[seen])
+    starts = partial(ray_starts, scene, view, size, mm)
+    light[seen], organ[seen], depth_mm[seen] = look(scene, view, starts(rows[seen], columns[seen]), light[seen])
     edges = np.flatnonzero(is_edge(organ.reshape(height, width)).ravel())
     behind = np.power(backdrop(size), GAMMA).reshape(-1, 3)[edges]
-    light[edges] = np.mean(
-        [look(scene, view, size, mm, rows[edges] + y, columns[edges] + x, behind)[0] for x, y in SUBPIXELS], axis=0
-    )
+    around = [look(scene, view, starts(rows[edges] + y, columns[edges] + x), behind)[0] for x, y in SUBPIXELS]
+    light[edges] = np.mean(around, axis=0)
     if veils:
-        start = ray_starts(scene, view, size, mm, rows, columns)
+        start = starts(rows, columns)
         for veil in veils:
             light = veil.over(light, start, view, depth_mm)
     colour = np.round(255 * np.clip(light, 0, 1) ** (1 / GAMMA)).astype(np.uint8)
@@ -190,30 +195,16 @@ def fitting_scale(scene: Scene, size: tuple[int, int]) -> float:
     return max(2 * half / (pixels * FILLED) for half, pixels in zip(scene.half_mm, size, strict=True))
 
 
-def look(
-    scene: Scene,
-    view: View,
-    size: tuple[int, int],
-    mm: float,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    behind: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what (N,) rays through the picture see: light (N, 3), organ ids and depths in mm.
+def look(scene: Scene, view: View, start: np.ndarray, behind: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what rays from (N, 3) points on the camera's plane see: light (N, 3), organ ids and depths in mm.
 
     `behind` (N, 3) is the light where they meet nothing.
     """
-    start = ray_starts(scene, view, size, mm, rows, columns)
     hit = scene.cast(start, -view.back)
     met = hit["primID"] >= 0
     light, organ, depth_mm = behind.copy(), np.zeros(len(start), np.uint8), np.full(len(start), np.inf, np.float32)
-    faces = hit["primID"][met]
-    organ[met], depth_mm[met] = scene.organ[faces], hit["tfar"][met]
-    u, v = (hit[name][met, None].astype(float) for name in "uv")
-    a, b, c = scene.faces[faces].T
-    normals = (1 - u - v) * scene.normals[a] + u * scene.normals[b] + v * scene.normals[c]
-    open_to = (1 - u[:, 0] - v[:, 0]) * scene.openness[a] + u[:, 0] * scene.openness[b] + v[:, 0] * scene.openness[c]
-    light[met] = shaded(scene.palette[organ[met]], normals, open_to, view)
+    organ[met], depth_mm[met] = scene.organ[hit["primID"][met]], hit["tfar"][met]
+    light[met] = shaded(scene.palette[organ[met]], *scene.surface_at(hit, met), view)
     return light, organ, depth_mm
 
 

@@ -19,14 +19,13 @@ import numpy as np
 
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
-from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORT_VIEWER, is_report_file
+from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORT_VIEWER
 from core.scans.anatomy import organs_in, plausible_ml, remarks, rounded
 from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
-from core.scoring.organ_list import load_given
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
-from core.system.files import read_text, rename_old, write_text
+from core.system.files import read_text
 from core.system.provenance import git_commit, versions
 from visualization.comparison import draw_comparison
 from visualization.movie import make_movie
@@ -54,13 +53,10 @@ def write_report(shown: Shown, folder: Path, provenance: dict[str, str]) -> Path
     Raises:
         OSError: when it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {"case": shown.title, "provenance": provenance} | describe(shown)
     write_page(folder / REPORT_VIEWER, make_viewer(shown))
     write_page(folder / REPORT_PAGE, make_report(shown, facts))
-    if not is_report_file(folder / REPORT_NUMBERS):
-        rename_old(folder / REPORT_NUMBERS, f"{folder / REPORT_NUMBERS} is no report of this program")
-    write_text(folder / REPORT_NUMBERS, json.dumps(facts, indent=2) + "\n")
+    write_page(folder / REPORT_NUMBERS, json.dumps(facts, indent=2) + "\n", "report")
     return folder / REPORT_PAGE
 
 
@@ -213,7 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 input refused, 2 wrong usage or settings."""
     args = parse_arguments(arguments)
     with refusing(USAGE):
-        given = load_given(args.config, args.checkpoint)
         provenance = {"scan": args.scan.name, "label map": args.labels.name}
         if args.reference:
             provenance["reference"] = args.reference.name
@@ -221,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             provenance |= provenance_of([args.checkpoint], load_checkpoint(args.checkpoint))
         if args.output.exists() and not args.output.is_dir():
             raise ValueError(f"{args.output}: is a file, expected a folder to write the report into")
+    shown, note = read_shown(args)
     with refusing(REFUSED):
-        shown, note = read_shown(args, given)
         page = write_report(shown, args.output, provenance)
     print_written(page, note)
     return DONE

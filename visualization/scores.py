@@ -131,13 +131,8 @@ def name_cells(axes: Axes, table: np.ndarray, cases: Sequence[str], organs: Sequ
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_xticks(
-        range(len(organs)),
-        [shorten(organ, NAME_LETTERS) for organ in organs],
-        rotation=50,
-        ha="right",
-        rotation_mode="anchor",
-    )
+    names = [shorten(organ, NAME_LETTERS) for organ in organs]
+    axes.set_xticks(range(len(names)), names, rotation=50, ha="right", rotation_mode="anchor")
     axes.tick_params(axis="x", labelsize=min(NAME_SIZE, NAMES_LENGTH / len(organs)))
     axes.yaxis.tick_right()
     if len(cases) <= NAMED_CASES:

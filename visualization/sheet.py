@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from visualization.fonts import drawable
-from visualization.slices import as_seen, draw_slice
+from visualization.slices import draw_slice
 from visualization.style import INK, apply_style
 
 CELL_INCHES = 2.2
@@ -27,7 +27,7 @@ def draw_sheet(slices: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[floa
     figure = Figure(figsize=(columns * CELL_INCHES, rows * (CELL_INCHES + 0.2)))
     for place, (case, hu, ids, size_mm) in enumerate(slices, start=1):
         axes = figure.add_subplot(rows, columns, place)
-        draw_slice(axes, as_seen(hu), as_seen(ids), size_mm)
+        draw_slice(axes, hu, ids, size_mm)
         name = case if len(case) <= NAME_LETTERS else f"{case[: NAME_LETTERS - 1]}…"
         axes.set_title(drawable(name), color=INK, fontsize=7, pad=3)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.2 / (rows * 2.4), wspace=0.04, hspace=0.12)

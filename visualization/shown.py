@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from core.config import Config
 from core.scans.files import case_id
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import MAX_GIB, Reading
 from core.scans.organ_names import check_organ_names
 from core.scans.volumes import load_labels, load_scan
-from core.scoring.organ_list import choose_organs
+from core.scoring.organ_list import choose_organs, load_given
+from core.system.exits import REFUSED, USAGE, refusing
 from core.system.files import user_path
 
 
@@ -43,26 +43,26 @@ class Shown:
         return next(iter(self.label_maps.values()))
 
 
-def read_shown(args: argparse.Namespace, given: Config | None) -> tuple[Shown, str | None]:
-    """Read the scan and the label maps of a command line.
+def read_shown(args: argparse.Namespace) -> tuple[Shown, str | None]:
+    """Read the scan and the label maps of a command line; end the command with USAGE or REFUSED where it is wrong.
 
     Args:
-        args: from a parser of `picture_parser`.
-        given: the settings whose organ names count, from `load_given`; None: the label maps' own.
+        args: from a parser of `picture_parser`. The organ names are those of --config or --checkpoint, else the label
+            maps' own.
 
     Returns:
         what to look at, and a note for the user when a label map has no organ names.
-
-    Raises:
-        OSError, ValueError: when a file cannot be read, is not on the scan's grid, or holds other organs.
     """
+    with refusing(USAGE):
+        given = load_given(args.config, args.checkpoint)
     reading = Reading(args.max_gib, args.assume_ras)
     paths = {"labels": args.labels}
     if args.reference is not None:
         paths = {"prediction": args.labels, "reference": args.reference}
-    organs, note = choose_organs(given, {name: [path] for name, path in paths.items()})
-    voxels, geometry = load_scan(args.scan, reading)
-    label_maps = read_label_maps(paths, geometry, organs, reading)
+    with refusing(REFUSED):
+        organs, note = choose_organs(given, {name: [path] for name, path in paths.items()})
+        voxels, geometry = load_scan(args.scan, reading)
+        label_maps = read_label_maps(paths, geometry, organs, reading)
     return Shown(title_of(case_id(args.scan)), voxels, geometry, label_maps, organs), note
 
 

@@ -80,17 +80,42 @@ def crop_to_organs(counts: Sequence[np.ndarray], spacing_mm: Sequence[float]) ->
     return tuple(box)
 
 
+def box_extent_mm(box: Sequence[slice], spacing_mm: Sequence[float]) -> np.ndarray:
+    """Return the size of a box of voxels along X, Y, Z in mm."""
+    return np.array([(cut.stop - cut.start) * mm for cut, mm in zip(box, spacing_mm, strict=True)])
+
+
+def plane_of(axis: int, number: int, box: Sequence[slice]) -> tuple[int | slice, ...]:
+    """Return the index of one slice of a volume, within a box."""
+    return tuple(number if other == axis else cut for other, cut in enumerate(box))
+
+
+def organs_present(counts: Sequence[np.ndarray]) -> list[int]:
+    """Return the ids of the organs that have voxels."""
+    return (np.flatnonzero(counts[0].sum(axis=0)[1:]) + 1).tolist()
+
+
+def volume_column(counts: Sequence[np.ndarray], voxel_ml: float) -> list[str]:
+    """Return each id's volume in mL as text; `voxel_ml` is that of one voxel."""
+    return [f"{ml:,.1f}" for ml in counts[0].sum(axis=0) * voxel_ml]
+
+
+def organs_shown(counts: Sequence[np.ndarray], chosen: Sequence[int]) -> set[int]:
+    """Return the ids that the chosen slices of the three axes show."""
+    return {organ for axis in VIEWS for organ in np.flatnonzero(counts[axis][chosen[axis]]).tolist()}
+
+
 def draw_tissue(axes: Axes, voxels: np.ndarray, size_mm: Sequence[float]) -> None:
     """Draw the CT of one slice in gray.
 
     Args:
         axes: of the same shape as the slice; its data unit becomes the mm.
-        voxels: (rows, columns) HU, as seen.
-        size_mm: the slice's width and height in mm.
+        voxels: (A, B) HU, a slice of a RAS+ volume.
+        size_mm: its size along A and B: the picture's width and height.
     """
     width, height = size_mm
     (low, high), extent = WINDOW_HU, (0, width, height, 0)
-    axes.imshow(voxels, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bilinear")
+    axes.imshow(as_seen(voxels), cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bilinear")
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
 
@@ -100,11 +125,12 @@ def draw_slice(axes: Axes, voxels: np.ndarray, labels: np.ndarray, size_mm: Sequ
 
     Args:
         axes: of the same shape as the slice; its data unit becomes the mm.
-        voxels: (rows, columns) HU, as seen.
-        labels: (rows, columns) ids, as seen.
-        size_mm: the slice's width and height in mm.
+        voxels: (A, B) HU, a slice of a RAS+ volume.
+        labels: (A, B) ids of the same slice.
+        size_mm: its size along A and B: the picture's width and height.
     """
     draw_tissue(axes, voxels, size_mm)
+    labels = as_seen(labels)
     extent = (0, size_mm[0], size_mm[1], 0)
     colours = colour_table(int(labels.max()) + 1)
     axes.imshow((colours * (1, 1, 1, TINT))[labels], extent=extent, interpolation="nearest")

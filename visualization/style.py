@@ -42,11 +42,8 @@ def colour_table(classes: int) -> np.ndarray:
 
 def organ_rules(classes: int) -> str:
     """Return the organs' colours for a web page, as CSS classes `organ-1`, `organ-2`, ... up to K - 1."""
-    rules = []
-    for organ in range(1, classes):
-        colour = " ".join(map(str, rgb_of(organ)))
-        rules.append(f".organ-{organ} {{ background: rgb({colour}); }}")
-    return "\n".join(rules)
+    colours = {organ: " ".join(map(str, rgb_of(organ))) for organ in range(1, classes)}
+    return "\n".join(f".organ-{organ} {{ background: rgb({colour}); }}" for organ, colour in colours.items())
 
 
 def apply_style() -> None:

@@ -21,7 +21,6 @@ from PIL import Image
 from scipy import ndimage
 
 from core.scans.resample import resize_image, resize_labels
-from core.scoring.organ_list import load_given
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
 from core.system.files import read_text
 from visualization.meshes import Mesh, organ_mesh
@@ -176,9 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with refusing(USAGE):
         if args.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"{args.output}: a page's name must end with .html")
-        given = load_given(args.config, args.checkpoint)
+    shown, note = read_shown(args)
     with refusing(REFUSED):
-        shown, note = read_shown(args, given)
         write_page(args.output, make_viewer(shown, args.full))
     print_written(args.output, note, f", {args.output.stat().st_size / 1e6:.1f} MB")
     return DONE

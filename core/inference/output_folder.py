@@ -160,35 +160,21 @@ class OutputFolder:
         with whole_file(self.label_map(scan.case)) as label_map, ExitStack() as moves:
             for flag in output_files.EXTRAS:
                 path = output_files.extra_path(self.path, scan.case, flag)
-                if flag in self.extras:
-                    temporary = moves.enter_context(whole_file(path))
-                    self.write_extra(flag, temporary, scan, logits, labels, organs, network)
-                else:
+                if flag not in self.extras:
                     rename_old(path, f"case {scan.case}: without {flag}")
+                    continue
+                temporary = moves.enter_context(whole_file(path))
+                if flag == output_files.PROBABILITIES:
+                    needed = PROBABILITY_BYTES * len(logits) * math.prod(scan.geometry.shape)
+                    check_room(self.path, needed, f"the probabilities of {scan.case}")
+                    save_probabilities(logits, scan.geometry, scan.box, temporary)
+                else:
+                    write_dicom = write_segmentation if flag == output_files.SEGMENTATION else write_structures
+                    write_dicom(labels, scan.geometry, organs, network, temporary)
             save_label_map(labels, scan.geometry, label_map, organs, network)
             self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
             self.retire_report(scan.case)
             self.keep_foreign(scan.case)
-
-    def write_extra(
-        self,
-        flag: str,
-        path: Path,
-        scan: Segmentation,
-        logits: Tensor,
-        labels: np.ndarray,
-        organs: Sequence[str],
-        network: str,
-    ) -> None:
-        """Write what a flag of EXTRAS adds to a label map; arguments and errors as `write`."""
-        if flag == output_files.PROBABILITIES:
-            needed = PROBABILITY_BYTES * len(logits) * math.prod(scan.geometry.shape)
-            check_room(self.path, needed, f"the probabilities of {scan.case}")
-            save_probabilities(logits, scan.geometry, scan.box, path)
-        elif flag == output_files.SEGMENTATION:
-            write_segmentation(labels, scan.geometry, organs, network, path)
-        else:
-            write_structures(labels, scan.geometry, organs, network, path)
 
     def write_tables(self, scan: Segmentation, labels: np.ndarray, organs: Sequence[str]) -> None:
         """Write organ names and colours, and into volumes.csv what is measured in a scan's labels, (X, Y, Z) ids.

@@ -16,7 +16,12 @@ def restore_labels(logits: Tensor, box: Box, shape: Sequence[int], drop_pieces: 
     """Return labels of a scan of `shape`, uint8, from logits (K, X, Y, Z) of a box of it; background around the box.
 
     With `drop_pieces`, small pieces of organs become background, as `drop_small_pieces` says.
+
+    Raises:
+        ValueError: when logits are not finite.
     """
+    if not logits.isfinite().all():
+        raise ValueError("the network's output is not finite, so that no label map can be made of it")
     labels = np.zeros(shape, dtype=np.uint8)
     labels[box] = logits_to_labels(logits, shape_of(box))
     return drop_small_pieces(labels, drop_pieces) if drop_pieces else labels

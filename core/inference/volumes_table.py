@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.inference.measures import Measures
-from core.system.files import locked, open_text, whole_file
+from core.system.files import locked, open_text, write_table
 
 VOLUMES, VOLUMES_LOCK = "volumes.csv", ".volumes.lock"
 FIRST_COLUMNS = ["case", "id", "organ", "ml"]  # all that there were in earlier versions
@@ -60,10 +60,8 @@ def write_volumes(output: Path, case: str, measured: Sequence[Measures], organs:
         rows = [row for row in read_volumes(output) if row["case"] != case]
         for i, (organ, found) in enumerate(zip(organs[1:], measured, strict=False), start=1):
             rows.append({"case": case, "id": i, "organ": organ} | cells_of(found))
-        with whole_file(output / VOLUMES) as temporary, open_text(temporary, "w") as file:
-            writer = csv.DictWriter(file, VOLUME_COLUMNS)
-            writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: (row["case"], int(row["id"]))))
+        rows.sort(key=lambda row: (row["case"], int(row["id"])))
+        write_table(output / VOLUMES, VOLUME_COLUMNS, rows)
 
 
 def cells_of(found: Measures) -> dict[str, str]:

@@ -62,12 +62,11 @@ def acquisitions_of(slices: Sequence[Slice], alternating: bool = False) -> list[
 
 def acquisitions_in_turn(slices: Sequence[Slice], period: int) -> list[Acquisition]:
     """Return the acquisitions of sorted slices that take turns along them, whatever their headers say."""
-    parts = [list(range(start, len(slices), period)) for start in range(period)]
-    ordinal = {2: "2nd", 3: "3rd"}.get(period, f"{period}th")
-    names = [f"every {ordinal} slice from number {start + 1}" for start in range(period)]
+    ordinal = {2: "2nd", 3: "3rd"}[period]  # PERIODS of core/scans/alternating.py
+    parts = [list(slices[start::period]) for start in range(period)]
     return [
-        Acquisition(f"{name}, {len(part)} slices", [slices[k] for k in part])
-        for name, part in zip(names, parts, strict=True)
+        Acquisition(f"every {ordinal} slice from number {number}, {len(part)} slices", part)
+        for number, part in enumerate(parts, start=1)
     ]
 
 

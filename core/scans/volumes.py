@@ -258,10 +258,10 @@ def is_as_made(path: Path) -> bool:
         return False
 
 
-def stored_order(labels: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Return labels, (X, Y, Z) uint8 in RAS+ order, along the file's own axes and in its order (Fortran's)."""
-    stored = np.empty(geometry.stored_shape, dtype=np.uint8, order="F")
-    copy_by_planes(geometry.from_ras(labels), stored)
+def stored_order(values: np.ndarray, geometry: Geometry, dtype: np.dtype = np.uint8) -> np.ndarray:
+    """Return values, (X, Y, Z) in RAS+ order, as `dtype` along the file's own axes and in its order (Fortran's)."""
+    stored = np.empty(geometry.stored_shape, dtype, order="F")
+    copy_by_planes(geometry.from_ras(values), stored)
     return stored
 
 
@@ -277,9 +277,7 @@ def save_scan(voxels: np.ndarray, geometry: Geometry, path: str | Path) -> None:
     header = geometry.header.copy()
     header.set_data_dtype(np.int16 if whole else np.float32)
     header.set_intent("none")
-    stored = np.empty(geometry.stored_shape, dtype=header.get_data_dtype(), order="F")
-    copy_by_planes(geometry.from_ras(voxels), stored)
-    save_volume(stored, header, path)
+    save_volume(stored_order(voxels, geometry, header.get_data_dtype()), header, path)
 
 
 def save_probabilities(logits: Tensor, geometry: Geometry, box: Box, path: str | Path) -> None:

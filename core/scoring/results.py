@@ -16,6 +16,8 @@ from core.scoring import statistics
 from core.scoring.case import COMPARED, DIGITS, Rules, Scored
 from core.system.files import read_text, rename_old, write_text
 
+Results = dict[str, Scored]  # by case
+
 # All files that a run may write. Those of an earlier run are removed first: they would pass for results of this one.
 RESULTS = ("metrics.csv", "other_metrics.csv", "summary.json", "comparison.json", "scores.png")
 CEILING_RESULTS = ("ceiling.csv", "ceiling.json")
@@ -93,7 +95,7 @@ def format_cell(value: str | int | float) -> str | int:
     return "" if math.isnan(value) else f"{value:.{DIGITS}g}"
 
 
-def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
+def summary_of(results: Results, rules: Rules) -> dict:
     """Return the content of summary.json that follows from the scores; refused cases are in no mean."""
     tables = tables_of(results, results, rules)
     return {
@@ -115,7 +117,7 @@ def summary_of(results: dict[str, Scored], rules: Rules) -> dict:
     }
 
 
-def organs_in_no_reference(results: dict[str, Scored], rules: Rules) -> list[str]:
+def organs_in_no_reference(results: Results, rules: Rules) -> list[str]:
     """Return the scored organs that no reference holds, although one annotates them; none when no case was scored."""
     scored = [of_case for of_case in results.values() if not of_case.refusal]
     looked_for = {organ for of_case in scored for organ in rules.scored if organ not in of_case.not_annotated}
@@ -123,9 +125,7 @@ def organs_in_no_reference(results: dict[str, Scored], rules: Rules) -> list[str
     return [rules.organs[organ] for organ in rules.scored if organ in looked_for - found]
 
 
-def write_summary(
-    output: Path, results: dict[str, Scored], rules: Rules, missing: Sequence[str], extra: Sequence[str]
-) -> dict:
+def write_summary(output: Path, results: Results, rules: Rules, missing: Sequence[str], extra: Sequence[str]) -> dict:
     """Write summary.json of predictions and return its content.
 
     Args:
@@ -144,7 +144,7 @@ def write_summary(
     return summary
 
 
-def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) -> dict[str, np.ndarray]:
+def tables_of(results: Results, cases: Iterable[str], rules: Rules) -> dict[str, np.ndarray]:
     """Return by score the table (cases, organs) of those of `cases` that are not refused."""
     rows = [results[case].rows for case in cases if not results[case].refusal]
     shape = (len(rows), len(rules.scored))
@@ -155,11 +155,7 @@ def tables_of(results: dict[str, Scored], cases: Iterable[str], rules: Rules) ->
 
 
 def write_comparison(
-    output: Path,
-    results: dict[str, Scored],
-    other: dict[str, Scored],
-    rules: Rules,
-    missing: dict[str, Sequence[str]],
+    output: Path, results: Results, other: Results, rules: Rules, missing: dict[str, Sequence[str]]
 ) -> dict:
     """Compare two sets of predictions of the same cases pair by pair; write comparison.json and return its content.
 

@@ -45,15 +45,8 @@ def summarise(tables: dict[str, np.ndarray], organs: Sequence[str]) -> dict:
     per_organ = {
         organ: {score: spread(table[:, i]) for score, table in tables.items()} for i, organ in enumerate(organs)
     }
-    means = {score: spread([mean_of(scores[score]) for scores in per_organ.values()])["mean"] for score in tables}
+    means = {score: spread(mean_over(table, axis=0))["mean"] for score, table in tables.items()}
     return {"mean": means, "organs": per_organ}
-
-
-def mean_of(scores: dict) -> float:
-    """Return the mean of a `spread` as a number: infinite or NaN when it is None."""
-    if scores["n_infinite"]:
-        return math.inf
-    return math.nan if scores["mean"] is None else scores["mean"]
 
 
 def mean_over(table: np.ndarray, axis: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
-from core.scoring.case import Rules
+from core.scoring.case import CEILING_SCORES, Rules
 
 COLUMNS = 100  # of the terminal that text is wrapped for
 NAME_WIDTH = 20  # of an organ; longer names are cut in their middle, so that 100 columns are enough
@@ -98,11 +98,10 @@ def annotated_note(summary: dict) -> str | None:
 
 def ceiling_table(summary: dict, size: Sequence[int], crop: str, markdown: bool = False) -> str:
     """Return the table of ceiling.json: Dice and NSD by organ that the grid allows, with notes."""
-    names = ("dice", "nsd", "dice_as_labels", "nsd_as_labels")
     lines = [["organ", "n", "Dice", "NSD", "Dice as labels", "NSD as labels"]]
     for organ, scores in summary["organs"].items():
-        lines.append([organ, str(scores["dice"]["n"]), *(decimals(scores[name]["mean"]) for name in names)])
-    lines.append(["mean over organs", "", *(decimals(summary["mean"][name]) for name in names)])
+        lines.append([organ, str(scores["dice"]["n"]), *(decimals(scores[name]["mean"]) for name in CEILING_SCORES)])
+    lines.append(["mean over organs", "", *(decimals(summary["mean"][name]) for name in CEILING_SCORES)])
     what = "The organs' boxes of references" if crop == "organs" else "References"
     return "\n".join(
         [

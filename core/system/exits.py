@@ -18,7 +18,7 @@ STOPPED = 3  # a run that had to stop
 INTERRUPTED = 130  # Ctrl-C
 BY_SIGNAL = 128  # plus the signal's number, as shells have it: 143 for SIGTERM
 # What asks a run to stop: Ctrl-C, kill and schedulers, and SLURM's --signal=USR1, which comes some time before the end.
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 # Lower-case parts of RuntimeErrors that mean "out of memory", from torch, CUDA, oneDNN on a CPU, C++, cuBLAS and cuDNN.
 OUT_OF_MEMORY = (
@@ -162,8 +162,7 @@ class StopSignals:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -184,9 +183,8 @@ class StopSignals:
 
 def leave_signals_to_the_command(_worker: int = 0) -> None:
     """Ignore stop signals in a data-loading process; terminals send them to all processes, the main one decides."""
-    for name in STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def how_it_ended(error: BaseException | None) -> str:

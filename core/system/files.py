@@ -1,15 +1,16 @@
 """Files written whole, text as UTF-8, where there is room, one process at a time, and errors that name the file."""
 
 import argparse
+import csv
 import errno
 import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from core.system.exits import print_warning
 
@@ -69,6 +70,14 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole, opened as `open_text`."""
     with whole_file(path) as temporary, open_text(temporary, "w") as file:
         file.write(text)
+
+
+def write_table(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows, by column, as a CSV file, whole; what a row lacks is an empty cell."""
+    with whole_file(path) as temporary, open_text(temporary, "w") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,14 +61,8 @@ def draw_warp(
 
 def draw_affine(rng: np.random.Generator, extent_mm: Sequence[float], config: Config) -> Tensor:
     """Draw a matrix (3, 4) from coordinates in the new volume to those in the old; both span -1 to 1."""
-    radians = np.radians(rng.uniform(-1, 1, 3) * config.augment_rotation_degrees)
-    rotation = np.eye(3)
-    for axis, angle in enumerate(radians):
-        i, j = (axis + 1) % 3, (axis + 2) % 3
-        turn = np.eye(3)
-        turn[i, i] = turn[j, j] = np.cos(angle)
-        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
-        rotation = turn @ rotation
+    degrees = rng.uniform(-1, 1, 3) * config.augment_rotation_degrees
+    rotation = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
     scale = 1 + rng.uniform(-1, 1) * config.augment_scale
     shift = 2 * rng.uniform(-1, 1, 3) * config.augment_shift
     to_mm = np.diag(extent_mm)

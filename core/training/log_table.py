@@ -7,7 +7,7 @@ from typing import Any
 
 from core.scoring.results import format_cell
 from core.system.exits import print_warning
-from core.system.files import open_text, whole_file
+from core.system.files import open_text, write_table
 
 KNOWN_BY = {"epoch", "train_loss"}  # columns that every log of a run has; a researcher may add others
 
@@ -31,10 +31,7 @@ class LogTable:
             self.rows = self.read()
         self.rows = [old for old in self.rows if int(old["epoch"]) < row["epoch"]]
         self.rows.append({key: format_cell(value) for key, value in row.items()})
-        with whole_file(self.path) as temporary, open_text(temporary, "w") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for each in self.rows for key in each)), restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_table(self.path, list(dict.fromkeys(key for each in self.rows for key in each)), self.rows)
 
     def read(self) -> list[dict[str, str]]:
         """Return the rows of the file; none, with a warning, when another program has made another table of it."""

@@ -5,10 +5,11 @@ parameters, gradients, Adam's state, activations and temporaries. Not in it: the
 to fragments, and the workspaces of cuDNN's convolutions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +23,8 @@ from core.training.memory_plans import GIB, blank_batch, plans_for
 from core.training.setup import EMA, Training, make_optimizer, to_channels_last
 from core.training.step import training_step
 
+Build = Callable[[Config], nn.Module]  # makes the network
+
 RESERVED_GIB = 1.6  # of a card, for what the count leaves out: context some 0.5, cuDNN's workspaces up to some 1.1
 
 
@@ -32,25 +35,35 @@ class Need:
     plan: str
     peak_gib: float
     flops: int
+    forward_flops: int = 0  # up to the loss of the first micro-batch
 
 
-def count_step(config: Config, plan: str, precision: torch.dtype) -> Need:
-    """Count one training step, not compiled; takes seconds, allocates next to nothing, needs no GPU."""
-    counter, tracker = FlopCounterMode(display=False), MemTracker()
+def count_step(config: Config, plan: str, precision: torch.dtype, build: Build = build_network) -> Need:
+    """Count one training step, not compiled; takes seconds, allocates next to nothing, needs no GPU.
+
+    Benchmarks give `build`, to count another network than V-Net.
+    """
+    counter, tracker, forward_flops = FlopCounterMode(display=False), MemTracker(), []
+
+    def on_loss(loss: Tensor) -> None:
+        forward_flops.append(counter.get_total_flops())
+
     with FakeTensorMode():
-        training, image, labels = blank_training(config, plan, precision)
+        training, image, labels = blank_training(config, plan, precision, build)
         weights = training.ema.weights.values() if training.ema else ()
         tracker.track_external(training.network, training.optimizer, image, labels, *weights)
         with tracker, counter:
             # The tracker also tracks modules, and allows one call of each between resets.
-            training_step(training, image, labels, after=tracker.reset_mod_stats)
+            training_step(training, image, labels, on_loss=on_loss, after=tracker.reset_mod_stats)
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
-    return Need(plan, peak / GIB, counter.get_total_flops())
+    return Need(plan, peak / GIB, counter.get_total_flops(), forward_flops[0])
 
 
-def blank_training(config: Config, plan: str, precision: torch.dtype) -> tuple[Training, Tensor, Tensor]:
+def blank_training(
+    config: Config, plan: str, precision: torch.dtype, build: Build = build_network
+) -> tuple[Training, Tensor, Tensor]:
     """Return what a step of these settings works with, and a batch of zeros: image and labels."""
-    network = build_network(config)
+    network = build(config)
     if config.channels_last:
         to_channels_last(network)
     training = Training(

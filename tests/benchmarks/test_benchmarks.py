@@ -90,14 +90,10 @@ def test_memory_prints_a_table_above_the_json(monkeypatch, capsys, with_a_peer):
     assert f"monai {result['step_tflop']['monai']:.4g}" in next(line for line in lines if line.startswith("step_tflop"))
 
 
-def test_a_plain_step_is_counted_as_the_plan_off_is():
-    config = replace(SMALL, loss="cross_entropy", batch_size=1)
-    count, need = (
-        memory.count_plain_step(lambda: build_network(config), config.size, torch.bfloat16),
-        count_step(config, "off", torch.bfloat16),
-    )
-    assert (count.peak_gib, count.flops) == (need.peak_gib, need.flops)
-    assert 0 < count.forward_flops < count.flops
+def test_a_backward_pass_is_almost_twice_the_forward_pass():
+    need = count_step(replace(SMALL, loss="cross_entropy", batch_size=1), "off", torch.bfloat16)
+    # The gradients of input and weights cost a forward pass each; nobody asks for that of the image.
+    assert 2.5 < need.flops / need.forward_flops < 3
 
 
 @pytest.mark.slow
