@@ -44,7 +44,8 @@ def main() -> int:
             tasks, extra = pair_up(arguments.predictions, references, chosen)
             others, _ = pair_up(arguments.against, references, chosen) if arguments.against else ([], [])
         rules, workers = make_rules(tasks, others, arguments)
-        tasks, others = (mark_annotated(group, arguments.labels, rules.organs) for group in (tasks, others))
+        tasks = mark_annotated(tasks, arguments.labels, rules.organs, references)
+        others = mark_annotated(others, arguments.labels, rules.organs)
         prepare_output(arguments.output, CEILING_RESULTS if arguments.ceiling else RESULTS)
     with refusing(STOPPED):  # results that cannot be written
         if arguments.ceiling:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from zlib import crc32
 
 import torch
 from torch import nn
@@ -130,12 +129,16 @@ def segment(inference: Inference, cases: dict[str, Path], show: bool) -> list[st
     return failed
 
 
-def write_reports(inference: Inference, cases: dict[str, Path], paths: Sequence[str], checkpoint: dict) -> list[str]:
+def write_reports(
+    inference: Inference, cases: dict[str, Path], paths: Sequence[str], locate: str | None, checkpoint: dict
+) -> list[str]:
     """Write a page with pictures for each segmented case; return the cases for which that failed."""
     from visualization import report, reports
 
     quiet = replace(inference.reading, warn=lambda _: None)  # the warnings were printed when it was segmented
     made_by = report.provenance_of(paths, checkpoint) | {"computed in": str(inference.precision).removeprefix("torch.")}
+    options = {"located by": locate, "pieces dropped": inference.drop_pieces, "series": inference.series_uid}
+    made_by |= {name: str(value) for name, value in options.items() if value}
     read = partial(read_scan, reading=quiet, series_uid=inference.series_uid)
     about = inference.config.organs, made_by, quiet, inference.training_data.get("organs")
     return reports.write_reports(inference.output.path, cases, read, *about)
@@ -152,7 +155,7 @@ def list_reports(folder: Path) -> None:
 def main() -> int:
     """Segment the scans that the command line names; return the exit code."""
     arguments = parse_arguments()
-    output = OutputFolder(Path(arguments.output), arguments.extras, arguments.report)
+    output = OutputFolder(Path(arguments.output), arguments.extras, arguments.report, arguments.series)
     with refusing(USAGE):
         device = choose_device(own_device(check("device", arguments.device, "--device")))
         reading = check_options(arguments)
@@ -162,7 +165,7 @@ def main() -> int:
         if cases:
             networks, checkpoint = load_networks(arguments.checkpoint, device, warn=group.first)
             locator = Locator.load(arguments.locate, checkpoint, device, warn=group.first)
-            checkpoint["fingerprint"] += mark_of_options(arguments)
+            checkpoint["fingerprint"] += output.mark_of_options(arguments.drop_pieces)
             precision = choose_inference_precision(arguments.precision, checkpoint["config"].precision, device)
     if group.first and arguments.cases is None and not arguments.skip_existing:
         output.set_aside_refused(refused, cases)
@@ -181,7 +184,8 @@ def main() -> int:
     done = {case: file for case, file in own.items() if case not in failed}
     with refusing(REFUSED):
         if arguments.report:
-            unreported = write_reports(inference, done | to_report, arguments.checkpoint, checkpoint)
+            paths = arguments.checkpoint, arguments.locate
+            unreported = write_reports(inference, done | to_report, *paths, checkpoint)
         failed, unreported = (sorted(chain(*group.gather(names))) for names in (failed, unreported))
         names = [*failed, *map(str, refused), *(f"{case} (its report)" for case in unreported)]
         if group.first:
@@ -200,13 +204,6 @@ def check_options(arguments: argparse.Namespace) -> Reading:
     check_share(arguments.drop_pieces, "--drop-pieces")
     max_gib = check("max_gib", arguments.max_gib, "--max-gib")
     return Reading(max_gib, arguments.assume_ras, arguments.replace_nonfinite)
-
-
-def mark_of_options(arguments: argparse.Namespace) -> str:
-    """Return the suffix that marks a fingerprint with the options that change a label map; "" for none of them."""
-    dropped = arguments.drop_pieces
-    pieces = "+largest-piece" if dropped == 1 else f"+pieces-{dropped:g}" if dropped else ""
-    return pieces + (f"+{crc32(arguments.series.encode()):08x}" if arguments.series else "")
 
 
 def parse_arguments() -> argparse.Namespace:

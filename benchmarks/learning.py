@@ -16,7 +16,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,14 +120,21 @@ def print_comparison(here: dict[str, dict], other: dict[str, dict]) -> None:
     if not shared:
         raise ValueError("--against: has no fold and seed in common with this one")
     organs = organs_of(here)
-    pairs = [np.concatenate([dice_table(runs[name], organs) for name in shared]) for runs in (here, other)]
+    if any(here[name]["dice"].keys() != other[name]["dice"].keys() for name in shared):
+        raise ValueError("--against: its folds hold out other cases than these")
+    tables = {name: [dice_table(runs[name], organs, here[name]["dice"]) for runs in (here, other)] for name in shared}
+    pairs = [np.concatenate(side) for side in zip(*tables.values(), strict=True)]
     print(f"\nDifference in Dice over {len(pairs[0])} pairs of {', '.join(shared)}")
     for i, organ in enumerate(organs):
-        found = compare(pairs[0][:, i], pairs[1][:, i])
-        print(f"{organ:20}{found['difference']:+10.4f}")
+        print(f"{organ:20}{signed(compare(pairs[0][:, i], pairs[1][:, i])['difference']):>10}")
     found = compare(*(mean_over(dice, axis=1) for dice in pairs))
-    interval = " to ".join(f"{end:+.4f}" for end in found["interval_95"] or [])
-    print(f"{'mean over organs':20}{found['difference']:+10.4f}   95 % {interval}, p {found['p']:.3f}")
+    interval = " to ".join(map(signed, found["interval_95"] or []))
+    print(f"{'mean over organs':20}{signed(found['difference']):>10}   95 % {interval}, p {found['p']:.3f}")
+
+
+def signed(value: float | None) -> str:
+    """Return a difference with its sign; a dash where no case has the organ on both sides."""
+    return "-" if value is None else f"{value:+.4f}"
 
 
 def organs_of(runs: dict[str, dict]) -> list[str]:
@@ -135,9 +142,9 @@ def organs_of(runs: dict[str, dict]) -> list[str]:
     return list(dict.fromkeys(organ for run in runs.values() for dice in run["dice"].values() for organ in dice))
 
 
-def dice_table(run: dict, organs: Sequence[str]) -> np.ndarray:
-    """Return (cases, organs) Dice; NaN where the reference does not hold the organ."""
-    return np.array([[dice.get(organ, math.nan) for organ in organs] for dice in run["dice"].values()])
+def dice_table(run: dict, organs: Sequence[str], cases: Iterable[str] | None = None) -> np.ndarray:
+    """Return (cases, organs) Dice of all or these cases, in this order; NaN where a reference lacks the organ."""
+    return np.array([[run["dice"][case].get(organ, math.nan) for organ in organs] for case in cases or run["dice"]])
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

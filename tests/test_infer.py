@@ -324,6 +324,22 @@ def test_the_organs_box_is_found_by_a_second_network(config, checkpoint, tmp_pat
     assert "other options" in err
 
 
+def test_organs_that_the_network_was_not_taught_make_no_box(config, checkpoint, tmp_path, run_main):
+    organs = cropped_checkpoint(tmp_path / "organs.pt", config, checkpoint, "organs")
+    liver = cropped_checkpoint(tmp_path / "all.pt", config, checkpoint, "none", bias=(0, 1, 0, 0))
+    content = torch.load(organs, weights_only=True)
+    scan = save_scan(tmp_path / "scan.nii.gz", body_in_air())
+    flags = [scan, "--checkpoint", organs, "--locate", liver, "--output", tmp_path / "out", "--device", "cpu"]
+    for taught in (config.organs[1:3], config.organs[2:3]):
+        torch.save(content | {"training_data": content["training_data"] | {"organs": list(taught)}}, organs)
+        code, _, err = run_main(infer, *flags)
+        assert (code, "the network of --locate found no organ" in err) == (0, "liver" not in taught)
+    config = dataclasses.replace(config, organs=("background", "a", "b", "c"))
+    others = cropped_checkpoint(tmp_path / "others.pt", config, checkpoint, "none")
+    code, _, err = run_main(infer, *flags[:3], "--locate", others, *flags[5:])
+    assert (code, f"error: {others}: knows none of the network's organs: liver" in err) == (2, True)
+
+
 def test_a_scan_longer_than_those_of_the_training_is_searched_in_windows(config, checkpoint, tmp_path, run_main):
     organs = cropped_checkpoint(tmp_path / "organs.pt", config, checkpoint, "organs")
     everywhere = cropped_checkpoint(tmp_path / "all.pt", config, checkpoint, "none", bias=(0, 1, 0, 0))
@@ -551,10 +567,12 @@ def test_skip_existing_tells_label_maps_of_other_options(run, scans, series, tmp
         one = pydicom.dcmread(path)
         one.AcquisitionNumber = 1 + round((one.ImagePositionPatient[2] - 30) / 2.5) % 2
         one.save_as(path)
+    assert run(series, "--series", "1.2.3.4:1")[0] == 0
+    _, _, err = run(series, "--series", "1.2.3.4:2", "--skip-existing")  # its slices lie elsewhere
+    assert "--skip-existing does not keep a label map of another scan" in err
     for scan, flags, others in (
         (scans / "one_0000.nii.gz", (), ("--largest-piece",)),
         (scans / "two_0000.nii.gz", ("--drop-pieces", "0.1"), ("--drop-pieces", "0.2")),
-        (series, ("--series", "1.2.3.4:1"), ("--series", "1.2.3.4:2")),
     ):
         assert run(scan, *flags)[0] == 0
         assert "keeps" not in run(scan, *flags, "--skip-existing")[2]
@@ -1143,8 +1161,26 @@ def test_which_of_several_series(run, series, tmp_path):
     assert f"error: {series}: holds 2 CT series, expected one; choose by --series UID: 1.2.3.4" in err
     assert run(series, "--series", "1.2.3.7")[0] == 0
     assert nib.load(tmp_path / "out" / "p1.nii.gz").shape == (8, 6, 3)
-    assert run(series, "--series", "1.2.3.4")[0] == 0
+    first = files_in(tmp_path / "out")["p1.nii.gz"]
+    code, _, err = run(series, "--series", "1.2.3.4")
+    assert (code, "warning: case p1: it is of another series; another --output keeps both, so the earlier" in err) == (
+        0,
+        1,
+    )
     assert nib.load(tmp_path / "out" / "p1.nii.gz").shape == (8, 6, 4)
+    assert files_in(tmp_path / "out")["p1.nii.gz.old"] == first
+    assert "another series" not in run(series, "--series", "1.2.3.4")[2]
+
+
+def test_skip_existing_keeps_no_label_map_of_another_series(run, series, tmp_path):
+    assert run(series)[0] == 0
+    code, out, err = run(series, "--skip-existing")
+    assert (code, err, "0 of 0 scans segmented" in out) == (0, "", True)
+    shutil.rmtree(series)
+    write(series, make_series(6))  # exported again, now whole
+    code, out, err = run(series, "--skip-existing")
+    assert (code, "--skip-existing does not keep a label map of another scan" in err) == (0, True)
+    assert nib.load(tmp_path / "out" / "p1.nii.gz").shape == (8, 6, 6)
 
 
 def test_which_of_several_acquisitions(run, series, tmp_path):
@@ -1158,6 +1194,7 @@ def test_which_of_several_acquisitions(run, series, tmp_path):
     message = f"holds 2 acquisitions under one series UID; choose by --series UID:N: {names}\n"
     assert f"error: {series}: {message}" in err
     assert run(series, "--series", "1.2.3.4:2")[0] == 0
+    assert "0 of 0 scans segmented" in run(series, "--series", "1.2.3.4:2", "--skip-existing")[1]
     labels = nib.load(tmp_path / "out" / "p1.nii.gz")
     assert labels.shape == (8, 6, 2)
     np.testing.assert_allclose(labels.affine[2], [0, 0, 5, 32.5])

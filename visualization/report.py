@@ -20,7 +20,7 @@ import numpy as np
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
 from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORT_VIEWER
-from core.scans.anatomy import organs_in, plausible_ml, remarks, rounded
+from core.scans.anatomy import ends_beyond, organs_in, plausible_ml, remarks, rounded
 from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
@@ -73,9 +73,17 @@ def describe(shown: Shown) -> dict:
         if name in found:
             of = found[name]
             row |= {"ml": of.ml, "pieces": len(of.pieces_ml), "cut": list(of.cut)}
+            known = (*of.cut, *ends_beyond(name))
+            row["cut_by_box"] = [end for end in shown.box_ends.get(name, ()) if end not in known]
         rows.append(row | {score: values[organ] for score, values in scores.items()})
     expected = [name for name in shown.organs if shown.taught is None or name in (shown.organs[0], *shown.taught)]
-    facts = {"remarks": remarks(found, expected), "organs": rows}
+    said = remarks(found, expected)
+    said += [
+        f"{row['organ']} cut by the {' and the '.join(row['cut_by_box'])} of the part of the scan that was segmented"
+        for row in rows
+        if row.get("cut_by_box")
+    ]
+    facts = {"remarks": said, "organs": rows}
     if reference:
         facts["mean_dice"] = defined(mean_defined(row["dice"] for row in rows if row["dice"] is not None)[0])
     return facts

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORTS, label_map_path
+from core.inference.volumes_table import read_volumes
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import DEFAULT_READING
@@ -43,13 +44,14 @@ def write_reports(
     Returns:
         the cases without a report; each is named on stderr with the reason.
     """
-    failed = []
+    failed, volumes = [], read_volumes(output)
     for case, file in tqdm(cases.items(), desc="reports", disable=None):
         CtrlC.check()
         try:
             voxels, geometry = read(file)
             label_maps = read_label_maps({"prediction": label_map_path(output, case)}, geometry, organs, reading)
-            shown = Shown(title_of(case), voxels, geometry, label_maps, organs, taught)
+            ends = {row["organ"]: row.get("touches_edge", "").split() for row in volumes if row["case"] == case}
+            shown = Shown(title_of(case), voxels, geometry, label_maps, organs, taught, ends)
             write_report(shown, output / REPORTS / case, {"scan": file.name} | provenance)
         except (ValueError, OSError, MemoryError) as error:
             print_error(ValueError(f"case {case}: no report: {error or type(error).__name__}"))

@@ -1,8 +1,8 @@
 """A scan and its label maps, read and checked once for every kind of picture, and the flags that all pictures have."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ class Shown:
         label_maps: (X, Y, Z) uint8 ids on the same grid, by their titles on the page.
         organs: names by id, background first.
         taught: the organs that the network was taught; None: not known.
+        box_ends: by organ, the ends of the segmented part of the scan that it touches.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Shown:
     label_maps: dict[str, np.ndarray]
     organs: Sequence[str]
     taught: Sequence[str] | None = None
+    box_ends: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def labels(self) -> np.ndarray:

@@ -11,7 +11,9 @@ from torch import nn
 from core.checkpoint import load_networks
 from core.config import Config
 from core.inference.networks import choose_inference_precision, predict_logits
+from core.scans.annotated import annotated_classes
 from core.scans.crop import Box, body_box, located_box, whole_box, windows_along_z
+from core.scans.files import listed
 from core.scans.geometry import Geometry
 from core.scans.organ_words import same_name
 from core.scans.resample import largest_class
@@ -29,6 +31,7 @@ class Locator:
         config: the settings that it was trained with; its organs need not be those of the other network.
         device: where it runs.
         precision: the type that convolutions are computed in.
+        wanted: (K,) bool, the classes of that network that the first one was taught; the others do not count.
         usual_mm: geometric mean of the shortest and the longest training extent along Z. A longer scan is searched in
             windows of that length.
     """
@@ -38,6 +41,7 @@ class Locator:
     config: Config | None = None
     device: torch.device | None = None
     precision: torch.dtype = torch.float32
+    wanted: np.ndarray | None = None
     usual_mm: float = math.inf
 
     @classmethod
@@ -67,13 +71,16 @@ class Locator:
                 f"{path}: was trained with crop organs, expected none or body to find the organs in a scan"
             )
         ours, theirs = (each["training_data"].get("organs") for each in (checkpoint, content))  # older ones: None
+        wanted = annotated_classes(ours or checkpoint["config"].organs[1:], config.organs)
+        if not wanted[1:].any():
+            raise ValueError(f"{path}: knows none of the network's organs: {listed(checkpoint['config'].organs[1:])}")
         missed = [organ for organ in ours or () if theirs and not any(same_name(organ, other) for other in theirs)]
         if missed and warn:
             print_warning(f"{path}: was not trained on {', '.join(missed)}; the box that it finds may cut them")
         checkpoint["fingerprint"] += f"+{content['fingerprint']}"
         precision = choose_inference_precision("auto", config.precision, device)
         lengths = [content["training_data"]["extent_mm"][end][2] for end in ("min", "max")]
-        return cls(crop, network, config, device, precision, math.sqrt(math.prod(lengths)))
+        return cls(crop, network, config, device, precision, wanted, math.sqrt(math.prod(lengths)))
 
     def find_box(self, voxels: np.ndarray, geometry: Geometry, warn: Callable[[str], None]) -> Box:
         """Return the box for a scan, (X, Y, Z) in HU; with crop organs and nothing found the body's, with a warning."""
@@ -94,7 +101,8 @@ class Locator:
 
     @torch.inference_mode()
     def labels_on_grid(self, voxels: np.ndarray) -> np.ndarray:
-        """Return the labels, uint8, that the network finds in voxels (X, Y, Z) in HU, on its own grid."""
+        """Return the labels, uint8, of `wanted` that the network finds in voxels (X, Y, Z) in HU, on its own grid."""
         image = prepare_image(voxels, self.config.size, self.config.window_hu)
         image = torch.from_numpy(image).to(self.device).float() / 255
-        return largest_class(predict_logits(self.network, image[None, None], self.precision)[0])
+        labels = largest_class(predict_logits(self.network, image[None, None], self.precision)[0])
+        return labels * self.wanted[labels]

@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +25,7 @@ from core.inference.measures import measure_organs
 from core.inference.rtstruct import write_structures
 from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
+from core.scans.dicom_series import read_series_geometry
 from core.scans.files import listed
 from core.scans.geometry import check_same_grid
 from core.scans.nifti import Reading
@@ -32,6 +34,7 @@ from core.scans.volumes import is_as_made, read_geometry, save_label_map, save_p
 from core.system.exits import print_error, print_warning
 from core.system.files import check_room, locked, read_text, remove_left_over, rename_old, whole_file, write_text
 
+SERIES_MARK = "+series-"  # in a fingerprint, before what tells the --series
 PROBABILITY_BYTES = 2  # for each voxel and class, in the temporary file from which they are compressed
 
 
@@ -43,11 +46,13 @@ class OutputFolder:
         path: the folder; `prepare` makes it.
         extras: the flags of what is written beside the label maps, of EXTRAS.
         report: whether the cases get reports, after the label maps.
+        series: the DICOM series that is asked for, UID or UID:N; None: the only one.
     """
 
     path: Path
     extras: Collection[str] = ()
     report: bool = False
+    series: str | None = None
 
     def prepare(self, cases: dict[str, Path], refused: Sequence[Path]) -> None:
         """Make the folder and check it before the work starts; without cases nothing is made.
@@ -67,6 +72,11 @@ class OutputFolder:
         if cases:
             output_files.make_folder(self.path)
             output_files.check_paths_are_free(self.path, cases)
+
+    def mark_of_options(self, drop_pieces: float) -> str:
+        """Return what marks a network's fingerprint with the options that change a label map; "" for none of them."""
+        pieces = "+largest-piece" if drop_pieces == 1 else f"+pieces-{drop_pieces:g}" if drop_pieces else ""
+        return pieces + (f"{SERIES_MARK}{crc32(self.series.encode()):08x}" if self.series else "")
 
     @property
     def reports(self) -> Path:
@@ -119,7 +129,7 @@ class OutputFolder:
         wanted = [self.label_map(case), *(output_files.extra_path(self.path, case, flag) for flag in self.extras)]
         if not all(path.is_file() for path in wanted):
             return False
-        difference = grid_difference(scan, self.label_map(case))
+        difference = grid_difference(scan, self.label_map(case), self.series)
         if difference and warn:
             print_warning(f"{difference}; --skip-existing does not keep a label map of another scan")
         return not difference
@@ -174,7 +184,7 @@ class OutputFolder:
             save_label_map(labels, scan.geometry, label_map, organs, network)
             self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
             self.retire_report(scan.case)
-            self.keep_foreign(scan.case)
+            self.keep_others(scan.case, network)
 
     def write_tables(self, scan: Segmentation, labels: np.ndarray, organs: Sequence[str]) -> None:
         """Write organ names and colours, and into volumes.csv what is measured in a scan's labels, (X, Y, Z) ids.
@@ -218,18 +228,22 @@ class OutputFolder:
         for case in {named_case(path) for path in refused} - set(cases):
             self.set_aside(case)
 
-    def keep_foreign(self, case: str) -> None:
-        """Rename a label map in a case's place to *.old unless a network made it: a person may have drawn or edited it.
+    def keep_others(self, case: str, network: str) -> None:
+        """Rename a label map in a case's place to *.old, with what is beside it, unless it may be replaced.
 
-        Also what is beside it, or beside none, in the place of what is written.
+        That is one that no network made, as a person may have drawn or edited it; and one of another --series, where
+        `network` is the new one's fingerprint. Also what is beside none, in the place of what is written.
         """
-        path = self.label_map(case)
+        path, why = self.label_map(case), ""
         if not is_as_made(path):
             keep_drawn(path)
             rename_old(path, f"case {case}: the label map there is not as a network of this program made it")
-            for flag in self.extras:
-                extra = output_files.extra_path(self.path, case, flag)
-                rename_old(extra, f"case {case}: it is beside no label map that is as this program made it")
+            why = "it is beside no label map that is as this program made it"
+        elif series_mark(read_network(path)) != series_mark(network):
+            why = "it is of another series; another --output keeps both"
+            rename_old(path, f"case {case}: {why}")
+        for flag in self.extras if why else ():
+            rename_old(output_files.extra_path(self.path, case, flag), f"case {case}: {why}")
 
     def reported(self, case: str) -> tuple[Path, ...]:
         """Return the files of a case's report and the page that lists it; none when the case has no report."""
@@ -261,6 +275,11 @@ class OutputFolder:
         }
 
 
+def series_mark(network: str) -> str:
+    """Return the part of a fingerprint that tells the --series; empty where none was asked for."""
+    return network.partition(SERIES_MARK)[2]
+
+
 def keep_drawn(path: Path) -> None:
     """Rename PATH.old to PATH.old.old, and so on, before `path` takes its place, when a person may have drawn it."""
     old = path.with_name(f"{path.name}.old")
@@ -270,18 +289,19 @@ def keep_drawn(path: Path) -> None:
             rename_old(old, "it is not as a network of this program made it")
 
 
-def grid_difference(scan: Path, label_map: Path) -> str | None:
-    """Describe how a label map's grid differs from its scan's; None where it does not, or a header cannot be read.
+def grid_difference(scan: Path, label_map: Path, series_uid: str | None = None) -> str | None:
+    """Describe how a label map's grid differs from its scan's, by their headers.
 
-    A DICOM series, whose grid is only known when all of its slices are read, counts as equal.
+    None where it does not, or where a header cannot be read or does not tell the grid.
     """
     reading = Reading(math.inf, assume_ras=True)
     try:
-        grids = [read_geometry(path, reading) for path in (scan, label_map)]
+        of_scan = read_series_geometry(scan, series_uid) if scan.is_dir() else read_geometry(scan, reading)
+        of_labels = read_geometry(label_map, reading)
     except (OSError, ValueError):
         return None
     try:
-        check_same_grid(*grids, str(label_map))
+        check_same_grid(of_scan or of_labels, of_labels, str(label_map))
     except ValueError as error:
         return str(error)
     return None

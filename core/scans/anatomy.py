@@ -121,11 +121,16 @@ def cut_by_box(labels: np.ndarray, box: Box, organs: Sequence[str]) -> dict[str,
     parts = zip(organs[1:], ndimage.find_objects(labels[box], max_label=len(organs) - 1), strict=True)
     cut = {}
     for name, part in parts:
-        expected = ends_of(box, labels.shape) + (ENDS[2] if standard_name(name) in TUBES else ())
+        expected = ends_of(box, labels.shape) + ends_beyond(name)
         ends = tuple(end for end in ends_of(part, shape_of(box)) if end not in expected) if part else ()
         if ends:
             cut[name] = ends
     return cut
+
+
+def ends_beyond(name: str) -> tuple[str, ...]:
+    """Return the ends of the abdomen beyond which an organ goes on, some of ENDS: top and bottom for TUBES."""
+    return ENDS[2] if standard_name(name) in TUBES else ()
 
 
 def swapped_sides(found: dict[str, Organ]) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ SAMPLES = 128  # the body is looked for on at least so many voxels along each ax
 OPENING = 2  # samples by which the body is opened in X and Y: the table and its sheets come off
 MARGIN = 0.1  # of the organs' box, added on each side: what the network that locates them may miss
 LONGER = 1.25  # times what a network was trained on; a longer scan is searched in windows
-MIN_PIECE = 0.02  # share of all found voxels; a smaller piece does not widen the box
+MIN_PIECE = 0.02  # share of an organ's voxels, or of all that was found; a smaller piece does not widen the box
 
 
 def whole_box(shape: Sequence[int]) -> Box:
@@ -41,9 +41,29 @@ def crop_box(crop: str, voxels: np.ndarray, labels: np.ndarray) -> Box:
 
 
 def organs_box(labels: np.ndarray) -> Box | None:
-    """Return the box of the organs in labels, (X, Y, Z), with MARGIN around it; None where there is none."""
-    found = box_of(labels > 0)
-    return found and widened(found, MARGIN, labels.shape)
+    """Return the box of the organs in labels, (X, Y, Z), with MARGIN around it; None where there is none.
+
+    Pieces below MIN_PIECE of their organ do not count: one stray voxel would widen the box.
+    """
+    corners = []
+    for organ, part in enumerate(ndimage.find_objects(labels), start=1):
+        if part:
+            first = [cut.start for cut in part]
+            box = box_of(large_pieces(labels[part] == organ))
+            corners.append([np.add(first, [cut.start for cut in box]), np.add(first, [cut.stop for cut in box])])
+    if not corners:
+        return None
+    starts, stops = np.min(corners, axis=0)[0], np.max(corners, axis=0)[1]
+    return widened(tuple(map(slice, starts.tolist(), stops.tolist())), MARGIN, labels.shape)
+
+
+def large_pieces(mask: np.ndarray) -> np.ndarray:
+    """Return a mask, (X, Y, Z), without pieces (by face, edge, corner) below MIN_PIECE of it; all if none is larger."""
+    pieces, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    large = sizes >= max(1, MIN_PIECE * sizes.sum())
+    return large[pieces] if large.any() else mask
 
 
 def body_box(voxels: np.ndarray) -> Box:
@@ -81,10 +101,7 @@ def located_box(labels: np.ndarray, searched: Box, shape: Sequence[int]) -> Box 
     Returns:
         the box with MARGIN around it, or None where nothing was found.
     """
-    pieces, _ = ndimage.label(labels > 0, ndimage.generate_binary_structure(3, 3))
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0
-    found = box_of((sizes >= max(1, MIN_PIECE * sizes.sum()))[pieces])
+    found = box_of(large_pieces(labels > 0))
     if found is None:
         return None
     scaled = []

@@ -198,6 +198,22 @@ def load_series(
     return voxels, geometry
 
 
+def read_series_geometry(folder: str | Path, series_uid: str | None = None) -> Geometry | None:
+    """Return the geometry that `load_series` returns, from headers; None where the image tells acquisitions apart.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_series`.
+    """
+    folder = Path(folder)
+    series, number = choose_series(folder, series_uid, warn=lambda _: None)
+    slices = sort_slices(folder, [one for path, header in series.headers.items() for one in slices_of(path, header)])
+    found = acquisitions_of(slices)
+    if number and not found:
+        return None
+    slices = choose_acquisition(folder, series, found, number, "") if found else slices
+    return geometry_of(folder, slices, warn=lambda _: None)
+
+
 def read_slices(folder: Path, slices: Sequence[Slice], warn: Callable[[str], None]) -> tuple[np.ndarray, Geometry, int]:
     """Read sorted slices into a volume; return it, its geometry, and how many acquisitions take turns along it.
 

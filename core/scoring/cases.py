@@ -1,7 +1,7 @@
 """Score many cases: pair predictions with references, work in parallel, and lose no finished case."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from core.scans.annotated import annotated_classes, read_annotated
+from core.scans.annotated import annotated_classes, read_annotated, warn_of_unknown_names
 from core.scans.files import data_set_of, find_label_maps, label_folder, listed, prediction_folder
 from core.scans.not_found import looked_for
 from core.scoring.case import Rules, Scored, Task, score_case
@@ -44,16 +44,22 @@ def pair_up(folder: Path, references: dict[str, Path], chosen: dict[str, Path]) 
     return tasks, [case for case in predictions if case not in references]
 
 
-def mark_annotated(tasks: Sequence[Task], labels: Path, organs: Sequence[str]) -> list[Task]:
+def mark_annotated(
+    tasks: Sequence[Task], labels: Path, organs: Sequence[str], ids: Collection[str] | None = None
+) -> list[Task]:
     """Note in each task which organs its reference annotates, by the annotated.csv beside a folder named `labels`.
+
+    With the `ids` of all references, lines of other cases and names that are no organs are warned of.
 
     Raises:
         ValueError: when that file is damaged.
     """
     data_dir = data_set_of(label_folder(labels))
-    annotated = read_annotated(data_dir) if data_dir else {}
-    ids = {case: tuple(np.flatnonzero(annotated_classes(names, organs)).tolist()) for case, names in annotated.items()}
-    return [replace(task, annotated=ids.get(task.case)) for task in tasks]
+    annotated = read_annotated(data_dir, ids) if data_dir else {}
+    if ids:
+        warn_of_unknown_names(annotated.values(), organs)
+    known = {case: tuple(np.flatnonzero(annotated_classes(of, organs)).tolist()) for case, of in annotated.items()}
+    return [replace(task, annotated=known.get(task.case)) for task in tasks]
 
 
 def name_unpaired(tasks: Sequence[Task], extra: Sequence[str], folder: Path) -> list[str]:

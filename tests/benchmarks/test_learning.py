@@ -55,6 +55,18 @@ def test_two_networks_are_trained_and_scored_once(learn, tmp_path):
     assert lines[-1].split()[3] == "+0.0000"
 
 
+def test_cases_are_compared_with_themselves(capsys):
+    here = {"fold 0, seed 0": {"dice": {"a": {"liver": 0.9, "spleen": 0.5}, "b": {"liver": 0.5}}}}
+    other = {"fold 0, seed 0": {"dice": {"b": {"liver": 0.4}, "a": {"liver": 0.7}}}}
+    learning.print_comparison(here, other)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["liver", "+0.1500"] in lines
+    assert ["spleen", "-"] in lines
+    other["fold 0, seed 0"]["dice"]["c"] = other["fold 0, seed 0"]["dice"].pop("a")
+    with pytest.raises(ValueError, match="its folds hold out other cases than these"):
+        learning.print_comparison(here, other)
+
+
 def test_another_recipes_result_is_not_taken_for_this_ones(learn, tmp_path):
     (tmp_path / "a.yaml").write_text("epochs: 1\n")
     (tmp_path / "out" / "a" / "fold2_seed0").mkdir(parents=True)

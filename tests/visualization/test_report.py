@@ -20,6 +20,7 @@ from core.scans.geometry import Geometry
 from core.training.batches import describe_cases
 from dataset import CaseDataset, find_cases
 from visualization import report, reports
+from visualization.shown import Shown
 
 ORGANS = load_organs()
 SHAPE = (48, 40, 24)
@@ -280,6 +281,21 @@ def test_infer_writes_a_report_a_case_and_a_page_for_all(checkpoint, tmp_path, r
     assert "segmented without --report" in err
     # Nor does the list of all reports, which links to them.
     assert {path.name for path in (output / "reports").iterdir() if path.is_file()} == {"index.html.old"}
+
+
+def test_organs_that_the_segmented_part_cuts_are_named():
+    geometry = Geometry(SHAPE, AFFINE, nib.Nifti1Header())
+    ends = {ORGANS[LIVER]: ["bottom", "top"], ORGANS[SPLEEN]: ["back"], "aorta": ["bottom", "top"]}
+    labels = make_labels(BOXES | {5: (slice(20, 24), slice(2, 6), slice(4, 20))})
+    facts = report.describe(Shown("a", make_voxels(), geometry, {"prediction": labels}, ORGANS, box_ends=ends))
+    cut = {row["organ"]: (row["cut"], row["cut_by_box"]) for row in facts["organs"] if row["found"]}
+    assert cut["liver"] == (["top"], ["bottom"])
+    assert cut["spleen"] == ([], ["back"])
+    assert cut["aorta"] == ([], [])  # it goes on beyond the abdomen
+    assert cut["left kidney"] == ([], [])
+    said = "cut by the {} of the part of the scan that was segmented"
+    named = [remark for remark in facts["remarks"] if "segmented" in remark]
+    assert named == [f"liver {said.format('bottom')}", f"spleen {said.format('back')}"]
 
 
 def test_a_case_of_specks_gets_a_report_without_a_movie(tmp_path, run_main, monkeypatch):

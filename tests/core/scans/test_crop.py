@@ -16,6 +16,7 @@ from core.scans.crop import (
     crop_box,
     extent_of,
     located_box,
+    organs_box,
     shape_of,
     whole_box,
     widened,
@@ -72,6 +73,21 @@ def test_the_organs_box_has_a_tenth_around_it_within_the_scan():
     assert crop_box("organs", voxels, labels) == (slice(18, 42), slice(0, 33), slice(23, 40))
     assert crop_box("organs", voxels, np.zeros_like(labels)) == whole_box(labels.shape)
     assert widened(whole_box((5, 5, 5)), 0.1, (5, 5, 5)) == whole_box((5, 5, 5))
+
+
+def test_stray_voxels_do_not_widen_the_organs_box():
+    labels = np.zeros((50, 60, 40), np.uint8)
+    labels[20:40, 0:30, 25:39] = 3  # 8,400 voxels
+    labels[22:24, 40:42, 30:32] = 1  # a small organ, but whole
+    box = organs_box(labels)
+    assert box == (slice(18, 42), slice(0, 47), slice(23, 40))
+    labels[0, 59, 0] = 3
+    assert organs_box(labels) == box
+    labels[0, 50:60, 0:20] = 3  # 200 voxels are more than 2 % of the organ
+    assert organs_box(labels)[0].start == 0
+    specks = np.zeros_like(labels)
+    specks[10:30:2, 10:30:2, 10:20:2] = 2  # an organ without any large piece counts whole
+    assert organs_box(specks) == (slice(8, 31), slice(8, 31), slice(9, 20))
 
 
 def oblique() -> np.ndarray:

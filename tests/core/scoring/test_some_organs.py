@@ -173,6 +173,13 @@ def test_organs_that_a_case_does_not_annotate_are_not_scored_there(score, run_ma
     assert "Not annotated by annotated.csv, and so not scored: right kidney (1 of 2 cases), " in one_line(out)
 
 
+def test_lines_of_annotated_csv_that_do_nothing_are_named_once(score, tmp_path):
+    write_annotated(tmp_path, {"a_0000": ["liver"], "b": ["lvier", "spleen"]})
+    _, _, err = score([only(LIVER)] * 2, [all_organs()] * 2, f"--against={tmp_path / 'predictions'}")
+    assert err.count("lists a_0000, expected ids of the 2 cases") == 1
+    assert err.count("annotated.csv: lvier is none of organs; names are separated by ;") == 1
+
+
 def test_organs_that_no_case_annotates_are_in_no_mean(score, tmp_path):
     write_annotated(tmp_path, {"a": ["liver"], "b": ["liver"]})
     for flags, name in (([], "summary.json"), (["--ceiling", "--size", "28", "6", "6"], "ceiling.json")):
