@@ -56,12 +56,13 @@ def test_two_networks_are_trained_and_scored_once(learn, tmp_path):
 
 
 def test_cases_are_compared_with_themselves(capsys):
-    here = {"fold 0, seed 0": {"dice": {"a": {"liver": 0.9, "spleen": 0.5}, "b": {"liver": 0.5}}}}
-    other = {"fold 0, seed 0": {"dice": {"b": {"liver": 0.4}, "a": {"liver": 0.7}}}}
+    here = {"fold 0, seed 0": {"dice": {"a": {"liver": 0.9, "spleen": 0.5}, "b": {"liver": 0.5, "aorta": 0.5}}}}
+    other = {"fold 0, seed 0": {"dice": {"b": {"liver": 0.4}, "a": {"liver": 0.7, "spleen": 0.6}}}}
     learning.print_comparison(here, other)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["liver", "+0.1500"] in lines
-    assert ["spleen", "-"] in lines
+    assert ["spleen", "-0.1000"] in lines  # in the order of the files its cases would not meet
+    assert ["aorta", "-"] in lines
     other["fold 0, seed 0"]["dice"]["c"] = other["fold 0, seed 0"]["dice"].pop("a")
     with pytest.raises(ValueError, match="its folds hold out other cases than these"):
         learning.print_comparison(here, other)

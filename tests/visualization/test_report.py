@@ -338,6 +338,20 @@ def interrupt(*_: object) -> None:
 
 
 @pytest.mark.slow
+def test_a_report_of_infer_reads_the_boxs_ends_in_volumes_csv(checkpoint, tmp_path, run_main):
+    flags = [save(make_voxels(), tmp_path / "c_0000.nii.gz"), "--checkpoint", checkpoint, "--output", tmp_path / "out"]
+    assert run_main(infer, *flags)[0] == 0
+    table = tmp_path / "out" / "volumes.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], *(f"{line.rpartition(',')[0]},somewhere" for line in lines[1:])]) + "\n")
+    assert run_main(infer, *flags, "--skip-existing", "--report")[0] == 0
+    facts = json.loads((tmp_path / "out" / "reports" / "c" / "report.json").read_text())
+    found = [row for row in facts["organs"] if row["found"]]
+    assert len(found) > 1
+    assert all(row["cut_by_box"] == ["somewhere"] for row in found)
+
+
+@pytest.mark.slow
 def test_a_scan_without_a_place_is_shown_when_it_is_assumed(checkpoint, tmp_path, run_main):
     nowhere = nib.Nifti1Image(make_voxels().astype(np.int16), None)
     nowhere.header.set_xyzt_units("mm")
