@@ -18,6 +18,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from core.scans.anatomy import volume_text
 from core.scoring.organ_list import choose_scored
 from core.scoring.tables import shorten
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
@@ -123,7 +124,7 @@ def draw_background(size: tuple[int, int], title: str, rows: Sequence[tuple[int,
         y += line
         colour, half = rgb_of(organ), 0.3 * line
         draw.rounded_rectangle((left, y - half, left + 2 * half, y + half), half / 2, colour)
-        volumes = " / ".join(f"{ml:,.0f}" if ml >= 10 else f"{ml:.1f}" for ml in volumes_ml)
+        volumes = " / ".join(f"{ml:,.0f}" if ml >= 10 else volume_text(ml) for ml in volumes_ml)
         draw.text((right, y), volumes, INK, letters, "rm")
         room, of_name = right - left - 1.5 * line - letters.getlength(volumes), font(pixels, name)
         draw.text((left + line, y), fitted(name, of_name, room), INK, of_name, "lm")

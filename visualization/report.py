@@ -20,7 +20,7 @@ import numpy as np
 from core.checkpoint import load_checkpoint
 from core.config import config_to_dict
 from core.inference.output_files import REPORT_NUMBERS, REPORT_PAGE, REPORT_VIEWER
-from core.scans.anatomy import ends_beyond, organs_in, plausible_ml, remarks, rounded
+from core.scans.anatomy import ends_beyond, organs_in, plausible_ml, remarks, rounded, volume_text
 from core.scoring.flare22 import TOLERANCE_MM, tolerance_mm
 from core.scoring.overlap import confusion_matrix, mean_defined, organ_scores
 from core.scoring.surface import nsd, organ_surfaces
@@ -150,12 +150,12 @@ def organ_table(facts: dict) -> str:
     for row in facts["organs"]:
         low, high = plausible_ml(row["organ"]) or (None, None)
         cells = [
-            number(row.get("ml"), 1) if row["found"] else "not found" if row.get("taught", True) else "not taught",
+            volume_text(row["ml"]) if row["found"] else "not found" if row.get("taught", True) else "not taught",
             "" if low is None else f"{low:g} to {high:g}",
             str(row.get("pieces", "")),
             ", ".join(row.get("cut", ())),
         ]
-        cells += [number(row["truth_ml"], 1), number(row["dice"], 3), number(row["nsd"], 3)] if compared else []
+        cells += [volume_text(row["truth_ml"]), number(row["dice"], 3), number(row["nsd"], 3)] if compared else []
         name = f'<td><span class="swatch organ-{row["id"]}"></span>{escaped(row["organ"])}</td>'
         lines.append(f"<tr>{name}{''.join(f'<td>{escaped(cell)}</td>' for cell in cells)}</tr>")
     if compared:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import offset_copy
 
+from core.scans.anatomy import volume_text
 from visualization.fonts import drawable_organs
 from visualization.style import INK, colour_of, colour_table
 
@@ -97,7 +98,7 @@ def organs_present(counts: Sequence[np.ndarray]) -> list[int]:
 
 def volume_column(counts: Sequence[np.ndarray], voxel_ml: float) -> list[str]:
     """Return each id's volume in mL as text; `voxel_ml` is that of one voxel."""
-    return [f"{ml:,.1f}" for ml in counts[0].sum(axis=0) * voxel_ml]
+    return [volume_text(ml) for ml in counts[0].sum(axis=0) * voxel_ml]
 
 
 def organs_shown(counts: Sequence[np.ndarray], chosen: Sequence[int]) -> set[int]:

@@ -235,6 +235,11 @@ def rounded(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def volume_text(ml: float) -> str:
+    """Return a volume in mL as text, with one decimal; below 0.1 mL with three digits, since it is not 0."""
+    return rounded(ml) if 0 < ml < 0.1 else f"{ml:,.1f}"
+
+
 def share_off_tissue(voxels: np.ndarray, labels: np.ndarray, organs: Sequence[str]) -> float:
     """Return the share of the voxels of SOLID_ORGANS with HU outside SOLID_HU; 0 when none of them is labelled.
 

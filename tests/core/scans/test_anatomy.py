@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from core.scans.anatomy import Organ, comparable_ml, cut_by_box, far_apart, odd_organs, organs_in, remarks
+from core.scans.anatomy import Organ, comparable_ml, cut_by_box, far_apart, odd_organs, organs_in, remarks, volume_text
 from core.scans.volumes import load_labels
 
 HERE = ((0.0, 50.0),) * 3  # a box in mm
@@ -70,3 +70,7 @@ def test_organs_that_a_box_cuts_inside_of_the_scan():
         "liver": ("left",), "spleen": ("right", "bottom"), "inferior vena cava": ("right",)
     }  # fmt: skip
     assert cut_by_box(labels, (slice(0, 10), slice(0, 12), slice(0, 14)), organs) == {}
+
+
+def test_a_small_volume_is_not_shown_as_0():
+    assert [volume_text(ml) for ml in (0, 0.027, 0.099, 0.1, 1627.46)] == ["0.0", "0.027", "0.099", "0.1", "1,627.5"]
