@@ -71,9 +71,10 @@ class Locator:
                 f"{path}: was trained with crop organs, expected none or body to find the organs in a scan"
             )
         ours, theirs = (each["training_data"].get("organs") for each in (checkpoint, content))  # older ones: None
-        wanted = annotated_classes(ours or checkpoint["config"].organs[1:], config.organs)
+        taught = ours or checkpoint["config"].organs[1:]
+        wanted = annotated_classes(taught, config.organs)
         if not wanted[1:].any():
-            raise ValueError(f"{path}: knows none of the network's organs: {listed(checkpoint['config'].organs[1:])}")
+            raise ValueError(f"{path}: knows none of the network's organs: {listed(taught)}")
         missed = [organ for organ in ours or () if theirs and not any(same_name(organ, other) for other in theirs)]
         if missed and warn:
             print_warning(f"{path}: was not trained on {', '.join(missed)}; the box that it finds may cut them")

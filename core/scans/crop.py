@@ -45,16 +45,12 @@ def organs_box(labels: np.ndarray) -> Box | None:
 
     Pieces below MIN_PIECE of their organ do not count: one stray voxel would widen the box.
     """
-    corners = []
+    kept = np.zeros(labels.shape, dtype=bool)
     for organ, part in enumerate(ndimage.find_objects(labels), start=1):
         if part:
-            first = [cut.start for cut in part]
-            box = box_of(large_pieces(labels[part] == organ))
-            corners.append([np.add(first, [cut.start for cut in box]), np.add(first, [cut.stop for cut in box])])
-    if not corners:
-        return None
-    starts, stops = np.min(corners, axis=0)[0], np.max(corners, axis=0)[1]
-    return widened(tuple(map(slice, starts.tolist(), stops.tolist())), MARGIN, labels.shape)
+            kept[part] |= large_pieces(labels[part] == organ)
+    found = box_of(kept)
+    return found and widened(found, MARGIN, labels.shape)
 
 
 def large_pieces(mask: np.ndarray) -> np.ndarray:

@@ -175,9 +175,7 @@ def load_series(
         ValueError: when the series is no whole, even CT volume that can be read.
     """
     folder = Path(folder)
-    series, number = choose_series(folder, series_uid, warn)
-    slices = [one for path, header in series.headers.items() for one in slices_of(path, header)]
-    slices = sort_slices(folder, slices)
+    series, number, slices = sorted_slices(folder, series_uid, warn)
     check_sizes(folder, slices, series, max_gib)
     found = acquisitions_of(slices)
     if found:
@@ -198,6 +196,15 @@ def load_series(
     return voxels, geometry
 
 
+def sorted_slices(
+    folder: Path, series_uid: str | None, warn: Callable[[str], None]
+) -> tuple[Series, int | None, list[Slice]]:
+    """Return the series and the number that `choose_series` chooses, and all slices of the series, sorted."""
+    series, number = choose_series(folder, series_uid, warn)
+    slices = [one for path, header in series.headers.items() for one in slices_of(path, header)]
+    return series, number, sort_slices(folder, slices)
+
+
 def read_series_geometry(folder: str | Path, series_uid: str | None = None) -> Geometry | None:
     """Return the geometry that `load_series` returns, from headers; None where the image tells acquisitions apart.
 
@@ -205,8 +212,7 @@ def read_series_geometry(folder: str | Path, series_uid: str | None = None) -> G
         FileNotFoundError, ValueError: as `load_series`.
     """
     folder = Path(folder)
-    series, number = choose_series(folder, series_uid, warn=lambda _: None)
-    slices = sort_slices(folder, [one for path, header in series.headers.items() for one in slices_of(path, header)])
+    series, number, slices = sorted_slices(folder, series_uid, warn=lambda _: None)
     found = acquisitions_of(slices)
     if number and not found:
         return None

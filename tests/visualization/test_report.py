@@ -344,11 +344,17 @@ def test_a_report_of_infer_reads_the_boxs_ends_in_volumes_csv(checkpoint, tmp_pa
     table = tmp_path / "out" / "volumes.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join([lines[0], *(f"{line.rpartition(',')[0]},somewhere" for line in lines[1:])]) + "\n")
+    assert run_main(infer, *flags, "--skip-existing", "--report", "--drop-pieces", "0.1")[0] == 0
+    assert not (tmp_path / "out" / "reports" / "c").exists()  # its label map is of other options
     assert run_main(infer, *flags, "--skip-existing", "--report")[0] == 0
     facts = json.loads((tmp_path / "out" / "reports" / "c" / "report.json").read_text())
+    assert "pieces dropped" not in facts["provenance"]
     found = [row for row in facts["organs"] if row["found"]]
     assert len(found) > 1
     assert all(row["cut_by_box"] == ["somewhere"] for row in found)
+    assert run_main(infer, *flags, "--report", "--drop-pieces", "0.1")[0] == 0
+    facts = json.loads((tmp_path / "out" / "reports" / "c" / "report.json").read_text())
+    assert facts["provenance"]["pieces dropped"] == "0.1"
 
 
 @pytest.mark.slow

@@ -8,7 +8,9 @@ from collections import Counter
 
 import pytest
 
-from core.system.exits import StopSignals, print_error, print_warning, use_utf8
+from core.system.exits import CtrlC, StopSignals, print_error, print_warning, use_utf8
+from data.make_phantom import write_phantom
+from visualization.reports import write_reports
 
 
 def test_the_last_line_of_a_message_does_not_stand_for_all_of_it(capsys):
@@ -85,3 +87,11 @@ def test_ctrl_c_that_a_finalizer_drops_ends_the_loop_over_cases():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "0\n")
     assert done.stderr == "interrupted; what was written before is whole\n"
+
+
+def test_ctrl_c_that_is_lost_ends_other_loops_over_cases_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(CtrlC, "pressed", True)
+    with pytest.raises(KeyboardInterrupt):
+        write_phantom(tmp_path / "data", 1, (16, 16, 16), 0)
+    with pytest.raises(KeyboardInterrupt):
+        write_reports(tmp_path, {"a": tmp_path / "a.nii"}, None, ("background", "liver"), {})
