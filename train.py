@@ -170,7 +170,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print what a step needs under each memory plan, and end")
     parser.add_argument("--card-gib", type=float, metavar="G", help="with --plan: which plan a card of G GiB would get")
     add_config_flags(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.card_gib is not None and not arguments.plan:
+        parser.error("--card-gib: got no --plan, which it belongs to; --memory chooses a run's plan")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def load_weights_for_organs(network: nn.Module, config: Config, content: dict[st
         a sentence that says which weights were left out, or None.
 
     Raises:
-        ValueError: when the other weights are another network's.
+        ValueError: when the other weights are another network's, or the organs are others and no such layer is there.
     """
     path, before, ours, theirs = config.init_from, content["config"], config.organs, content["config"].organs
     for key in ("norm", "window_hu", "crop") if warn else ():
@@ -235,9 +235,12 @@ def load_weights_for_organs(network: nn.Module, config: Config, content: dict[st
             print_warning(f"{path}: was trained with {key} {getattr(before, key)}, this run has {getattr(config, key)}")
     layers = [name for name, module in network.named_modules() if has_a_weight_for_each(module, len(ours))]
     content = with_ema_weights(content)
-    if not layers or (len(ours) == len(theirs) and all(map(same_name, ours, theirs))):
+    if len(ours) == len(theirs) and all(map(same_name, ours, theirs)):
         load_weights(network, content, path)
         return None
+    if not layers:
+        name = type(network).__name__
+        raise ValueError(f"{path}: segments other organs, and no layer of the {name} has a weight for each of them")
     last = layers[-1]
     new = {f"{last}.{name}": value for name, value in network.get_submodule(last).state_dict().items()}
     load_weights(network, {"network": content["network"] | new}, path)
@@ -245,8 +248,9 @@ def load_weights_for_organs(network: nn.Module, config: Config, content: dict[st
 
 
 def has_a_weight_for_each(module: nn.Module, classes: int) -> bool:
-    """Return True for a layer with a weight whose first axis counts the classes."""
-    return any(weight.ndim > 1 and len(weight) == classes for weight in module.parameters(recurse=False))
+    """Return True for a layer with a weight whose axis of outputs counts the classes."""
+    axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+    return any(weight.ndim > 1 and weight.shape[axis] == classes for weight in module.parameters(recurse=False))
 
 
 def check_same_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], complaint: str) -> None:

@@ -331,6 +331,17 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from_flags(arguments: argparse.Namespace) -> Config:
-    """Load the settings file of --config and override it by the flags typed; errors as `load_config`."""
+    """Load the settings file of --config and override it by the flags typed; errors as `load_config`.
+
+    Raises:
+        ValueError: also when it is of a run whose folder has been moved or copied, and no --run-dir is typed.
+    """
     typed = {key: getattr(arguments, key) for key in RULES if getattr(arguments, key) is not None}
-    return load_config(arguments.config, typed)
+    config, folder = load_config(arguments.config, typed), Path(arguments.config).parent
+    moved = folder.resolve() != Path(config.run_dir).resolve()
+    if "run_dir" not in typed and moved and (folder / "run.json").is_file():
+        raise ValueError(
+            f"{arguments.config}: says run_dir: {config.run_dir}, but lies in the folder of another run, moved or "
+            f"copied; give --run-dir {folder} to go on with that one, or the folder of a new one"
+        )
+    return config

@@ -527,11 +527,15 @@ def test_skip_existing_keeps_no_label_map_of_another_scan(run, scans, tmp_path):
     save_scan(scans / "two_0000.nii.gz", make_voxels(SIZE, seed=7), affine=moved)
     code, out, err = run(scans, "--skip-existing")
     assert (code, out.splitlines()[0]) == (0, f"1 of 1 scans segmented into {tmp_path / 'out'}")
-    (warning,) = err.splitlines()
-    assert warning.startswith(f"warning: {tmp_path / 'out' / 'two.nii.gz'}: the scan has 32x32x16 voxels")
-    assert warning.endswith("; --skip-existing does not keep a label map of another scan")
+    warning, kept = err.splitlines()
+    assert warning == (
+        f"warning: {tmp_path / 'out' / 'two.nii.gz'}: is of another scan than {scans / 'two_0000.nii.gz'}; "
+        "--skip-existing does not keep a label map of another scan"
+    )
     after = files_in(tmp_path / "out")
     assert {name for name in before if after[name] != before[name]} == {"two.nii.gz", "volumes.csv"}
+    assert kept.startswith("warning: case two: it is of another scan; another --output keeps both")
+    assert after["two.nii.gz.old"] == before["two.nii.gz"]
     assert np.array_equal(nib.load(tmp_path / "out" / "two.nii.gz").affine, moved)
     assert run(scans, "--skip-existing")[1:] == (f"0 of 0 scans segmented into {tmp_path / 'out'}\n", "")
 
@@ -576,10 +580,26 @@ def test_skip_existing_tells_label_maps_of_other_options(run, scans, series, tmp
     ):
         assert run(scan, *flags)[0] == 0
         assert "keeps" not in run(scan, *flags, "--skip-existing")[2]
-        assert (
-            "keeps are of other options (--drop-pieces, --locate, --series): "
-            in run(scan, *others, "--skip-existing")[2]
-        )
+        assert "keeps are of other options (--drop-pieces, --locate): " in run(scan, *others, "--skip-existing")[2]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_another_scan_of_the_same_name_and_grid_takes_no_place(run, tmp_path, suffix):
+    """As in collections with a folder for each patient and a `ct.nii.gz` in each."""
+    for seed, patient in enumerate("ab"):
+        save_scan(tmp_path / patient / f"ct{suffix}", make_voxels(SIZE, seed))
+    label_map = tmp_path / "out" / "ct.nii.gz"
+    assert run(tmp_path / "a" / f"ct{suffix}")[0] == 0
+    first = label_map.read_bytes()
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    code, out, err = run(tmp_path / "moved" / f"ct{suffix}", "--skip-existing")
+    assert (code, out.startswith("0 of 0 scans segmented"), err) == (0, True, "")
+    code, out, err = run(tmp_path / "b" / f"ct{suffix}", "--skip-existing")
+    assert (code, out.startswith("1 of 1 scans segmented")) == (0, True)
+    assert f"{label_map}: is of another scan than {tmp_path / 'b'}" in err
+    assert "case ct: it is of another scan; another --output keeps both, so the earlier" in err
+    assert (tmp_path / "out" / "ct.nii.gz.old").read_bytes() == first
+    assert "another scan" not in run(tmp_path / "b" / f"ct{suffix}")[2]
 
 
 # ---- What is refused
@@ -1163,10 +1183,10 @@ def test_which_of_several_series(run, series, tmp_path):
     assert nib.load(tmp_path / "out" / "p1.nii.gz").shape == (8, 6, 3)
     first = files_in(tmp_path / "out")["p1.nii.gz"]
     code, _, err = run(series, "--series", "1.2.3.4")
-    assert (code, "case p1: it is of another series; another --output keeps both, so the earlier" in err) == (0, True)
+    assert (code, "case p1: it is of another scan; another --output keeps both, so the earlier" in err) == (0, True)
     assert nib.load(tmp_path / "out" / "p1.nii.gz").shape == (8, 6, 4)
     assert files_in(tmp_path / "out")["p1.nii.gz.old"] == first
-    assert "another series" not in run(series, "--series", "1.2.3.4")[2]
+    assert "another scan" not in run(series, "--series", "1.2.3.4")[2]
 
 
 def test_skip_existing_keeps_no_label_map_of_another_series(run, series, tmp_path):

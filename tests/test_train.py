@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, same_weights
+from torch import nn
 from warm import run_script
 
 import train
@@ -538,6 +539,30 @@ def test_init_from_a_network_of_other_organs_keeps_all_but_the_last_layer(run, t
         assert changed == ["classify.weight", "classify.bias"]
         assert "last.pt: segments other organs (liver, right kidney, spleen," in out
         assert "all its weights are kept but those of classify" in out
+
+
+class EndsInUp(nn.Module):
+    """A network whose last layer is a transposed convolution."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.down, self.up = nn.Conv3d(1, 4, 2, stride=2), nn.ConvTranspose3d(4, classes, 2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(x))
+
+
+def test_the_last_layer_of_another_network_may_be_a_transposed_convolution(tmp_path):
+    organs = load_config().organs
+    ours = dataclasses.replace(load_config(), init_from="last.pt", organs=[organs[0], *reversed(organs[1:])])
+    network, before = EndsInUp(len(organs)), EndsInUp(len(organs))
+    own = network.up.weight.detach().clone()
+    content = {"config": load_config(), "network": before.state_dict()}
+    assert "but those of up" in load_weights_for_organs(network, ours, content, warn=False)
+    assert torch.equal(network.up.weight, own)
+    assert torch.equal(network.down.weight, before.down.weight)
+    with pytest.raises(ValueError, match="segments other organs, and no layer of the Conv3d has a weight for each"):
+        load_weights_for_organs(nn.Conv3d(1, 1, 1), ours, content, warn=False)
 
 
 def test_init_from_starts_with_the_other_runs_weights(run, tmp_path):

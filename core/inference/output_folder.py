@@ -27,14 +27,14 @@ from core.inference.stages import Segmentation
 from core.inference.volumes_table import VOLUMES_LOCK, read_volumes, write_volumes
 from core.scans.dicom_series import read_series_geometry
 from core.scans.files import listed
-from core.scans.geometry import check_same_grid
+from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
-from core.scans.organ_names import read_network
+from core.scans.organ_names import SCAN, read_entries, read_network
 from core.scans.volumes import is_as_made, read_geometry, save_label_map, save_probabilities
 from core.system.exits import print_error, print_warning
 from core.system.files import check_room, locked, read_text, remove_left_over, rename_old, whole_file, write_text
 
-SERIES_MARK = "+series-"  # in a fingerprint, before what tells the --series
+MARK_BYTES = 2**16  # of a scan's file, which tell it from others
 PROBABILITY_BYTES = 2  # for each voxel and class, in the temporary file from which they are compressed
 
 
@@ -75,8 +75,7 @@ class OutputFolder:
 
     def mark_of_options(self, drop_pieces: float) -> str:
         """Return what marks a network's fingerprint with the options that change a label map; "" for none of them."""
-        pieces = "+largest-piece" if drop_pieces == 1 else f"+pieces-{drop_pieces:g}" if drop_pieces else ""
-        return pieces + (f"{SERIES_MARK}{crc32(self.series.encode()):08x}" if self.series else "")
+        return "+largest-piece" if drop_pieces == 1 else f"+pieces-{drop_pieces:g}" if drop_pieces else ""
 
     @property
     def reports(self) -> Path:
@@ -120,16 +119,16 @@ class OutputFolder:
             if network != fingerprint:
                 what = "are another network's" if network else "do not say which network made them"
                 if network and network.partition("+")[0] == fingerprint.partition("+")[0]:
-                    what = "are of other options (--drop-pieces, --locate, --series)"
+                    what = "are of other options (--drop-pieces, --locate)"
                 found.setdefault(what, []).append(case)
         return found
 
     def is_finished(self, case: str, scan: Path, warn: bool = False) -> bool:
-        """Return True when a case's label map exists, on the grid of its scan, and all that is wanted beside it."""
+        """Return True when a case's label map exists, as one of its scan, and all that is wanted beside it."""
         wanted = [self.label_map(case), *(output_files.extra_path(self.path, case, flag) for flag in self.extras)]
         if not all(path.is_file() for path in wanted):
             return False
-        difference = grid_difference(scan, self.label_map(case), self.series)
+        difference = difference_from(scan, self.label_map(case), self.series)
         if difference and warn:
             print_warning(f"{difference}; --skip-existing does not keep a label map of another scan")
         return not difference
@@ -181,10 +180,11 @@ class OutputFolder:
                 else:
                     write_dicom = write_segmentation if flag == output_files.SEGMENTATION else write_structures
                     write_dicom(labels, scan.geometry, organs, network, temporary)
-            save_label_map(labels, scan.geometry, label_map, organs, network)
+            mark = mark_of(scan.file, scan.geometry)
+            save_label_map(labels, scan.geometry, label_map, organs, network, mark)
             self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
             self.retire_report(scan.case)
-            self.keep_others(scan.case, network)
+            self.keep_others(scan.case, mark)
 
     def write_tables(self, scan: Segmentation, labels: np.ndarray, organs: Sequence[str]) -> None:
         """Write organ names and colours, and into volumes.csv what is measured in a scan's labels, (X, Y, Z) ids.
@@ -228,19 +228,19 @@ class OutputFolder:
         for case in {named_case(path) for path in refused} - set(cases):
             self.set_aside(case)
 
-    def keep_others(self, case: str, network: str) -> None:
+    def keep_others(self, case: str, mark: str) -> None:
         """Rename a label map in a case's place to *.old, with what is beside it, unless it may be replaced.
 
-        That is one that no network made, as a person may have drawn or edited it; and one of another --series, where
-        `network` is the new one's fingerprint. Also what is beside none, in the place of what is written.
+        That is one that no network made, as a person may have drawn or edited it; and one of another scan than that of
+        `mark`, from `mark_of`. Also what is beside none, in the place of what is written.
         """
         path, why = self.label_map(case), ""
         if not is_as_made(path):
             keep_drawn(path)
             rename_old(path, f"case {case}: the label map there is not as a network of this program made it")
             why = "it is beside no label map that is as this program made it"
-        elif series_mark(read_network(path)) != series_mark(network):
-            why = "it is of another series; another --output keeps both"
+        elif read_entries(path).get(SCAN, mark) != mark:
+            why = "it is of another scan; another --output keeps both"
             rename_old(path, f"case {case}: {why}")
         for flag in self.extras if why else ():
             rename_old(output_files.extra_path(self.path, case, flag), f"case {case}: {why}")
@@ -275,9 +275,17 @@ class OutputFolder:
         }
 
 
-def series_mark(network: str) -> str:
-    """Return the part of a fingerprint that tells the --series; empty where none was asked for."""
-    return network.partition(SERIES_MARK)[2]
+def mark_of(scan: Path, geometry: Geometry) -> str:
+    """Return what tells a scan from others of its name: a checksum from the middle of its file, or its middle slice's.
+
+    It does not depend on where the file lies. Acquisitions in one DICOM file are told by the number of the frame.
+    """
+    middle = geometry.slices[len(geometry.slices) // 2] if geometry.slices else None
+    path, frame = (middle.path, middle.frame) if middle else (scan, 0)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(size // 2)
+        return f"{crc32(file.read(MARK_BYTES), size + frame):08x}"
 
 
 def keep_drawn(path: Path) -> None:
@@ -289,15 +297,18 @@ def keep_drawn(path: Path) -> None:
             rename_old(old, "it is not as a network of this program made it")
 
 
-def grid_difference(scan: Path, label_map: Path, series_uid: str | None = None) -> str | None:
-    """Describe how a label map's grid differs from its scan's, by their headers.
+def difference_from(scan: Path, label_map: Path, series_uid: str | None = None) -> str | None:
+    """Tell whether a label map is of another scan, by its mark and by the grids in the headers.
 
-    None where it does not, or where a header cannot be read or does not tell the grid.
+    None where it is not, or where a header cannot be read or does not tell.
     """
     reading = Reading(math.inf, assume_ras=True)
     try:
         of_scan = read_series_geometry(scan, series_uid) if scan.is_dir() else read_geometry(scan, reading)
         of_labels = read_geometry(label_map, reading)
+        mark = read_entries(label_map).get(SCAN)
+        if of_scan and mark and mark != mark_of(scan, of_scan):
+            return f"{label_map}: is of another scan than {scan}"
     except (OSError, ValueError):
         return None
     try:

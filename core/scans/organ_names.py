@@ -26,8 +26,9 @@ from core.system.exits import one_line
 XML_CODE = 0  # of the extension; NIfTI calls it unknown, and so do the programs that write this table
 EXTENSION_BYTES = 16  # the size of an extension is a multiple of this, its own 8 bytes of size and code included
 ROOT = b"<CaretExtension"
-# Entries beside the names: the fingerprint of the label map's network, and the checksum of the voxels that it made.
-NETWORK, CHECKSUM = "Network", "Checksum"
+# Entries beside the names: the fingerprint of the label map's network, the checksum of the voxels that it made, and
+# what tells its scan from others.
+NETWORK, CHECKSUM, SCAN = "Network", "Checksum", "Scan"
 MAX_ID = 255  # of an organ; label maps are uint8
 
 
@@ -36,7 +37,7 @@ def organ_names_extension(organs: Sequence[str], entries: Mapping[str, str] = Ma
 
     Args:
         organs: names by id, background first; the background is not written.
-        entries: what else it holds, by name (NETWORK, CHECKSUM); values without special characters of XML.
+        entries: what else it holds, by name (NETWORK, CHECKSUM, SCAN); values without special characters of XML.
     """
     labels = []
     for organ, name in enumerate(organs[1:], start=1):

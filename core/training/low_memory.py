@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from core.training.activation import activate, activate_backward, statistics
 from vnet import Down, ResidualStage, Up, VNet
@@ -62,31 +63,41 @@ SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # results o
 
 
 def is_supported(network: nn.Module) -> bool:
-    """Return True when `features` gives what the network's own forward pass gives, as for an unchanged V-Net.
+    """Return True when `features` gives the network's own logits and gradients, as for an unchanged V-Net.
 
-    An edit of vnet.py, a hook or a replaced layer can change the forward pass; such a network trains under `off` only.
+    An edit of vnet.py, a hook or a replaced layer can change either; such a network trains under `off` only.
     """
     if network not in SUPPORTED:
         SUPPORTED[network] = type(network) is VNet and runs_alike(network)
     return SUPPORTED[network]
 
 
-@torch.no_grad()
 def runs_alike(network: VNet) -> bool:
-    """Return True when a copy of the network has the same logits by `features` as by itself, in either mode."""
-    twin = copy.deepcopy(network).to("cpu", torch.float64)
-    side = 2 ** len(network.downs)
-    image = torch.linspace(0, 1, 2 * side**3, dtype=torch.float64).reshape(1, 1, 2 * side, side, side).sin()
-    with torch.random.fork_rng(devices=[]):  # a layer that draws numbers shall not move the run's
+    """Return True when a copy of the network has the same logits and gradients by `features` as by itself."""
+    # A layer that draws numbers shall not move the run's.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        twin = copy.deepcopy(network).to("cpu", torch.float64)
+        side = 2 ** len(network.downs)
+        image = torch.linspace(0, 1, 2 * side**3, dtype=torch.float64).reshape(1, 1, 2 * side, side, side).sin()
         try:
-            for mode in (True, False):
+            for mode in (False, True):
                 twin.train(mode)
-                found = convolve(twin.classify, features(twin, image, torch.float64, keep=False))
-                if not torch.allclose(twin(image), found):
+                own = with_gradients(twin, twin(image))
+                found = with_gradients(twin, twin.classify(features(twin, image, torch.float64, keep=False)))
+                if not all(map(torch.allclose, own, found)):
                     return False
-            return True
+            return not any(map(parametrize.is_parametrized, twin.modules()))
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return False
+
+
+def with_gradients(network: nn.Module, logits: Tensor) -> list[Tensor]:
+    """Return logits and, in training mode, gradients by what is trained of norms and activations.
+
+    Those of the convolutions' weights come from the same chain, and would take many times as long.
+    """
+    trained = [p for p in network.parameters() if network.training and p.requires_grad and p.ndim == 1]
+    return [logits, *(torch.autograd.grad(logits.sin().sum(), trained, materialize_grads=True) if trained else ())]
 
 
 def features(network: VNet, image: Tensor, precision: torch.dtype, keep: bool) -> Tensor:

@@ -29,8 +29,9 @@ class Muon(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf
 
     def __init__(self, network: nn.Module, learning_rate: float):
-        hidden = [module.weight for module in network.modules() if is_hidden(module)]
-        ids = set(map(id, hidden))
+        # Convolutions that share a weight make one step of it.
+        ids = {id(module.weight) for module in network.modules() if is_hidden(module)}
+        hidden = [parameter for parameter in network.parameters() if id(parameter) in ids]
         others = [parameter for parameter in network.parameters() if id(parameter) not in ids]
         self.adam = torch.optim.Adam(others, lr=learning_rate, fused=True)
         super().__init__([{**self.adam.param_groups[0]}, {"params": hidden}], {"lr": learning_rate})

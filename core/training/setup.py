@@ -75,7 +75,7 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {name: value.detach().clone() for name, value in network.named_parameters()}
+        self.weights = {name: value.detach().clone() for name, value in all_names(network)}
 
     def load(self, saved: dict[str, Tensor], path: Path) -> None:
         """Take over the averaged weights of the checkpoint at `path`; those of another network are a ValueError."""
@@ -86,19 +86,24 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Move the average a step towards the network's weights."""
-        torch._foreach_lerp_(list(self.weights.values()), list(network.parameters()), 1 - self.decay)
+        torch._foreach_lerp_(list(self.weights.values()), [value for _, value in all_names(network)], 1 - self.decay)
 
     @contextmanager
     def in_place(self, network: nn.Module) -> Iterator[None]:
         """Give the network the averaged weights until the block ends."""
-        own = {name: parameter.data for name, parameter in network.named_parameters()}
+        own = {name: parameter.data for name, parameter in all_names(network)}
         try:
-            for name, parameter in network.named_parameters():
+            for name, parameter in all_names(network):
                 parameter.data = self.weights[name]
             yield
         finally:
-            for name, parameter in network.named_parameters():
+            for name, parameter in all_names(network):
                 parameter.data = own[name]
+
+
+def all_names(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every parameter under every name that it has: a checkpoint holds a shared weight under each."""
+    return network.named_parameters(remove_duplicate=False)
 
 
 def make_optimizer(network: nn.Module, learning_rate: float, name: str = "adam") -> torch.optim.Optimizer:

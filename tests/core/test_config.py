@@ -368,7 +368,11 @@ def test_a_missing_file_and_a_folder_are_no_settings(tmp_path):
     [
         (["--learning-rate", "fast"], "error: --learning-rate: got fast, expected a number above 0 and at most 1\n"),
         (["--clip-norm", "1"], "train.py: error: unknown flag --clip-norm; it is --max-grad-norm now\n"),
-        (["--loss", "focal"], "error: loss: got focal, expected one of cross_entropy, dice_cross_entropy\n"),
+        (
+            ["--card-gib", "6"],
+            "error: --card-gib: got no --plan, which it belongs to; --memory chooses a run's plan\n",
+        ),
+        (["--loss", "mine"], "error: loss: got mine, expected one of cross_entropy, dice_cross_entropy\n"),
     ],
 )
 def test_the_script_ends_with_2_and_a_sentence(tmp_path, flags, complaint):
@@ -377,6 +381,19 @@ def test_the_script_ends_with_2_and_a_sentence(tmp_path, flags, complaint):
     assert result.stderr.endswith(complaint)
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_settings_of_a_run_whose_folder_was_moved_name_it(tmp_path):
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "run.json").write_text("{}")
+    save_config(Config(run_dir=str(tmp_path / "before")), tmp_path / "moved" / "config.yaml")
+    result = run_script("train.py", "--resume", "--config", tmp_path / "moved" / "config.yaml")
+    assert result.returncode == 2
+    assert f"config.yaml: says run_dir: {tmp_path / 'before'}, but lies in the folder of another run" in result.stderr
+    assert f"give --run-dir {tmp_path / 'moved'} to go on" in result.stderr
+    assert not (tmp_path / "before").exists()
+    result = run_script("train.py", "--config", tmp_path / "moved" / "config.yaml", "--run-dir", tmp_path / "moved")
+    assert "says run_dir" not in result.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)

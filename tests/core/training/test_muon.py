@@ -101,6 +101,17 @@ def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     return (u * values) @ v
 
 
+def test_a_shared_weight_makes_one_step():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(4, 4, 3), nn.Conv3d(4, 4, 3))
+    network[1].weight = network[0].weight
+    optimizer = Muon(network, 1e-3)
+    before = network[0].weight.detach().clone()
+    give_gradients(network, 1)
+    optimizer.step()
+    assert (network[0].weight - before).square().mean().sqrt().item() == pytest.approx(1e-3, rel=0.3)
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     network = small_network()
     optimizer = make_optimizer(network, 0.01, "muon")

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.grad import conv3d_weight
+from torch.nn.utils import parametrize
 
+from core.checkpoint import with_ema_weights
 from core.config import Config
 from core.patches import InPatches
 from core.training import device as devices
@@ -222,6 +224,22 @@ def test_average_of_the_weights_by_hand():
     assert network.weight.item() == 9.0
     network.weight.data.fill_(0.0)
     assert average.weights["weight"].item() == pytest.approx(3.75)
+
+
+def test_the_average_of_a_shared_weight_has_both_of_its_names():
+    network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    network[1].weight = network[0].weight
+    with torch.no_grad():
+        network[0].weight.fill_(1.0)
+        average = EMA(network, 0.75)
+        network[0].weight.fill_(5.0)
+    average.update(network)
+    content = with_ema_weights({"network": network.state_dict(), "ema": average.weights})
+    assert {name: weight.item() for name, weight in content["network"].items()} == {"0.weight": 2.0, "1.weight": 2.0}
+    with average.in_place(network):
+        assert network(torch.ones(1, 1)).item() == 4.0
+    assert network(torch.ones(1, 1)).item() == 25.0
+    assert network[0].weight is network[1].weight
 
 
 def test_each_step_moves_the_average():
@@ -513,6 +531,10 @@ EDITS = {
     "activation": lambda network: network.first.activations.__setitem__(0, Gate(2)),
     "another activation": lambda network: network.first.activations.__setitem__(0, nn.LeakyReLU()),
     "head": lambda network: setattr(network, "classify", nn.Sequential(nn.Dropout3d(0.2), network.classify)),
+    # The same logits, with other gradients.
+    "backward hook": lambda network: network.downs[0].register_full_backward_hook(lambda _, into, out: (2 * into[0],)),
+    "detached": lambda network: network.down_stages[0].register_forward_hook(lambda _, into, out: out.detach()),
+    "parametrized": lambda network: parametrize.register_parametrization(network.ups[0].conv, "weight", nn.Identity()),
 }
 
 
