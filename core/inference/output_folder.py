@@ -29,7 +29,7 @@ from core.scans.dicom_series import read_series_geometry
 from core.scans.files import listed
 from core.scans.geometry import Geometry, check_same_grid
 from core.scans.nifti import Reading
-from core.scans.organ_names import SCAN, read_entries, read_network
+from core.scans.organ_names import NETWORK, SCAN, read_entries, read_network
 from core.scans.volumes import is_as_made, read_geometry, save_label_map, save_probabilities
 from core.system.exits import print_error, print_warning
 from core.system.files import check_room, locked, read_text, remove_left_over, rename_old, whole_file, write_text
@@ -181,7 +181,7 @@ class OutputFolder:
                     write_dicom = write_segmentation if flag == output_files.SEGMENTATION else write_structures
                     write_dicom(labels, scan.geometry, organs, network, temporary)
             mark = mark_of(scan.file, scan.geometry)
-            save_label_map(labels, scan.geometry, label_map, organs, network, mark)
+            save_label_map(labels, scan.geometry, label_map, organs, **{NETWORK: network, SCAN: mark})
             self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
             self.retire_report(scan.case)
             self.keep_others(scan.case, mark)

@@ -28,7 +28,7 @@ from core.scans.alternating import period_of_slices
 from core.scans.crop import Box, shape_of
 from core.scans.geometry import Geometry
 from core.scans.nifti import MAX_BEHIND, READ_ERRORS, Reading, open_nifti
-from core.scans.organ_names import CHECKSUM, NETWORK, SCAN, organ_names_extension, read_entries
+from core.scans.organ_names import CHECKSUM, NETWORK, organ_names_extension, read_entries
 from core.scans.resample import resize_image, resize_slab, slabs
 from core.system.exits import one_line
 from core.system.files import whole_file
@@ -224,18 +224,13 @@ def copy_by_planes(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def save_label_map(
-    labels: np.ndarray,
-    geometry: Geometry,
-    path: str | Path,
-    organs: Sequence[str] = (),
-    network: str = "",
-    scan: str = "",
+    labels: np.ndarray, geometry: Geometry, path: str | Path, organs: Sequence[str] = (), **made_by: str
 ) -> None:
     """Write labels, (X, Y, Z) uint8 in RAS+ order, as a label map in the scan's own geometry.
 
     The file has the scan's shape, affine, qform and sform with their codes, and units; type uint8, intent "label".
-    Its header holds the names of `organs`, by id with the background first, when they are given; and the fingerprint of
-    the network that made it, with a checksum of the voxels and what tells the scan from others.
+    Its header holds the names of `organs`, by id with the background first, when they are given; and what it is
+    `made_by` (NETWORK, SCAN), with a checksum of the voxels.
     The file is replaced in one step; `path` never holds half a file.
     """
     header = geometry.header.copy()
@@ -243,8 +238,8 @@ def save_label_map(
     header.set_intent(NIFTI_INTENT_LABEL, name="organ ids")
     stored = stored_order(labels, geometry)
     if organs:
-        made_by = {NETWORK: network, CHECKSUM: checksum_of(stored), SCAN: scan} if network else {}
-        header.extensions.append(organ_names_extension(organs, made_by))
+        checksum = {CHECKSUM: checksum_of(stored)} if made_by else {}
+        header.extensions.append(organ_names_extension(organs, made_by | checksum))
     save_volume(stored, header, path)
 
 
