@@ -22,6 +22,7 @@ from core.training.batches import CaseFacts, make_loader, naming_dead_workers, w
 from core.training.device import choose_device
 from core.training.log_table import summary_line
 from core.training.memory_plans import choose_plan, take_peak_gib
+from core.training.resuming import check_same_run
 from core.training.run_folder import RunFolder, SilentRunFolder
 from core.training.setup import EMA, Training, initialise_output_bias
 from core.training.step import NotFiniteError, PendingLoss
@@ -115,8 +116,7 @@ class Run:
         self.group.wait()  # until all processes have looked at the folder
         self.facts["cases"] = cases
         if self.resumed:
-            self.folder.check_same_cases({"made": cases["made"]} | self.resumed["cases"], cases)
-            self.folder.check_same_processes(self.resumed.get("processes"), self.group.size)
+            check_same_run(self.folder.path, self.resumed, cases, self.group.size)
         elif not self.folder.replaces:
             self.folder.start(self.device, cases)
         processes = f" in {self.group.size} processes" if self.group.size > 1 else ""

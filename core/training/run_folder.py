@@ -30,13 +30,9 @@ from core.system.exits import how_it_ended, one_line, print_warning
 from core.system.files import lock_file, open_text, read_text, remove_left_over, rename_old, whole_file, write_text
 from core.system.provenance import git_commit, versions
 from core.training.log_table import LogTable
+from core.training.resuming import check_same_settings
 from core.training.tensorboard import write_scalars
 
-# Settings that a resumed run may have of its own. For data_dir the cases are compared; init_from has done its work.
-MAY_CHANGE = (
-    "run_dir", "data_dir", "cache_dir", "init_from", "max_gib", "workers", "device", "memory", "compile",
-    "checkpoint_minutes", "tensorboard",
-)  # fmt: skip
 # Least time between two drawings of curves.png, and between two best.pt: each takes about a second, and an epoch on a
 # GPU takes seconds. best.pt is also written with last.pt; both are up to date at the end of a run.
 DRAW_SECONDS = BEST_SECONDS = 60
@@ -134,7 +130,7 @@ class RunFolder:
         if resume and holds_run and not checkpoint and self.record().get("outcome", "done") == "done":
             raise FileExistsError(f"{self.path}: holds a run without last.pt; put it back, or give --overwrite")
         if checkpoint:
-            self.check_same_settings(checkpoint["config"], extend)
+            check_same_settings(self.path, checkpoint["config"], self.config, extend)
         return checkpoint
 
     def newest_checkpoint(self) -> dict[str, Any] | None:
@@ -158,46 +154,6 @@ class RunFolder:
         if damaged:
             raise damaged
         return None
-
-    def check_same_settings(self, before: Config, extend: bool) -> None:
-        """Check that the run so far had these settings, but for MAY_CHANGE and, with `extend`, fewer epochs."""
-        now, then = config_to_dict(self.config), config_to_dict(before)
-        may_change = [*MAY_CHANGE]
-        if extend:
-            if before.schedule != "constant" or now["epochs"] < then["epochs"]:
-                raise ValueError(
-                    f"--extend: the run had schedule {before.schedule} and {before.epochs} epochs, this has "
-                    f"{self.config.epochs}; expected the schedule constant, whose rate does not depend on the epochs, "
-                    "and more epochs"
-                )
-            may_change.append("epochs")
-        if now["memory"] != then["memory"]:
-            print_warning(f"memory was {then['memory']}, is {now['memory']}: from here on the last bits may differ")
-        changed = [key for key in now if now[key] != then[key] and key not in may_change]
-        if changed:
-            how = "; ".join(f"{key} was {then[key]}, is {now[key]}" for key in changed)
-            raise ValueError(
-                f"{self.path}: cannot go on with other settings ({how}); give the run's own, as in --config "
-                f"{self.path / 'config.yaml'}, or start anew in another --run-dir"
-            )
-
-    def check_same_cases(self, before: dict[str, list[str]], now: dict[str, list[str]]) -> None:
-        """Check that the run so far was trained on the same cases, else some held out would be trained on."""
-        for part, what in (("train", "to train on"), ("val", "held out"), ("made", "with made labels")):
-            changed = sorted(set(before[part]) ^ set(now[part]))
-            if changed:
-                raise ValueError(
-                    f"{self.path}: cannot go on with other cases; {what} only before or only now: "
-                    f"{', '.join(changed[:5])}; start anew in another --run-dir"
-                )
-
-    def check_same_processes(self, before: int | None, now: int) -> None:
-        """Check that the run so far had as many processes: each step takes a batch of each. None: not known."""
-        if before not in (None, now):
-            raise ValueError(
-                f"{self.path}: cannot go on in {now} process(es), the run had {before}, and so many cases in a step "
-                "for each of one; start it by torchrun as before, or anew with --init-from in another --run-dir"
-            )
 
     def start(self, device: torch.device, cases: dict[str, list[str]]) -> None:
         """Make the folder, remove a run that this one replaces, and write config.yaml, val_cases.txt and run.json."""
