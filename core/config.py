@@ -138,7 +138,7 @@ class Config:
     loss: str = setting("cross_entropy", Rule(str, "the name of a loss", bool),
         "name of a loss in core/training/losses.py, such as cross_entropy or dice_cross_entropy (the sum of both)")
     schedule: str = setting("constant", one_of("constant", "cosine", "poly"),
-        "learning rate during the run; cosine and poly decrease it to 0 at the last step")
+        "learning rate during the run; cosine and poly decrease it almost to 0 at the last step")
     precision: str = setting("auto", one_of("auto", "float32", "bf16", "fp16"),
         "number type of mixed precision; auto: bf16 on a GPU that supports it, fp16 on others, float32 on a CPU")
     memory: str = setting("auto", one_of("auto", "off", "low", "lowest"),

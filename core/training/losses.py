@@ -135,6 +135,13 @@ def loss_named(name: str) -> Loss:
     return LOSSES[name]
 
 
+def check_scalar(loss: Tensor) -> Tensor:
+    """Return a loss; raise a ValueError when it is no scalar."""
+    if loss.ndim:
+        raise ValueError(f"loss: returns a tensor of shape {tuple(loss.shape)}, expected a scalar; its mean may do")
+    return loss
+
+
 def in_full_precision(logits: Tensor) -> Tensor:
     """Return logits as float32; a loss of bf16 or fp16 logits would round its sums away. float64 stays."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

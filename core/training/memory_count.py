@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,6 +42,9 @@ def count_step(config: Config, plan: str, precision: torch.dtype, build: Build =
     """Count one training step, not compiled; takes seconds, allocates next to nothing, needs no GPU.
 
     Benchmarks give `build`, to count another network than V-Net.
+
+    Raises:
+        ValueError: when the network or the loss depends on values.
     """
     counter, tracker, forward_flops = FlopCounterMode(display=False), MemTracker(), []
 
@@ -52,9 +55,13 @@ def count_step(config: Config, plan: str, precision: torch.dtype, build: Build =
         training, image, labels = blank_training(config, plan, precision, build)
         weights = training.ema.weights.values() if training.ema else ()
         tracker.track_external(training.network, training.optimizer, image, labels, *weights)
-        with tracker, counter:
-            # The tracker also tracks modules, and allows one call of each between resets.
-            training_step(training, image, labels, on_loss=on_loss, after=tracker.reset_mod_stats)
+        try:
+            with tracker, counter:
+                # The tracker also tracks modules, and allows one call of each between resets.
+                training_step(training, image, labels, on_loss=on_loss, after=tracker.reset_mod_stats)
+        except DataDependentOutputException as error:
+            what = f"the network or the loss asks for values ({error.func}), which a count does not have"
+            raise ValueError(f"--plan: {what}; train without it") from error
     peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
     return Need(plan, peak / GIB, counter.get_total_flops(), forward_flops[0])
 

@@ -33,9 +33,10 @@ def check_same_settings(folder: Path, before: Config, config: Config, extend: bo
     changed = [key for key in now if now[key] != then[key] and key not in may_change]
     if changed:
         how = "; ".join(f"{key} was {then[key]}, is {now[key]}" for key in changed)
+        more = "--extend for more epochs, " if changed == ["epochs"] and now["epochs"] > then["epochs"] else ""
         raise ValueError(
-            f"{folder}: cannot go on with other settings ({how}); give the run's own, as in --config "
-            f"{folder / 'config.yaml'}, or start anew in another --run-dir"
+            f"{folder}: cannot go on with other settings ({how}); give {more}the run's own, as in --config "
+            f"{folder / 'config.yaml'} --run-dir {folder}, or start anew in another --run-dir"
         )
 
 

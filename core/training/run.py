@@ -106,9 +106,7 @@ class Run:
     def start(self, cases: dict[str, list[str]], how: str) -> None:
         """Begin the run folder, or check that a resumed run goes on with the same cases; say what is trained on.
 
-        Args:
-            cases: ids of the cases to "train" on, of those held out, "val", and of those with "made" labels.
-            how: says how the cases were chosen.
+        `cases` are the ids of those to "train" on, held out, "val", and with "made" labels; `how` they were chosen.
 
         Raises:
             OSError, ValueError: when the folder cannot be written, or the cases are others.
@@ -117,6 +115,7 @@ class Run:
         self.facts["cases"] = cases
         if self.resumed:
             check_same_run(self.folder.path, self.resumed, cases, self.group.size)
+            self.folder.go_on(self.resumed["config"], self.device, cases)
         elif not self.folder.replaces:
             self.folder.start(self.device, cases)
         processes = f" in {self.group.size} processes" if self.group.size > 1 else ""

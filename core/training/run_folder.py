@@ -57,6 +57,7 @@ class RunFolder:
         self.best = self.path / "best.pt"
         self.log = self.path / "log.csv"
         self.curves = self.path / "curves.png"
+        self.settings = self.path / "config.yaml"
         self.val_cases = self.path / "val_cases.txt"
         self.scalars = self.path / "tensorboard"
         self.log_table = LogTable(self.log)
@@ -163,9 +164,18 @@ class RunFolder:
             self.clear()
         for name in () if self.record() else ("config.yaml", "val_cases.txt", "run.json"):
             rename_old(self.path / name, f"{self.path}: no run has written it")
-        save_config(self.config, self.path / "config.yaml")
+        self.write_settings(cases)
+        self.write_record(device, cases)
+        self.replaces = False
+
+    def write_settings(self, cases: dict[str, list[str]]) -> None:
+        """Write config.yaml and val_cases.txt."""
+        save_config(self.config, self.settings)
         with whole_file(self.val_cases) as temporary:
             temporary.write_bytes(format_case_ids(cases["val"]))
+
+    def write_record(self, device: torch.device, cases: dict[str, list[str]]) -> None:
+        """Write run.json anew."""
         facts = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -180,7 +190,15 @@ class RunFolder:
             **self.noted,
         }
         write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
-        self.replaces = False
+
+    def go_on(self, before: Config, device: torch.device, cases: dict[str, list[str]]) -> None:
+        """Write those files of `start` that a resumed run lacks, and the epochs that --extend has added."""
+        if not self.record():
+            rename_old(self.path / "run.json", f"{self.path}: no run has written it")
+            self.write_record(device, cases)
+        if before.epochs != self.config.epochs or not (self.settings.is_file() and self.val_cases.is_file()):
+            self.write_settings(cases)
+            self.note(config=config_to_dict(self.config))
 
     def record(self) -> dict[str, Any]:
         """Return the content of run.json; empty where no run has written one."""
@@ -286,7 +304,7 @@ class RunFolder:
         return [path.name for path in (self.last, self.best, self.log, self.curves) if path.is_file()]
 
     def draw_curves(self) -> None:
-        """Draw curves.png from log.csv; where matplotlib cannot be imported, warn once and go on."""
+        """Draw curves.png from log.csv; without matplotlib, or with a log.csv that somebody changed, warn and go on."""
         if self.is_drawn or not self.can_draw:
             return
         self.is_drawn, self.drawn = True, time.monotonic()
@@ -295,6 +313,8 @@ class RunFolder:
         except ImportError as error:
             self.can_draw = False
             print_warning(f"no curves.png, since matplotlib cannot be imported ({one_line(error)}); install it again")
+        except ValueError as error:
+            print_warning(f"no new curves.png: {one_line(error)}")
 
 
 class SilentRunFolder(RunFolder):
@@ -303,4 +323,4 @@ class SilentRunFolder(RunFolder):
     def do_nothing(self, *_: object, **__: object) -> None:
         """Leave it to the first process."""
 
-    lock = start = note = compare_data = save_last = keep_best = log_epoch = do_nothing
+    lock = start = go_on = note = compare_data = save_last = keep_best = log_epoch = do_nothing

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from core.training.losses import Loss, SlabLoss, in_full_precision
+from core.training.losses import Loss, SlabLoss, check_scalar, in_full_precision
 from core.training.low_memory import convolve
 
 SLAB_BYTES = 32 * 2**20  # of float32 logits that exist at a time
@@ -36,7 +36,7 @@ def backward_in_slabs(
     with torch.no_grad():
         parts = [slab_loss.sums(logits_of(classify, h[:, :, slab]), labels[:, slab]) for slab in slabs]
     sums = [torch.stack(part).sum(dim=0).requires_grad_() for part in zip(*parts, strict=True)]
-    value = slab_loss.from_sums(sums, labels.numel())
+    value = check_scalar(slab_loss.from_sums(sums, labels.numel()))
     on_loss(value)
     slopes = torch.autograd.grad(scale(value), sums)
     for slab in slabs:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core.patches import mean_over_patches
 from core.scoring.overlap import confusion_matrix
 from core.training.device import autocast
-from core.training.losses import Loss, in_full_precision, marginal
+from core.training.losses import Loss, check_scalar, in_full_precision, marginal
 from core.training.low_memory import features, is_supported
 from core.training.setup import Training
 from core.training.slabs import backward_in_slabs, predict_in_slabs
@@ -117,7 +117,7 @@ def backward(
 
     network, criterion = training.network, loss_of(training, annotated)
     if training.plan == "off":
-        loss = criterion(run_network(training, image, annotated), labels)
+        loss = check_scalar(criterion(run_network(training, image, annotated), labels))
         on_loss(loss)
         scale(loss).backward()
         return loss.detach()
@@ -138,8 +138,9 @@ def run_network(training: Training, image: Tensor, annotated: Tensor | None) -> 
     with autocast(image.device, training.precision):
         logits = training.network(image)
     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if annotated is not None and got != (*annotated.shape, *image.shape[2:]):
-        expected = f"{(*annotated.shape, *image.shape[2:])}: cases, organs with the background, and the images' grid"
+    whole = None if annotated is None else (*annotated.shape, *image.shape[2:])
+    if not isinstance(logits, Tensor) or got != (whole or got):
+        expected = f"{whole or '(B, K, X, Y, Z)'}: cases, organs with the background, and the images' grid"
         raise ValueError(f"the network ({type(training.network).__name__}) returns {got}, expected {expected}")
     return in_full_precision(logits)
 

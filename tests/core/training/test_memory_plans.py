@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import train
 from core.config import load_config
@@ -39,6 +40,22 @@ def start(norm: str = "instance", plan: str = "off") -> Training:
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     return torch.rand(1, 1, 8, 8, 8), torch.randint(5, (1, 8, 8, 8), dtype=torch.uint8)
+
+
+class Listing(nn.Conv3d):
+    """A network with several outputs."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [super().forward(x)]
+
+
+def test_what_cannot_be_counted_is_said_in_a_sentence(monkeypatch):
+    config = replace(load_config(), size=(32, 32, 16), channels=2)
+    with pytest.raises(ValueError, match=r"\(Listing\) returns list, expected \(B, K, X, Y, Z\)"):
+        count_step(config, "off", torch.bfloat16, lambda config: Listing(1, 14, 1))
+    monkeypatch.setitem(LOSSES, "cross_entropy", lambda logits, labels: logits.mean() if labels.any() else logits.sum())
+    with pytest.raises(ValueError, match=r"^--plan: the network or the loss asks for values"):
+        count_step(config, "off", torch.bfloat16)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from warm import run_script
 
 import train
 from core.checkpoint import load_checkpoint
+from core.config import load_config
 from core.system import files
 from core.training import batches as loading
 from core.training.run import Run
@@ -345,8 +346,9 @@ def test_a_damaged_run_json_is_warned_of_and_the_run_goes_on(run, tmp_path, cont
     notes.write_text(content)
     code, _, err = run("--epochs", "3", "--schedule", "constant", "--resume", "--extend")
     assert code == 0
-    assert f"warning: {notes}: how the run ends is not noted" in err
-    assert notes.read_text() == content
+    assert "run: no run has written it, so the earlier" in err
+    assert facts(tmp_path / "run")["outcome"] == "done"
+    assert notes.with_name("run.json.old").read_text() == content
 
 
 def test_a_disk_without_room_is_seen_before_writing(run, tmp_path, monkeypatch):
@@ -584,12 +586,25 @@ def test_extending_a_run_is_the_longer_run(run, tmp_path):
     assert run(*constant, "--epochs", "2")[0] == 0
     code, _, err = run(*constant, "--resume")
     assert code == 2
-    assert "epochs was 2, is 4" in err
+    assert "epochs was 2, is 4); give --extend for more epochs, the run's own" in err
     assert run(*constant, "--resume", "--extend")[0] == 0
     assert_same_run(tmp_path / "run", tmp_path / "long")
+    assert load_config(tmp_path / "run" / "config.yaml").epochs == 4
+    assert facts(tmp_path / "run")["config"]["epochs"] == 4
     code, _, err = run(*constant, "--resume", "--extend", "--epochs", "1")
     assert code == 2
     assert "--extend: the run had schedule constant and 4 epochs, this has 1" in err
+
+
+def test_a_checkpoint_alone_becomes_a_whole_run_folder(run, tmp_path):
+    assert run("--epochs", "1")[0] == 0
+    names = ("config.yaml", "val_cases.txt", "run.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names[:2]]
+    for name in names:
+        (tmp_path / "run" / name).unlink()
+    assert run("--epochs", "1", "--resume")[::2] == (0, "")
+    assert [(tmp_path / "run" / name).read_bytes() for name in names[:2]] == before
+    assert facts(tmp_path / "run")["val_cases"] == before[1].decode().split()
 
 
 def test_another_memory_plan_is_said_to_change_the_last_bits(run, tmp_path):

@@ -11,6 +11,7 @@ from core.checkpoint import load_checkpoint
 from core.config import load_config
 from core.training import run_folder
 from core.training.run_folder import BEST_SECONDS, DRAW_SECONDS, RunFolder
+from visualization.curves import draw_curves
 
 
 class Clock:
@@ -136,6 +137,19 @@ def test_curves_are_drawn_at_most_once_a_minute(folder, clock):
         clock.now += DRAW_SECONDS / 3
         folder.log_epoch({"epoch": epoch, "train_loss": 1.0})
     assert drawn == [1000 + DRAW_SECONDS, 1000 + 2 * DRAW_SECONDS, 1000 + 3 * DRAW_SECONDS]
+
+
+def test_a_log_edited_by_hand_costs_the_curves_and_not_the_run(folder, clock, capsys):
+    folder.draw = draw_curves
+    row = dict.fromkeys(folder.log_columns)
+    folder.log_epoch(row | {"epoch": 1, "train_loss": 1.0, "val_dice": 0.5})
+    folder.log.write_text(folder.log.read_text().replace("0.5", "n/a"))
+    folder.log_table.rows = None  # as after --resume
+    clock.now += DRAW_SECONDS
+    folder.log_epoch(row | {"epoch": 2, "train_loss": 0.5})
+    assert "warning: no new curves.png: " in (err := capsys.readouterr().err)
+    assert "row 2, column val_dice: 'n/a', expected a number" in err
+    assert len(folder.log.read_text().splitlines()) == 3
 
 
 def test_the_copy_of_the_best_is_on_the_cpu_and_of_its_own(folder, clock):

@@ -387,6 +387,15 @@ def test_step_never_waits_for_a_value(plan, norm, scaled, optimizer):
                 ask(value)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_loss_that_is_no_scalar_is_named(plan):
+    network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
+    training = start(network, loss=lambda logits, _: logits.mean((1, 2, 3, 4)))
+    training.plan = plan
+    with pytest.raises(ValueError, match=r"^loss: returns a tensor of shape \(2,\), expected a scalar"):
+        training_step(training, torch.rand(2, 1, 8, 8, 8), torch.zeros(2, 8, 8, 8, dtype=torch.uint8))
+
+
 def test_a_loss_on_a_gpu_is_copied_at_once_and_waited_for_when_read(monkeypatch):
     order = []
 
