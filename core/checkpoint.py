@@ -188,13 +188,17 @@ def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False
         if untaught and warn:
             names = ", ".join(untaught)
             print_warning(f"not every checkpoint was taught {names}: 0 mL in volumes.csv says nothing there")
+    return list(networks), first | {"training_data": merged, "fingerprint": fingerprint_of(networks)}
+
+
+def fingerprint_of(networks: Sequence[nn.Module]) -> str:
+    """Return the fingerprint of networks that are averaged, in any order: of best.pt that of the last.pt it equals."""
     weights = sorted(hash_of(network) for network in networks)
-    fingerprint = hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
-    return list(networks), first | {"training_data": merged, "fingerprint": fingerprint}
+    return hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
 
 
 def hash_of(network: nn.Module) -> str:
-    """Return a hash of a network's weights; the same for best.pt and last.pt when they hold the same weights."""
+    """Return a hash of a network's weights."""
     found = hashlib.sha256()
     for name, weight in network.state_dict().items():
         found.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())

@@ -12,13 +12,13 @@ import onnxruntime
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
 
-def resize(volume: np.ndarray, shape: tuple) -> np.ndarray:
-    """Interpolate (X, Y, Z) linearly, one axis after the other; average where an axis shrinks by more than 2."""
+def resize(volume: np.ndarray, shape: tuple, average: bool = False) -> np.ndarray:
+    """Interpolate (X, Y, Z) linearly, one axis after the other; or `average`, where an axis shrinks by more than 2."""
     for axis, n in enumerate(shape):
         step = volume.shape[axis] / n
         centres = (np.arange(n) + 0.5) * step - 0.5
         distances = np.abs(np.arange(volume.shape[axis]) - centres[:, None])
-        weights = (1 - distances / (step if step > 2 else 1)).clip(0)
+        weights = (1 - distances / (step if average and step > 2 else 1)).clip(0)
         weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
         volume = np.moveaxis(np.tensordot(weights, volume, (1, axis)), 0, axis)
     return volume
@@ -34,8 +34,10 @@ if facts["crop"] != "none":
 
 scan = nib.load(scan_path)
 hu = nib.as_closest_canonical(scan).get_fdata(dtype=np.float32)  # (X, Y, Z) in RAS+ order
+if not np.isfinite(hu).all():
+    sys.exit(f"{scan_path}: holds NaN or infinite voxels; expected HU")
 low, high = facts["window_hu"]
-image = resize(((hu - low) / (high - low)).clip(0, 1), facts["size"])
+image = resize(((hu - low) / (high - low)).clip(0, 1), facts["size"], average=True)
 image = np.rint(image * 255) / np.float32(255)  # the training cases were stored so
 (logits,) = session.run(["logits"], {"image": image[None, None]})
 

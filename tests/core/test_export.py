@@ -13,9 +13,10 @@ from data_files import settings
 from helpers import make_voxels, save_scan
 from warm import run_script
 
-from core.checkpoint import hash_of, load_network, save_checkpoint
+from core.checkpoint import load_network, save_checkpoint
 from core.export import export, main
 from core.network import build_network
+from core.scans.organ_names import read_network
 
 ROOT = Path(__file__).resolve().parents[2]
 ORGANS = ("background", "liver", "right kidney", "spleen")
@@ -51,7 +52,7 @@ def test_the_model_gives_the_label_map_of_infer_py_and_says_what_it_needs(checkp
     network, _ = load_network(checkpoint)
     assert facts == {
         "orientation": "RAS+", "window_hu": [-100, 250], "size": [32, 32, 16], "crop": "none", "organs": list(ORGANS),
-        "network": hash_of(network),
+        "network": facts["network"],
     }  # fmt: skip
     image = torch.rand(1, 1, 32, 32, 16)
     with torch.inference_mode():
@@ -59,12 +60,13 @@ def test_the_model_gives_the_label_map_of_infer_py_and_says_what_it_needs(checkp
     (logits,) = session.run(None, {"image": image.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)
 
-    # The second shrinks by more than 2 along each axis, where infer.py averages.
-    for axes, shape in (("RAS", (44, 38, 21)), ("PIL", (90, 70, 45))):
+    # The second shrinks by more than 2 along each axis, where infer.py averages; the third grows by more than 2.
+    for axes, shape in (("RAS", (44, 38, 21)), ("PIL", (90, 70, 45)), ("LAS", (44, 38, 6))):
         scan = save_scan(tmp_path / f"{axes}.nii.gz", make_voxels(shape), axes)
         out = tmp_path / f"{axes}_labels.nii.gz"
         said = run_script("docs/onnx_example.py", model, scan, out)
         run_script("infer.py", scan, "--checkpoint", checkpoint, "--output", tmp_path / "out").check_returncode()
+        assert facts["network"] == read_network(tmp_path / "out" / f"{axes}.nii.gz")
         mine, its = nib.load(tmp_path / "out" / f"{axes}.nii.gz"), nib.load(out)
         assert np.array_equal(mine.affine, its.affine)
         labels, found = np.asarray(mine.dataobj), np.asarray(its.dataobj)
@@ -118,4 +120,10 @@ def test_the_example_refuses_a_network_of_a_part_of_the_scan(checkpoint, tmp_pat
     assert (said.returncode, said.stderr) == (
         1, f"{tmp_path / 'model.onnx'}: trained with crop: organs; cut the scan to that box first\n"
     )  # fmt: skip
+    assert not (tmp_path / "out.nii").exists()
+    export(network, content["config"], tmp_path / "model.onnx")
+    voxels = make_voxels((44, 38, 21)).astype(np.float32)
+    voxels[3, 2, 1] = np.nan
+    said = run_script("docs/onnx_example.py", tmp_path / "model.onnx", save_scan(scan, voxels), tmp_path / "out.nii")
+    assert (said.returncode, said.stderr) == (1, f"{scan}: holds NaN or infinite voxels; expected HU\n")
     assert not (tmp_path / "out.nii").exists()
