@@ -288,7 +288,7 @@ class DataFolder:
         """Note that a case is finished, and which organs occur in it."""
         keys = used_masks(case, organ_map) if case.masks else list(organ_map.names)
         if case.annotated is not None:
-            keys = [key for key in keys if any(same_organ(organ_map.names[key], name) for name in case.annotated)]
+            keys = [key for key in keys if organ_map.is_listed(key, case.annotated)]
         annotated = [self.organs[organ] for organ in organ_map.annotated(keys)]
         self.cases[case.id] |= {"key": key_of(case, organ_map), "annotated": annotated, "present": list(present)}
         self.converted.append(case.id)

@@ -27,18 +27,25 @@ class OrganMap:
     """Map the ids of a source to the ids of an organ list.
 
     Attributes:
-        names: organ name by key, as the source has it; without the background.
+        names: organ name by key, as the source has it or the user gives it; without the background.
         target: id in the organ list by key; 0 for keys that `dropped` lists.
         dropped: keys of organs that the list does not have.
         ignored: keys of voxels that are not annotated.
         given: keys that the user has named.
+        own: organ name by key, as the source has it.
     """
 
     names: dict[Key, str]
     target: dict[Key, int]
     dropped: tuple[Key, ...]
     ignored: tuple[Key, ...]
-    given: frozenset[Key] = frozenset()
+    given: frozenset[Key]
+    own: Mapping[Key, str]
+
+    def is_listed(self, key: Key, organs: Sequence[str]) -> bool:
+        """Return True when `organs` list a key, by the source's own name or the one given."""
+        known = (self.names[key], self.own.get(key, self.names[key]))
+        return any(same_organ(name, organ) for name in known for organ in organs)
 
     def annotated(self, keys: Sequence[Key]) -> tuple[int, ...]:
         """Return the ids of the organ list that `keys` stand for, in order."""
@@ -105,7 +112,7 @@ def match_organs(names: Mapping[Key, str], given: Mapping[Key, str], organs: Seq
             f"none of the source's organs ({listed}) is in the organ list ({', '.join(organs[1:])}); "
             "give another list (--organs, --config), or other names (--source-organs)"
         )
-    return OrganMap(merged, target, dropped, ignored, frozenset(given))
+    return OrganMap(merged, target, dropped, ignored, frozenset(given), names)
 
 
 def read_dataset_json(path: Path) -> dict[int, str]:

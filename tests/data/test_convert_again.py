@@ -24,6 +24,7 @@ from foreign_layouts import (
 from helpers import files_in
 from warm import run_script
 
+from core.scans.organ_names import organ_names_extension
 from data import doctor
 from data.converted import DataFolder
 from data.layouts import SourceCase
@@ -242,6 +243,26 @@ def test_our_own_layout_keeps_what_is_annotated_and_made_labels_are_refused(phan
     code, _, err, _ = run(ours, to=tmp_path / "three")
     assert (code, "weights.csv says that a network has made its labels" in err) == (2, True)
     assert not (tmp_path / "three").exists()
+
+
+def name_ids(labels: Path, *organs: str) -> None:
+    """Write organ names into a label map's header: of the ids 1, 2 and so on."""
+    image = nib.load(labels)
+    named = nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+    named.header.extensions.append(organ_names_extension(["background", *organs]))
+    nib.save(named, labels)
+
+
+def test_source_organs_keep_what_the_source_annotates_under_its_own_names(phantoms, run, tmp_path):
+    ids = {1: 1, 13: 2, 2: 3}
+    source = write_pairs(phantoms, tmp_path / "s", "images", "labels", "c{}_0000.nii.gz", "c{}.nii.gz", ids)
+    for case in ("c1", "c2"):
+        name_ids(source / "labels" / f"{case}.nii.gz", "liver", "LK", "RK")
+    (source / "annotated.csv").write_text("case,organs\nc1,liver;LK;RK\nc2,liver;right kidney\n")
+    kidneys = ["--organs", "liver", "left kidney", "right kidney"]
+    code, _, err, data = run(source, *kidneys, "--source-organs", "2=left kidney", "3=right kidney")
+    assert (code, err) == (0, "")
+    assert annotated(data) == {"c1": ["liver", "left kidney", "right kidney"], "c2": ["liver", "right kidney"]}
 
 
 def test_dataset_json_may_name_ids_that_no_voxel_has(phantoms, run, tmp_path):
