@@ -72,7 +72,7 @@ def convert(source: Source, organ_map: OrganMap, folder: DataFolder, copy: bool,
             if result.error:
                 failures[case.id] = result.error
             else:
-                folder.finish(case, organ_map, result.present)
+                folder.finish(case, organ_map, result)
                 results.append(result)
     for line in [*summarise(results, organ_map), *doubts(folder.never_found(source.cases), source, organ_map, folder)]:
         print_warning(line)

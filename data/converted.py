@@ -40,6 +40,7 @@ class Converted:
         case: its id.
         error: why it failed; empty when it did not.
         present: names of the organs that occur in it.
+        named: ids that its label map's header names, and those that it holds; empty where the header names none.
         dropped: voxels that became background, by the source's key.
         overlaps: voxels that two masks claim, by the names of the loser and the winner.
     """
@@ -47,6 +48,7 @@ class Converted:
     case: str
     error: str = ""
     present: tuple[str, ...] = ()
+    named: frozenset[int] = frozenset()
     dropped: Counter = field(default_factory=Counter)
     overlaps: Counter = field(default_factory=Counter)
 
@@ -92,9 +94,10 @@ def read_label_map(path: Path, organ_map: OrganMap, result: Converted, folder: P
     """
     nifti = as_nifti(path, folder)
     ids, geometry = load_labels(nifti)
-    check_header_names(nifti, organ_map)
+    in_header = header_names(nifti, organ_map)
     counts = count_ids(ids)
     present = [int(key) for key in np.flatnonzero(counts) if key]
+    result.named = frozenset([*in_header, *present] if in_header else [])
     unknown = [key for key in present if key not in organ_map.names]
     if unknown:
         listed = ", ".join(f"{key} ({counts[key]} voxels)" for key in unknown[:5])
@@ -112,19 +115,21 @@ def read_label_map(path: Path, organ_map: OrganMap, result: Converted, folder: P
     return table[ids], geometry
 
 
-def check_header_names(path: Path, organ_map: OrganMap) -> None:
-    """Check that the organ names in a label map's header, if it has any, are those that the source is read with.
+def header_names(path: Path, organ_map: OrganMap) -> dict[int, str]:
+    """Return the organ names by id in a label map's header; none where it has none.
 
     Raises:
-        ValueError: when one is not.
+        ValueError: when one is not the name that the source is read with.
     """
-    for key, name in read_organ_names(path).items():
+    names = read_organ_names(path)
+    for key, name in names.items():
         taken = organ_map.names.get(key)
         if taken is not None and key not in organ_map.given and not same_organ(name, taken):
             raise ValueError(
                 f"{path}: its header says that id {key} is {name!r}, but it is read as {taken!r}; "
                 f"--source-organs {key}=NAME decides"
             )
+    return names
 
 
 def read_masks(
@@ -284,13 +289,15 @@ class DataFolder:
         except (OSError, ValueError):
             return False
 
-    def finish(self, case: SourceCase, organ_map: OrganMap, present: Sequence[str]) -> None:
-        """Note that a case is finished, and which organs occur in it."""
+    def finish(self, case: SourceCase, organ_map: OrganMap, result: Converted) -> None:
+        """Note that a case is finished, which organs its source annotates, and which occur in it."""
         keys = used_masks(case, organ_map) if case.masks else list(organ_map.names)
         if case.annotated is not None:
             keys = [key for key in keys if organ_map.is_listed(key, case.annotated)]
+        elif result.named:
+            keys = [key for key in keys if key in result.named]
         annotated = [self.organs[organ] for organ in organ_map.annotated(keys)]
-        self.cases[case.id] |= {"key": key_of(case, organ_map), "annotated": annotated, "present": list(present)}
+        self.cases[case.id] |= {"key": key_of(case, organ_map), "annotated": annotated, "present": list(result.present)}
         self.converted.append(case.id)
         self.save()
 

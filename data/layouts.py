@@ -48,7 +48,7 @@ class SourceCase:
         scan: the CT.
         labels: its label map; None when it has masks.
         masks: file of each organ's mask, by the file's name.
-        annotated: the organs that are annotated, by the annotated.csv of a data set in our layout; None: all.
+        annotated: the organs that are annotated, by the annotated.csv of a data set in our layout; None: not said.
     """
 
     id: str

@@ -17,6 +17,7 @@ from foreign_layouts import (
     CASES,
     annotated,
     check_converted,
+    renumbered,
     voxels,
     write_labels,
     write_pairs,
@@ -263,6 +264,17 @@ def test_source_organs_keep_what_the_source_annotates_under_its_own_names(phanto
     code, _, err, data = run(source, *kidneys, "--source-organs", "2=left kidney", "3=right kidney")
     assert (code, err) == (0, "")
     assert annotated(data) == {"c1": ["liver", "left kidney", "right kidney"], "c2": ["liver", "right kidney"]}
+
+
+def test_a_header_that_names_fewer_organs_annotates_these_and_what_its_label_map_holds(phantoms, run, tmp_path):
+    source = write_pairs([phantoms[0]] * 3, tmp_path / "s", "images", "labels", "c{}.nii.gz", "c{}.nii.gz", {1: 1})
+    write_labels(phantoms[0][1], renumbered(phantoms[0][1], {3: 2}), source / "labels" / "c3.nii.gz")
+    for case, names in (("c1", ["liver", "spleen"]), ("c2", ["liver"]), ("c3", ["liver"])):
+        name_ids(source / "labels" / f"{case}.nii.gz", *names)
+    code, _, err, data = run(source, "--organs", "liver", "spleen", "pancreas")
+    assert (code, err) == (0, "")
+    # The third holds the spleen without naming it, and names the liver without holding it.
+    assert annotated(data) == {"c1": ["liver", "spleen"], "c2": ["liver"], "c3": ["liver", "spleen"]}
 
 
 def test_dataset_json_may_name_ids_that_no_voxel_has(phantoms, run, tmp_path):
