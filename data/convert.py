@@ -22,7 +22,7 @@ from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, 
 from core.system.files import read_text, user_path
 from core.system.parallel import MAX_WORKERS, cores, in_processes
 from data import doctor
-from data.converted import Converted, DataFolder, convert_case
+from data.converted import Converted, DataFolder, convert_case, copy_linked
 from data.label_names import BACKGROUND, OrganMap, load_collections, match_organs, parse_source_organs
 from data.layouts import Source, read_source, unnamed
 from data.other_formats import check_readable
@@ -66,6 +66,8 @@ def convert(source: Source, organ_map: OrganMap, folder: DataFolder, copy: bool,
     results: list[Converted] = []
     if todo or finished:
         folder.start(todo)
+    for case in finished if copy else ():
+        copy_linked(case.scan, folder.path / "images", case.id)
     work = partial(convert_case, organ_map=organ_map, organs=folder.organs, data_dir=folder.path, copy=copy)
     with closing(in_processes(work, todo, max(1, min(workers, len(todo))))) as done:
         for case, result in tqdm(done, total=len(todo), desc="converting", disable=None):

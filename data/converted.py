@@ -188,6 +188,13 @@ def place(scan: Path, target: Path, copy: bool) -> None:
         shutil.copyfile(scan, temporary)
 
 
+def copy_linked(scan: Path, images: Path, case: str) -> None:
+    """Replace a case's scan by a copy where it is a link, as an earlier command has made it."""
+    target = images / f"{case}_0000{suffix_of(scan)}"
+    if scan.exists() and target.exists() and target.samefile(scan):
+        place(scan, target, copy=True)
+
+
 def suffix_of(scan: Path) -> str:
     """Return the suffix of a scan's file in our layout."""
     return ".nii" if scan.name.lower().endswith(".nii") else ".nii.gz"

@@ -25,7 +25,7 @@ from core.scans.nifti import Reading
 from core.scans.volumes import NIFTI_SUFFIXES, save_label_map, save_scan
 from core.scans.weights import WEIGHTS, read_weights, write_weights
 from core.system.files import locked, open_text, write_table
-from data.converted import place, remove, suffix_of
+from data.converted import copy_linked, place, remove, suffix_of
 from data.judging import Judgement, Limits
 
 TABLE, LOCK = "pseudo_labels.csv", ".pseudo_labels.lock"
@@ -78,6 +78,8 @@ class MadeLabels:
             )
         taken = {row["case"]: row["taken"] == "yes" for row in rows if not row["organ"]}
         done = {case for case in cases if case in taken and (not taken[case] or self.has_files(case))}
+        for case in done if self.copy else ():
+            copy_linked(cases[case], self.path / "images", case)
         return {case: scan for case, scan in cases.items() if case not in done}
 
     def check_same_scans(self, cases: Mapping[str, Path], rows: Sequence[Mapping[str, str]]) -> None:

@@ -319,6 +319,26 @@ def test_scans_are_linked_or_copied(phantoms, run, tmp_path, monkeypatch):
     assert copy.read_bytes() == scan.read_bytes()
 
 
+def test_copy_in_a_second_run_replaces_links_by_copies_and_nothing_else(phantoms, run, tmp_path, monkeypatch):
+    source = write_pairs(phantoms, tmp_path / "s", "img", "label", "img{:04d}.nii.gz", "label{:04d}.nii.gz", BTCV)
+    run(source, to=tmp_path / "hard")
+    monkeypatch.setattr(os, "link", raise_other_disk)
+    run(source, to=tmp_path / "symbolic")
+    for data in (tmp_path / "hard", tmp_path / "symbolic"):
+        edited = data / "labels" / "img0001.nii.gz"
+        edited.write_bytes(b"edited by hand")
+        code, out, _, _ = run(source, "--copy", to=data)
+        assert (code, "0 cases converted, 2 were finished before" in out) == (0, True)
+        for case, (scan, _) in zip(("img0001", "img0002"), phantoms, strict=True):
+            copy, original = data / "images" / f"{case}_0000.nii.gz", source / "img" / f"{case}.nii.gz"
+            assert (copy.is_symlink(), copy.samefile(original)) == (False, False)
+            assert copy.read_bytes() == original.read_bytes() == scan.read_bytes()
+        assert edited.read_bytes() == b"edited by hand"
+        written = copy.stat().st_mtime_ns
+        run(source, "--copy", to=data)
+        assert copy.stat().st_mtime_ns == written
+
+
 def test_simpleitk_formats_say_what_to_install(phantoms, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     for part in ("imagesTr", "labelsTr"):

@@ -133,6 +133,18 @@ def test_the_same_again_makes_what_is_missing_and_other_limits_are_refused(run, 
     assert "has 2 cases of other networks or limits (phantom_0001, phantom_0002); choose another folder" in err
 
 
+def test_copy_in_a_second_run_replaces_links_by_copies(run, made, trained, phantom_data):
+    flags = ["--checkpoint", trained / "last.pt", "--output", made]
+    labelled = (made / "labels" / "phantom_0001.nii.gz").stat().st_mtime_ns
+    code, _, err = run(phantom_data, *flags, *LENIENT, *CASES, "--copy")
+    assert code == 0, err
+    for case in ("phantom_0001", "phantom_0002"):
+        copy, original = (folder / "images" / f"{case}_0000.nii.gz" for folder in (made, phantom_data))
+        assert not copy.samefile(original)
+        assert copy.read_bytes() == original.read_bytes()
+    assert (made / "labels" / "phantom_0001.nii.gz").stat().st_mtime_ns == labelled
+
+
 def test_edited_lines_of_annotated_and_weights_stay(run, made, trained, phantom_data):
     (annotated, weights), corrected = (read_annotated(made), read_weights(made)), "phantom_0002"
     assert len(annotated["phantom_0001"]) > 1
