@@ -192,7 +192,7 @@ def read_tables(source: Source) -> None:
     Raises:
         ValueError: when weights.csv says that a network has made labels; they would pass for labels of people.
     """
-    if read_weights(source.folder):
+    if read_weights(source.folder, [case.id for case in source.cases]):
         raise ValueError(
             f"{source.folder}: {WEIGHTS} says that a network has made its labels, which conversion would lose; train "
             "on the folder itself, as one of several of --data-dir"

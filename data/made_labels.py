@@ -23,12 +23,12 @@ from core.scans.files import listed
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.volumes import NIFTI_SUFFIXES, save_label_map, save_scan
-from core.scans.weights import WEIGHTS, read_weights, write_weights
+from core.scans.weights import PSEUDO_LABELS, WEIGHTS, read_weights, write_weights
 from core.system.files import locked, open_text, write_table
 from data.converted import copy_linked, place, remove, suffix_of
 from data.judging import Judgement, Limits
 
-TABLE, LOCK = "pseudo_labels.csv", ".pseudo_labels.lock"
+TABLE, LOCK = PSEUDO_LABELS, ".pseudo_labels.lock"
 COLUMNS = [
     "case", "organ", "taken", "reason", "agreement", "ml", "largest_piece", "touches_edge", "weight", "made_by",
     "scan",

@@ -22,7 +22,7 @@ from core.checkpoint import load_checkpoint, load_network, save_checkpoint
 from core.scans.annotated import read_annotated, write_annotated
 from core.scans.volumes import load_labels, load_scan
 from core.scans.weights import read_weights, write_weights
-from data import made_labels, pseudo_label
+from data import convert, doctor, made_labels, pseudo_label
 from data.agreement import inverse, predict_and_compare, views
 from dataset import find_cases
 
@@ -146,12 +146,12 @@ def test_copy_in_a_second_run_replaces_links_by_copies(run, made, trained, phant
 
 
 def test_edited_lines_of_annotated_and_weights_stay(run, made, trained, phantom_data):
-    (annotated, weights), corrected = (read_annotated(made), read_weights(made)), "phantom_0002"
+    (annotated, weights), deleted = (read_annotated(made), read_weights(made)), "phantom_0002"
     assert len(annotated["phantom_0001"]) > 1
     write_annotated(made, annotated | {"phantom_0001": annotated["phantom_0001"][1:]})  # a wrong liver
-    write_weights(made, {case: weight for case, weight in weights.items() if case != corrected})
+    write_weights(made, {case: weight for case, weight in weights.items() if case != deleted})
     flags = ["--checkpoint", trained / "last.pt", "--output", made]
-    code, _, err = run(phantom_data, *flags, *LENIENT, "--cases", "phantom_0001", corrected, "phantom_0003")
+    code, _, err = run(phantom_data, *flags, *LENIENT, "--cases", "phantom_0001", deleted, "phantom_0003")
     assert code == 0, err
     assert read_annotated(made)["phantom_0001"] == annotated["phantom_0001"][1:]
     assert set(read_weights(made)) == {"phantom_0001", "phantom_0003"}
@@ -227,6 +227,20 @@ def test_made_and_labelled_cases_train_together_and_only_the_labelled_are_held_o
     code, _, err = run_main(train, "--data-dir", phantom_data, made, *where[3:], *TINY, "--overwrite")
     assert code == 1
     assert f"case phantom_0001: is in {phantom_data} and in {made}, expected in one; rename it" in err
+
+
+def test_a_made_case_without_a_weight_does_not_pass_for_labels_of_people(run_main, phantom_data, tmp_path):
+    made = Path(shutil.copytree(phantom_data, tmp_path / "made"))
+    (made / "pseudo_labels.csv").write_text("case\n")
+    write_weights(made, {f"phantom_000{number}": 0.9 for number in (1, 3, 4, 5)})
+    where = ["--data-dir", made, "--run-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
+    said = f"{made / 'weights.csv'}: has no line for phantom_0002, whose labels would pass for people's beside pseudo"
+    for command, flags in ((train, [*where, *TINY]), (doctor, [made]), (convert, [made, tmp_path / "converted"])):
+        code, _, err = run_main(command, *flags)
+        assert (code > 0, err.count("\n"), said in err) == (True, 1, True), err
+    (made / "images" / "phantom_0002_0000.nii.gz").unlink()
+    (made / "labels" / "phantom_0002.nii.gz").unlink()
+    assert [(case.id[-1], case.weight) for case in find_cases(made)] == [(number, 0.9) for number in "1345"]
 
 
 @pytest.mark.slow
