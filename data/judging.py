@@ -10,6 +10,7 @@ import numpy as np
 from core.scans.anatomy import Organ, far_apart, odd_volumes, rounded, swapped_sides
 
 MIN_PIECE = 0.9  # share of an organ in its largest piece
+NOT_TAUGHT = "not taught"  # reason of an organ that the networks were not taught
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ def judge(
     for name, agreed in agreement.items():
         organ = found.get(name)
         if organ is None:
-            judged[name] = OrganJudgement(agreed, 0.0, math.nan, (), "not found" if name in taught else "not taught")
+            judged[name] = OrganJudgement(agreed, 0.0, math.nan, (), "not found" if name in taught else NOT_TAUGHT)
             continue
         piece = organ.pieces_ml[0] / organ.ml
-        reason = reason_of(name, agreed, piece, odd, limits) if name in taught else "not taught"
+        reason = reason_of(name, agreed, piece, odd, limits) if name in taught else NOT_TAUGHT
         judged[name] = OrganJudgement(agreed, organ.ml, piece, organ.cut, reason)
     trusted = [organ.agreement for organ in judged.values() if not organ.reason]
     reasons = [f"unlike the training cases: {', '.join(unlike)}"] if unlike else []

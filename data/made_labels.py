@@ -26,7 +26,7 @@ from core.scans.volumes import NIFTI_SUFFIXES, save_label_map, save_scan
 from core.scans.weights import PSEUDO_LABELS, WEIGHTS, read_weights, write_weights
 from core.system.files import locked, open_text, write_table
 from data.converted import copy_linked, place, remove, suffix_of
-from data.judging import Judgement, Limits
+from data.judging import NOT_TAUGHT, Judgement, Limits
 
 TABLE, LOCK = PSEUDO_LABELS, ".pseudo_labels.lock"
 COLUMNS = [
@@ -192,7 +192,8 @@ class MadeLabels:
         lines = [f"{len(taken)} of {len(cases)} scans taken into {self.path}; {TABLE} says why"]
         if taken:
             lines.append(f"organs in so many: {', '.join(f'{organ} {organs[organ]}' for organ in self.organs[1:])}")
-            never = dict.fromkeys(row["organ"] for row in rows if row["agreement"] and not organs[row["organ"]])
+            taught = (row["organ"] for row in rows if row["organ"] and row["reason"] != NOT_TAUGHT)
+            never = [organ for organ in dict.fromkeys(taught) if not organs[organ]]
             if never:
                 lines.append(f"trusted in none: {', '.join(never)}; training can lose what no scan has (RESULTS.md)")
         return lines

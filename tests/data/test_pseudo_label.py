@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,11 +20,13 @@ from warm import ROOT, run_script
 
 import train
 from core.checkpoint import load_checkpoint, load_network, save_checkpoint
+from core.scans.anatomy import organs_in
 from core.scans.annotated import read_annotated, write_annotated
 from core.scans.volumes import load_labels, load_scan
 from core.scans.weights import read_weights, write_weights
 from data import convert, doctor, made_labels, pseudo_label
 from data.agreement import inverse, predict_and_compare, views
+from data.judging import Limits, judge
 from dataset import find_cases
 
 ORGANS = ["background", "liver", "right kidney", "spleen", "left kidney"]
@@ -96,6 +99,19 @@ def test_organs_that_no_scan_can_teach_are_named(made, run, trained, phantom_dat
     (named,) = (line for line in out.splitlines() if line.startswith("trusted in none: "))
     assert all(organ in named for organ, agreement in best.items() if agreement < least)
     assert "liver" not in named
+
+
+def test_organs_that_are_found_in_no_scan_are_named_too(phantom_data, tmp_path):
+    scan = phantom_data / "images" / "phantom_0001_0000.nii.gz"
+    voxels, geometry = load_labels(phantom_data / "labels" / "phantom_0001.nii.gz")
+    labels = np.where(voxels <= 2, voxels, 0).astype(np.uint8)  # liver and right kidney
+    agreement = {"liver": 0.9, "right kidney": 0.5, "spleen": math.nan, "left kidney": math.nan}
+    judgement = judge(organs_in(labels, geometry, ORGANS), agreement, ORGANS[1:4], (), Limits(trusted=0))
+    made = made_labels.MadeLabels(tmp_path / "made", ORGANS, "network", Limits(trusted=0), copy=False)
+    made.begin({"phantom_0001": scan})
+    made.add("phantom_0001", scan, labels, geometry, judgement)
+    # The left kidney was never taught, so that nothing of it can be lost.
+    assert "trusted in none: right kidney, spleen; training can" in made.summary(["phantom_0001"])[-1]
 
 
 def test_a_dicom_series_becomes_nifti_and_gets_the_same_labels(made, run, trained, phantom_data, tmp_path):
