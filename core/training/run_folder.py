@@ -192,11 +192,12 @@ class RunFolder:
         write_text(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def go_on(self, before: Config, device: torch.device, cases: dict[str, list[str]]) -> None:
-        """Write those files of `start` that a resumed run lacks, and the epochs that --extend has added."""
+        """Write those files of `start` that a resumed run lacks, and what an extended or moved run has anew."""
         if not self.record():
             rename_old(self.path / "run.json", f"{self.path}: no run has written it")
             self.write_record(device, cases)
-        if before.epochs != self.config.epochs or not (self.settings.is_file() and self.val_cases.is_file()):
+        same = (before.epochs, before.run_dir) == (self.config.epochs, self.config.run_dir)
+        if not (same and self.settings.is_file() and self.val_cases.is_file()):
             self.write_settings(cases)
             self.note(config=config_to_dict(self.config))
 

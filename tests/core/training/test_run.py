@@ -605,6 +605,10 @@ def test_a_checkpoint_alone_becomes_a_whole_run_folder(run, tmp_path):
     assert run("--epochs", "1", "--resume")[::2] == (0, "")
     assert [(tmp_path / "run" / name).read_bytes() for name in names[:2]] == before
     assert facts(tmp_path / "run")["val_cases"] == before[1].decode().split()
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)
+    assert run("--epochs", "1", "--resume", "--run-dir", moved)[0] == 0
+    assert load_config(moved / "config.yaml").run_dir == facts(moved)["config"]["run_dir"] == str(moved)
 
 
 def test_another_memory_plan_is_said_to_change_the_last_bits(run, tmp_path):
