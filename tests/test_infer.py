@@ -1490,7 +1490,7 @@ def test_a_scan_brighter_than_those_trained_on(run, tmp_path):
     code, _, err = run(save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE) + np.int16(1000)))
     assert code == 0
     assert err.count("% of its body lies below") == 3
-    code, _, err = run(save_scan(tmp_path / "scan.nii.gz", make_voxels(SIZE) + np.int16(40)))
+    code, _, err = run(save_scan(tmp_path / "other.nii.gz", make_voxels(SIZE) + np.int16(40)))
     assert (code, err) == (0, "")
 
 

@@ -181,7 +181,7 @@ class OutputFolder:
                     write_dicom = write_segmentation if flag == output_files.SEGMENTATION else write_structures
                     write_dicom(labels, scan.geometry, organs, network, temporary)
             mark = mark_of(scan.file, scan.geometry)
-            save_label_map(labels, scan.geometry, label_map, organs, **{NETWORK: network, SCAN: mark})
+            save_label_map(labels, scan.geometry, label_map, organs, {NETWORK: network, SCAN: mark})
             self.write_tables(scan, labels, organs)  # almost nothing can fail between this and the moves
             self.retire_report(scan.case)
             self.keep_others(scan.case, mark)

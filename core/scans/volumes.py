@@ -224,7 +224,7 @@ def copy_by_planes(source: np.ndarray, target: np.ndarray) -> None:
 
 
 def save_label_map(
-    labels: np.ndarray, geometry: Geometry, path: str | Path, organs: Sequence[str] = (), **made_by: str
+    labels: np.ndarray, geometry: Geometry, path: str | Path, organs: Sequence[str] = (), made_by: dict | None = None
 ) -> None:
     """Write labels, (X, Y, Z) uint8 in RAS+ order, as a label map in the scan's own geometry.
 
@@ -239,7 +239,7 @@ def save_label_map(
     stored = stored_order(labels, geometry)
     if organs:
         checksum = {CHECKSUM: checksum_of(stored)} if made_by else {}
-        header.extensions.append(organ_names_extension(organs, made_by | checksum))
+        header.extensions.append(organ_names_extension(organs, (made_by or {}) | checksum))
     save_volume(stored, header, path)
 
 

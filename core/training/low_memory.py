@@ -59,44 +59,49 @@ class Unit:
         return self.stage if self.transition is None else (self.transition, *self.stage)
 
 
-SUPPORTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # results of `is_supported`
+SUPPORTED: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()  # results of `runs_alike`
 
 
-def is_supported(network: nn.Module) -> bool:
-    """Return True when `features` gives the network's own logits and gradients, as for an unchanged V-Net.
+def is_supported(network: nn.Module, training: bool = False) -> bool:
+    """Return True when `features` gives the network's own logits, and for `training` its gradients, as for a V-Net.
 
-    An edit of vnet.py, a hook or a replaced layer can change either; such a network trains under `off` only.
+    An edit of vnet.py, a hook or a replaced layer can change them; such a network trains under `off` only.
     """
-    if network not in SUPPORTED:
-        SUPPORTED[network] = type(network) is VNet and runs_alike(network)
-    return SUPPORTED[network]
+    if type(network) is not VNet:
+        return False
+    results = SUPPORTED.setdefault(network, {})
+    if training not in results:
+        results[training] = runs_alike(network, training)
+    return results[training]
 
 
-def runs_alike(network: VNet) -> bool:
-    """Return True when a copy of the network has the same logits and gradients by `features` as by itself."""
+def runs_alike(network: VNet, training: bool) -> bool:
+    """Return True when a copy of the network has the same logits by `features` as by itself, and the same gradients."""
     # A layer that draws numbers shall not move the run's.
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.set_grad_enabled(training):
         twin = copy.deepcopy(network).to("cpu", torch.float64)
         side = 2 ** len(network.downs)
         image = torch.linspace(0, 1, 2 * side**3, dtype=torch.float64).reshape(1, 1, 2 * side, side, side).sin()
         try:
-            for mode in (False, True):
+            for mode in (True, False):
                 twin.train(mode)
                 own = with_gradients(twin, twin(image))
                 found = with_gradients(twin, twin.classify(features(twin, image, torch.float64, keep=False)))
                 if not all(map(torch.allclose, own, found)):
                     return False
-            return not any(map(parametrize.is_parametrized, twin.modules()))
+            return not (training and any(map(parametrize.is_parametrized, twin.modules())))
         except (AttributeError, TypeError, ValueError, RuntimeError):
             return False
 
 
 def with_gradients(network: nn.Module, logits: Tensor) -> list[Tensor]:
-    """Return logits and, in training mode, gradients by what is trained of norms and activations.
+    """Return logits, and in training mode the gradients by what is trained of norms and activations.
 
     Those of the convolutions' weights come from the same chain, and would take many times as long.
     """
-    trained = [p for p in network.parameters() if network.training and p.requires_grad and p.ndim == 1]
+    if not (network.training and logits.requires_grad):
+        return [logits]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad and parameter.ndim == 1]
     return [logits, *(torch.autograd.grad(logits.sin().sum(), trained, materialize_grads=True) if trained else ())]
 
 

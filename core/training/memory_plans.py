@@ -178,7 +178,7 @@ def recall(run_dir: Path, now: dict[str, Any], device: torch.device) -> dict[str
 
 def plans_for(network: nn.Module) -> tuple[str, ...]:
     """Return the plans that can run a network, from the fastest to the smallest."""
-    return PLANS if is_supported(network) else PLANS[:1]
+    return PLANS if is_supported(network, training=True) else PLANS[:1]
 
 
 def blank_batch(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,7 @@ def check_settings(config: Config, network: nn.Module, processes: int) -> None:
         print_warning(f"{', '.join(idle)}: given without augment: true, so nothing is augmented")
     if config.compile and config.memory not in ("auto", "off"):
         raise ValueError(f"compile: got true with memory: {config.memory}, expected false, or memory: auto or off")
-    if not is_supported(network) and config.memory in ("low", "lowest"):
+    if config.memory in ("low", "lowest") and not is_supported(network, training=True):
         raise ValueError(
             f"memory: got {config.memory} for a {name}, expected auto or off: the plans low and lowest know V-Net alone"
             ", without edits"

@@ -552,10 +552,12 @@ def test_an_edited_v_net_is_validated_by_its_own_forward(edit):
     torch.manual_seed(0)
     network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
     assert is_supported(network)
+    assert is_supported(network, training=True)
     network = VNet(3, channels=2, down_convs=(1, 1), up_convs=(1,))
     EDITS[edit](network)
     state = torch.get_rng_state()
-    assert not is_supported(network.eval())  # whatever mode it is in
+    assert not is_supported(network.eval(), training=True)  # whatever mode it is in
+    assert is_supported(network) == (edit in ("backward hook", "detached", "parametrized"))
     assert torch.equal(torch.get_rng_state(), state)
     image, labels = torch.rand(1, 1, 8, 8, 8), torch.randint(3, (1, 8, 8, 8), dtype=torch.uint8)
     value, predicted = validation_step(start(network.eval()), image, labels)
