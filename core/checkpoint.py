@@ -192,7 +192,7 @@ def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False
 
 
 def fingerprint_of(networks: Sequence[nn.Module]) -> str:
-    """Return the fingerprint of networks that are averaged, in any order: of best.pt that of the last.pt it equals."""
+    """Return the fingerprint of networks that are averaged, in any order; the same weights have the same one."""
     weights = sorted(hash_of(network) for network in networks)
     return hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
 
