@@ -27,6 +27,7 @@ import train
 from benchmarks.measuring import machine, time_each
 from core.config import Config, load_config
 from core.system.exits import DONE, REFUSED, USAGE, refusing, run_command
+from core.training import kernels
 from core.training.augment import augment
 from core.training.device import choose_device
 from core.training.memory_count import count_step
@@ -48,6 +49,7 @@ VARIANTS = {
     "float32": {"precision": "float32"},
     "batch_2": {"batch_size": "2"},
 }
+WITHOUT_TRITON = "low_without_triton"  # the plan low without the kernels of core/training/kernels.py
 # Other commands of this folder, which print a line of JSON at their end.
 PEERS = {"monai": ["benchmarks.train_step", "--repeats", "10"], "inference": ["benchmarks.inference"]}
 
@@ -64,6 +66,7 @@ def measure_card(config: Config, device: torch.device) -> dict[str, Any]:
     jobs = {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}
     seconds = {name: each["median"] for name, each in time_each(jobs, TURNS, device, WARM_UP).items()}
     return machine() | {
+        "triton": kernels.TRITON_VERSION,
         "matmul_tflops": 2 * rows**3 / seconds["product"] / 1e12,
         "copy_gb_per_s": 2 * size / seconds["copy"] / 1e9,
     }
@@ -71,6 +74,8 @@ def measure_card(config: Config, device: torch.device) -> dict[str, Any]:
 
 def measure_step(config: Config, device: torch.device, plan: str = "off", benchmark: bool = False) -> dict[str, Any]:
     """Return the seconds of training steps as train.py does them, and the memory: measured, and counted beforehand."""
+    if plan == WITHOUT_TRITON:
+        kernels.triton, plan = None, "low"
     training = train.start_training(config, device)
     torch.backends.cudnn.benchmark = benchmark
     training.plan = plan
@@ -136,14 +141,14 @@ def measure(part: str, flags: dict[str, Any]) -> dict[str, Any]:
         )
     config = load_config(flags=flags | VARIANTS.get(part, {}))
     device = choose_device(config.device)
-    if part in PLANS:
+    if part in (*PLANS, WITHOUT_TRITON):
         return measure_step(config, device, part)
     if part in VARIANTS:
         return measure_step(config, device, benchmark=part == "cudnn_benchmark")
     return {"card": measure_card, "augment": measure_augment, "training": measure_training}[part](config, device)
 
 
-PARTS = ("card", *PLANS, *VARIANTS, "augment", "training", *PEERS)
+PARTS = ("card", *PLANS, WITHOUT_TRITON, *VARIANTS, "augment", "training", *PEERS)
 
 
 # ---- All parts -------------------------------------------------------------------------------------------------------
@@ -172,7 +177,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     rate = card.get("matmul_tflops")
     lines += ["| step | median s | min | max | of the matmul rate | allocated GiB | reserved | counted |"]
     lines += ["| --- " * 8 + "|"]
-    for part in (*PLANS, *VARIANTS):
+    for part in (*PLANS, WITHOUT_TRITON, *VARIANTS):
         row = found.get(part)
         if row:
             share = row["tflop"] / row["median"] / rate if rate else None

@@ -29,11 +29,14 @@ from core.training.memory_count import blank_training, count_step
 from core.training.setup import PLANS
 from core.training.step import training_step
 
+LAUNCHES = {"vnet::moments": 2, "vnet::sums_backward": 2}  # each with sums over the tiles of a channel
+
 
 class Traffic(TorchDispatchMode):
     """Count the operations on tensors, and the bytes that they must read and write.
 
     An operation reads each of its tensors once and writes each result once. Views and new, empty tensors cost nothing.
+    An operation of core/training/activation.py is counted as what its kernels do on a GPU with Triton.
     """
 
     def __init__(self) -> None:
@@ -44,13 +47,18 @@ class Traffic(TorchDispatchMode):
         """Run an operation and count it."""
         kwargs = dict(kwargs or {})
         result, name = operation(*args, **kwargs), operation.name()
-        if name.startswith("aten::") and not (operation.is_view or "empty" in name or "detach" in name):
+        if name.startswith(("aten::", "vnet::")) and not (operation.is_view or "empty" in name or "detach" in name):
             kwargs.pop("out", None)
-            if name.startswith(("aten::copy_", "aten::zero_", "aten::fill_")):
+            written = [result]
+            if name.startswith("vnet::"):
+                named = list(zip(operation._schema.arguments, args, strict=True))
+                written += [value for argument, value in named if argument.is_write]
+                args = [value for argument, value in named if argument.name != "into"]
+            elif name.startswith(("aten::copy_", "aten::zero_", "aten::fill_")):
                 args = args[1:]  # the first is written only
             read = {} if "_like" in name else {id(each): each for each in tree_leaves([args, kwargs])}
-            self.bytes += sum(map(stored_bytes, [*read.values(), *tree_leaves(result)]))
-            self.operations += 1
+            self.bytes += sum(map(stored_bytes, [*read.values(), *tree_leaves(written)]))
+            self.operations += LAUNCHES.get(name, 1)
         return result
 
 

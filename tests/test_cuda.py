@@ -18,6 +18,7 @@ from helpers import TINY, in_ras, same_weights
 import infer
 import train
 from core.config import Config, load_config
+from core.training import kernels
 from core.training.augment import augment
 from core.training.device import DTYPES, choose_device, choose_precision
 from core.training.losses import LOSSES
@@ -142,6 +143,24 @@ def test_validation_predicts_as_the_cpu(precision, patch_size):
     assert on_card == pytest.approx(loss, rel=1e-2)
     assert (there.cpu() == predicted).double().mean() > (0.999 if precision == torch.float32 else 0.95)
     assert there.shape == labels.shape
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed; it exists for Linux alone")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_the_kernels_compute_what_plain_torch_does(card, dtype, capsys):
+    assert kernels.works(card, dtype), capsys.readouterr().err
+    found = kernels.all_results(tuple(kernels.PLAIN), card, dtype)
+    expected = kernels.all_results(tuple(kernels.PLAIN.values()), CPU, torch.float64)
+    near = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 3e-2)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=near, atol=near)
+
+
+def test_the_plan_low_is_the_same_without_triton(monkeypatch):
+    expected = gradients(start(network().to(CUDA), "low", "cross_entropy", torch.float32), *batch(CUDA))
+    monkeypatch.setattr(kernels, "works", lambda device, dtype: False)
+    found = gradients(start(network().to(CUDA), "low", "cross_entropy", torch.float32), *batch(CUDA))
+    assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 # ---- Waiting and memory

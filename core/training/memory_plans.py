@@ -17,6 +17,7 @@ from core.config import Config, config_to_dict
 from core.system.exits import is_out_of_memory, one_line, print_line
 from core.system.files import read_text
 from core.system.processes import ALONE, Group
+from core.training.kernels import TRITON_VERSION
 from core.training.low_memory import is_supported
 from core.training.run_folder import RunFolder
 from core.training.setup import PLANS, Training
@@ -151,7 +152,7 @@ def conditions(training: Training, config: Config, device: torch.device, group: 
         json.dumps(
             {
                 "card": [card.name, card.total_memory],
-                "versions": [torch.__version__, torch.version.cuda, torch.backends.cudnn.version()],
+                "versions": [torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), TRITON_VERSION],
                 "processes": group.size,
                 "precision": str(training.precision),
                 "network": [type(network).__name__, sum(p.numel() for p in network.parameters()), plans_for(network)],

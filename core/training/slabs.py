@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from core.training.convolutions import convolve
 from core.training.losses import Loss, SlabLoss, check_scalar, in_full_precision
-from core.training.low_memory import convolve
 
 SLAB_BYTES = 32 * 2**20  # of float32 logits that exist at a time
 

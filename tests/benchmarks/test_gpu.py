@@ -21,10 +21,10 @@ def run(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_parts_are_measured_one_by_one_and_a_failed_one_costs_itself_alone():
-    done = run(*SMALL, "--parts", "fp16", "low")
+    done = run(*SMALL, "--parts", "fp16", "low", "low_without_triton")
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
-    results = {each["part"]: each for each in map(json.loads, lines[:2])}
+    results = {each["part"]: each for each in map(json.loads, lines[:3])}
     assert "precision: got fp16 on a CPU" in results["fp16"]["failed"]
     low = results["low"]["result"]
     assert low["n"] == 10
@@ -35,6 +35,8 @@ def test_parts_are_measured_one_by_one_and_a_failed_one_costs_itself_alone():
     forward = sum(2 * 125 * c_in * c_out * 32 * 32 * 16 / 8**level for c_in, c_out, level in fives)
     assert low["tflop"] == pytest.approx(3 * forward / 1e12, rel=0.05)
     assert any(line.startswith(f"| low | {low['median']:.3f} | ") for line in lines)
+    assert results["low_without_triton"]["result"]["tflop"] == low["tflop"]
+    assert any(line.startswith("| low_without_triton | ") for line in lines)
     assert any(line.startswith("| fp16 | failed: ") for line in lines)
 
 

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
 
-from core.inference.networks import choose_inference_precision, logits_in_slabs, mean_logits, predict_logits
+from core.inference.networks import choose_inference_precision, mean_logits, predict_logits
+from core.training import convolutions
 from vnet import NORMS, VNet
 
 
@@ -60,12 +63,56 @@ def test_a_network_trained_in_bf16_runs_in_fp16_on_a_card_without_it(monkeypatch
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_logits_in_slabs_are_those_of_the_network(monkeypatch, norm):
-    """A GPU takes this way; here it is tried on a CPU, cut into several slabs."""
     torch.manual_seed(0)
-    network = VNet(classes=5, channels=4, down_convs=(1, 2, 2), up_convs=(2, 1), norm=norm).eval()
-    image = torch.rand(1, 1, 16, 12, 8)
-    monkeypatch.setattr("core.training.slabs.SLAB_BYTES", 4 * 5 * 12 * 8 * 5)  # 5 of the 16 planes at a time
+    network = VNet(classes=5, channels=4, down_convs=(1, 2, 2), up_convs=(2, 1), norm=norm).double().eval()
+    image = torch.rand(1, 1, 28, 12, 8, dtype=torch.float64)
+    monkeypatch.setattr("core.training.slabs.SLAB_BYTES", 4 * 5 * 12 * 8 * 5)  # 5 of the 28 planes at a time
+    monkeypatch.setattr(convolutions, "SLAB_BYTES", 8 * 4 * 12 * 8 * 3)  # 3 planes of 4 channels, and so on
+    planes, convolve = set(), convolutions.convolve
+    monkeypatch.setattr(convolutions, "convolve", lambda conv, x, *a: planes.add(x.shape[2]) or convolve(conv, x, *a))
     with torch.inference_mode():
-        expected, found = (way(network, image, torch.float32) for way in (predict_logits, logits_in_slabs))
-    assert found.shape == (1, 5, 16, 12, 8)
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        expected, found = network(image), predict_logits(network, image, torch.float64)
+    assert found.shape == (1, 5, 28, 12, 8)
+    torch.testing.assert_close(found, expected.float())
+    assert max(planes) < 28  # nothing was convolved whole
+
+
+def test_v_net_predicts_in_less_memory_than_layer_by_layer(monkeypatch):
+    monkeypatch.setattr(convolutions, "SLAB_BYTES", 2**18)
+    monkeypatch.setattr("core.training.activation.PIECE_VOXELS", 2**15)
+    network, image = VNet(classes=5, channels=4).eval(), torch.rand(1, 1, 64, 64, 32)
+    volume = 8 * image.numel() * 4  # bytes of the last stage's 8 channels
+    peaks = []
+    with torch.inference_mode():
+        predict_logits(network, image, torch.float32)  # compares first whether it may
+        for predict in (network, lambda image: predict_logits(network, image, torch.float32)):
+            with MemTracker() as tracker:
+                tracker.track_external(network)
+                before = tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"]
+                predict(image)
+            peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - before)
+    # The stage's input, what it learns to add, their norm and their sum; or the input and the sum alone.
+    assert peaks[0] > 3.5 * volume
+    assert peaks[1] < 2.8 * volume
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv3d(3, 2, 5, padding=2),
+        nn.Conv3d(3, 2, 5, padding="same"),
+        nn.Conv3d(3, 2, 3, padding=1),
+        nn.Conv3d(3, 2, 2, stride=2),
+        nn.Conv3d(3, 2, 3, stride=2, padding=1),
+        nn.Conv3d(3, 2, 3),
+        nn.ConvTranspose3d(3, 2, 2, stride=2),
+        nn.ConvTranspose3d(3, 2, 4, stride=2, padding=1),
+        nn.ConvTranspose3d(3, 2, 3, padding=1),
+    ],
+)
+@pytest.mark.parametrize("planes", [1, 2, 3, 4, 22])
+@torch.no_grad()
+def test_a_convolution_in_slabs_is_the_whole_one(monkeypatch, conv, planes):
+    x = torch.randn(2, 3, 22, 6, 8)
+    monkeypatch.setattr(convolutions, "SLAB_BYTES", x[:, :, :planes].numel() * 4)
+    torch.testing.assert_close(convolutions.convolve_in_slabs(conv, x), conv(x), rtol=1e-5, atol=1e-5)

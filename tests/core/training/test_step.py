@@ -19,7 +19,7 @@ from core.config import Config
 from core.patches import InPatches
 from core.training import device as devices
 from core.training import slabs
-from core.training.activation import moments
+from core.training.activation import moments, moments_by_sums
 from core.training.device import autocast, choose_device, choose_precision, has_right_gradients, training_precision
 from core.training.losses import LOSSES, Loss, loss_named
 from core.training.low_memory import features, is_supported
@@ -294,8 +294,8 @@ def test_plans_give_the_gradients_of_the_plain_step(plan, norm, loss, monkeypatc
     expected = step_on(plain, image, labels, rate=1e-3, loss=loss)
     # Small enough that a slab is thinner than the volume, and a piece has fewer channels.
     monkeypatch.setattr(slabs, "SLAB_BYTES", 20_000)
-    monkeypatch.setattr("core.training.activation.PIECE_BYTES", 20_000)
-    monkeypatch.setattr("core.training.low_memory.PART_BYTES", 50_000)
+    monkeypatch.setattr("core.training.activation.PIECE_VOXELS", 300)
+    monkeypatch.setattr("core.training.convolutions.PART_BYTES", 50_000)
     found = step_on(frugal, image, labels, rate=1e-3, loss=loss, plan=plan)
     assert found == pytest.approx(expected, rel=1e-9)
     for (name, a), b in zip(plain.named_parameters(), frugal.parameters(), strict=True):
@@ -304,20 +304,22 @@ def test_plans_give_the_gradients_of_the_plain_step(plan, norm, loss, monkeypatc
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("compute", [moments, moments_by_sums])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_statistics_are_not_rounded_to_the_type_of_the_volume(dtype):
+def test_statistics_are_not_rounded_to_the_type_of_the_volume(dtype, compute):
     torch.manual_seed(0)
     x = (torch.randn(2, 3, 16, 16, 8) * 0.5 + torch.tensor([0.0, 3.0, -20.0]).view(3, 1, 1, 1)).to(dtype)
-    mean, variance = moments(x)
+    mean, variance = compute(x)
     expected = x.double()
     torch.testing.assert_close(mean.double(), expected.mean(dim=(2, 3, 4)), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(variance.double(), expected.var(dim=(2, 3, 4), correction=0), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("compute", [moments, moments_by_sums])
 @pytest.mark.parametrize("value", [3.0, 7.0, 20.0, 45.0])
-def test_the_variance_of_a_flat_volume_is_never_below_zero(value):
+def test_the_variance_of_a_flat_volume_is_never_below_zero(value, compute):
     for dtype in (torch.bfloat16, torch.float16):
-        mean, variance = moments(torch.full((1, 2, 12, 10, 7), value, dtype=dtype))
+        mean, variance = compute(torch.full((1, 2, 12, 10, 7), value, dtype=dtype))
         assert (variance >= 0).all()  # below -eps, the norm would be NaN
         assert mean.tolist() == [pytest.approx([value] * 2)]
 
