@@ -8,7 +8,7 @@ Each pass over a volume is an operation of torch. On a GPU it is a kernel (core/
 value once and writes each result once. Elsewhere it is plain torch, in pieces that stay in a processor's cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,24 @@ def activate_backward(
 # ---- Passes over a volume --------------------------------------------------------------------------------------------
 
 
-@custom_op("vnet::moments", mutates_args=())
+def one_pass(result: Callable[..., Tensor | None], mutates: tuple[str, ...] = ()) -> Callable:
+    """Make an operation of torch of a function: on a GPU, the kernel of the same name computes it where that works.
+
+    Args:
+        result: makes a tensor without values like the function's result, from the same arguments.
+        mutates: the arguments that are overwritten.
+    """
+
+    def make(plain: Callable) -> Callable:
+        operation = custom_op(f"vnet::{plain.__name__}", plain, mutates_args=mutates)
+        operation.register_kernel("cuda")(kernels.or_plain(getattr(kernels, plain.__name__), plain))
+        operation.register_fake(result)
+        return operation
+
+    return make
+
+
+@one_pass(lambda x: x.new_empty(2, *x.shape[:2], dtype=wide(x)))
 def moments(x: Tensor) -> Tensor:
     """Return mean and variance of each channel of a volume, (2, B, C), in float32 or float64.
 
@@ -138,7 +155,7 @@ def moments_by_sums(x: Tensor) -> Tensor:
     return torch.stack([mean, (square - mean.square()).clamp(min=0)])
 
 
-@custom_op("vnet::write_activated", mutates_args=("into",))
+@one_pass(lambda *_: None, mutates=("into",))
 def write_activated(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | None, into: Tensor) -> None:
     """Write PReLU(x * scale + shift + residual) `into` a tensor like `x`; `slope` (C,) is the PReLU's."""
     slope = slope.to(wide(x))
@@ -147,7 +164,7 @@ def write_activated(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | 
         into[volume] = F.prelu(total, slope[channels])
 
 
-@custom_op("vnet::sums_backward", mutates_args=("gradient",))
+@one_pass(lambda x, *_: x.new_empty(3, *x.shape[:2], dtype=wide(x)), mutates=("gradient",))
 def sums_backward(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | None, gradient: Tensor) -> Tensor:
     """Return three sums over the volume, (3, B, C), given the gradient of what `write_activated` writes.
 
@@ -165,7 +182,7 @@ def sums_backward(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | No
     return sums
 
 
-@custom_op("vnet::input_backward", mutates_args=("x",))
+@one_pass(lambda *_: None, mutates=("x",))
 def input_backward(
     x: Tensor, stats: Tensor, slope: Tensor | None, gradient: Tensor, along: Tensor, offset: Tensor
 ) -> None:
@@ -205,16 +222,3 @@ def pieces(x: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
         for plane in range(0, x.shape[2], thickness):
             channels = slice(channel, channel + width)
             yield (slice(None), channels, slice(plane, plane + thickness)), channels
-
-
-for operation, kernel in (
-    (moments, kernels.moments),
-    (write_activated, kernels.write_activated),
-    (sums_backward, kernels.sums_backward),
-    (input_backward, kernels.input_backward),
-):
-    operation.register_kernel("cuda")(kernels.or_plain(kernel, operation._init_fn))
-moments.register_fake(lambda x: x.new_empty(2, *x.shape[:2], dtype=wide(x)))
-write_activated.register_fake(lambda *_: None)
-sums_backward.register_fake(lambda x, *_: x.new_empty(3, *x.shape[:2], dtype=wide(x)))
-input_backward.register_fake(lambda *_: None)
