@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.library import custom_op
 from torch.nn import functional as F
 
 from core.training import kernels
@@ -109,24 +108,29 @@ def activate_backward(
 # ---- Passes over a volume --------------------------------------------------------------------------------------------
 
 
-def one_pass(result: Callable[..., Tensor | None], mutates: tuple[str, ...] = ()) -> Callable:
+LIBRARY = torch.library.Library("vnet", "DEF")  # not custom_op, whose first call imports torch's compiler, a second
+
+
+def one_pass(schema: str, result: Callable[..., Tensor | None]) -> Callable:
     """Make an operation of torch of a function: on a GPU, the kernel of the same name computes it where that works.
 
     Args:
+        schema: the types of its arguments and of its result, as torch.library writes them.
         result: makes a tensor without values like the function's result, from the same arguments.
-        mutates: the arguments that are overwritten.
     """
 
     def make(plain: Callable) -> Callable:
-        operation = custom_op(f"vnet::{plain.__name__}", plain, mutates_args=mutates)
-        operation.register_kernel("cuda")(kernels.or_plain(getattr(kernels, plain.__name__), plain))
-        operation.register_fake(result)
-        return operation
+        name = plain.__name__
+        LIBRARY.define(f"{name}{schema}")
+        LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, kernels.or_plain(getattr(kernels, name), plain), "CUDA")
+        torch.library.register_fake(f"vnet::{name}", result, lib=LIBRARY)
+        return getattr(torch.ops.vnet, name).default
 
     return make
 
 
-@one_pass(lambda x: x.new_empty(2, *x.shape[:2], dtype=wide(x)))
+@one_pass("(Tensor x) -> Tensor", lambda x: x.new_empty(2, *x.shape[:2], dtype=wide(x)))
 def moments(x: Tensor) -> Tensor:
     """Return mean and variance of each channel of a volume, (2, B, C), in float32 or float64.
 
@@ -155,7 +159,7 @@ def moments_by_sums(x: Tensor) -> Tensor:
     return torch.stack([mean, (square - mean.square()).clamp(min=0)])
 
 
-@one_pass(lambda *_: None, mutates=("into",))
+@one_pass("(Tensor x, Tensor stats, Tensor slope, Tensor? residual, Tensor(a!) into) -> ()", lambda *_: None)
 def write_activated(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | None, into: Tensor) -> None:
     """Write PReLU(x * scale + shift + residual) `into` a tensor like `x`; `slope` (C,) is the PReLU's."""
     slope = slope.to(wide(x))
@@ -164,7 +168,10 @@ def write_activated(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | 
         into[volume] = F.prelu(total, slope[channels])
 
 
-@one_pass(lambda x, *_: x.new_empty(3, *x.shape[:2], dtype=wide(x)), mutates=("gradient",))
+@one_pass(
+    "(Tensor x, Tensor stats, Tensor slope, Tensor? residual, Tensor(a!) gradient) -> Tensor",
+    lambda x, *_: x.new_empty(3, *x.shape[:2], dtype=wide(x)),
+)
 def sums_backward(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | None, gradient: Tensor) -> Tensor:
     """Return three sums over the volume, (3, B, C), given the gradient of what `write_activated` writes.
 
@@ -182,7 +189,9 @@ def sums_backward(x: Tensor, stats: Tensor, slope: Tensor, residual: Tensor | No
     return sums
 
 
-@one_pass(lambda *_: None, mutates=("x",))
+@one_pass(
+    "(Tensor(a!) x, Tensor stats, Tensor? slope, Tensor gradient, Tensor along, Tensor offset) -> ()", lambda *_: None
+)
 def input_backward(
     x: Tensor, stats: Tensor, slope: Tensor | None, gradient: Tensor, along: Tensor, offset: Tensor
 ) -> None:

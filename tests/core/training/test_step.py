@@ -4,7 +4,10 @@ import copy
 import math
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +39,7 @@ from core.training.step import (
 from vnet import NORMS, VNet
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def sharp_logits(labels: torch.Tensor, classes: int, sureness: float = 50.0) -> torch.Tensor:
@@ -645,6 +649,20 @@ def test_validation_in_patches_is_the_loss_of_the_mean(loss, monkeypatch):
     expected = training.loss(torch.cat([known, torch.zeros_like(probabilities[:, 3:])], dim=1).log(), labels)
     assert found == pytest.approx(expected.item(), rel=1e-5)
     assert torch.equal(predicted, probabilities.argmax(dim=1).to(torch.uint8))
+
+
+def test_a_step_and_a_prediction_do_not_import_torchs_compiler():
+    """It takes a second, which torch.library.custom_op would take at its first call."""
+    code = (
+        "import sys, torch; from core.training.low_memory import features; from vnet import VNet\n"
+        "network, image = VNet(5, channels=2, down_convs=(1, 1), up_convs=(1,)), torch.rand(1, 1, 8, 8, 8)\n"
+        "features(network, image, torch.float32, True).sum().backward()\n"
+        "with torch.inference_mode(): features(network, image, torch.float32, False)\n"
+        "assert network.first.norms[0].weight.grad.any()\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("keep", [True, False])
