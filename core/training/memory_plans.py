@@ -74,25 +74,33 @@ def choose_plan(
     if record:
         how = "as measured before with these settings on this card"
     else:
-        free_gib = torch.cuda.mem_get_info(device)[0] / GIB
-        tables = group.gather(measure_plans(training, config, device))
-        chosen = fastest(tables)
-        trying = group.gather(None if config.deterministic else measure_benchmark(training, chosen, config, device))
-        is_faster = all(trying) and slowest(trying) < slowest(table[chosen] for table in tables)
-        plans = {plan: asdict(tried) for plan, tried in tables[0].items()}
-        record = {"chosen": chosen, "cudnn_benchmark": is_faster, "free_gib": free_gib, "plans": plans}
-        record |= {"with_cudnn_benchmark": trying[0] and asdict(trying[0]), "conditions": now}
+        record = measure(training, config, device, group) | {"conditions": now}
         how = "the first that fits" if config.deterministic else "the fastest that fits"
-        if group.first:
-            print(format_tried(tables[0] | ({f"{chosen}{TRYING}": trying[0]} if trying[0] else {})))
     if folder:
         folder.note(memory_plan=record)
-    # Only now: in the measurements above, every plan is timed without.
     torch.backends.cudnn.benchmark = record.get("cudnn_benchmark", False)
     if group.first:
         what = f"{record['chosen']}{TRYING if torch.backends.cudnn.benchmark else ''}"
         print_line(f"memory plan {what} ({how})", sys.stdout)
     return record["chosen"]
+
+
+def measure(training: Training, config: Config, device: torch.device, group: Group) -> dict[str, Any]:
+    """Measure the plans, and the fastest one while cuDNN tries its algorithms; print a table; return what to note."""
+    free_gib = torch.cuda.mem_get_info(device)[0] / GIB
+    tables = group.gather(measure_plans(training, config, device))
+    chosen = fastest(tables)
+    trying = group.gather(None if config.deterministic else measure_benchmark(training, chosen, config, device))
+    is_faster = all(trying) and slowest(trying) < slowest(table[chosen] for table in tables)
+    if group.first:
+        print(format_tried(tables[0] | ({f"{chosen}{TRYING}": trying[0]} if trying[0] else {})))
+    return {
+        "chosen": chosen,
+        "cudnn_benchmark": is_faster,
+        "free_gib": free_gib,
+        "plans": {plan: asdict(tried) for plan, tried in tables[0].items()},
+        "with_cudnn_benchmark": trying[0] and asdict(trying[0]),
+    }
 
 
 def measure_plans(training: Training, config: Config, device: torch.device) -> dict[str, Tried]:
