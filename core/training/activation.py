@@ -75,8 +75,13 @@ def activate(prelu: nn.PReLU, x: Tensor, stats: Tensor, residual: Tensor | None 
         residual: like `x`, or with one channel, or None.
         into: overwritten.
     """
-    write_activated(x, stats, prelu.weight, residual, into)
+    write_activated(x, stats, slope_of(prelu, x), residual, into)
     return into
+
+
+def slope_of(prelu: nn.PReLU, x: Tensor) -> Tensor:
+    """Return a slope for each channel, (C,); some PReLUs have one for all."""
+    return prelu.weight.expand(x.shape[1]).contiguous()
 
 
 def activate_backward(
@@ -90,9 +95,10 @@ def activate_backward(
     The gradient of `x` is scale * g - along * x + offset, with g the gradient of the PReLU's input: what would change
     only mean or variance is taken out.
     """
-    sums, products, slopes = sums_backward(x, stats, prelu.weight, residual, gradient)
-    grad_slope = slopes.sum(dim=0).to(prelu.weight.dtype)
-    slope = prelu.weight if residual is None else None
+    slope = slope_of(prelu, x)
+    sums, products, slopes = sums_backward(x, stats, slope, residual, gradient)
+    grad_slope = slopes.sum(dim=0).to(slope.dtype)
+    slope = slope if residual is None else None
     if isinstance(norm, nn.Identity):
         input_backward(x, stats, slope, gradient, torch.zeros_like(sums), torch.zeros_like(sums))
         return [grad_slope]

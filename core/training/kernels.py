@@ -8,6 +8,7 @@ in a fixed order. Triton comes with torch's builds for GPUs on Linux; without it
 from __future__ import annotations  # without Triton, tl.constexpr is a word
 
 import math
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
@@ -22,10 +23,10 @@ try:
     from triton import language as tl
     from triton.errors import TritonError
 
-    jit = triton.jit
-except ImportError:
+    jit, MISSING = triton.jit, ""
+except ImportError as error:
     triton = tl = None
-    TritonError = ImportError
+    TritonError, MISSING = ImportError, one_line(error)
 
     def jit(kernel: Callable) -> Callable:
         """Leave a kernel as it is, which nothing calls without Triton."""
@@ -34,7 +35,12 @@ except ImportError:
 
 TRITON_VERSION = triton and triton.__version__
 TILE = 4096  # voxels that a program computes
-FAILURES = (TritonError, RuntimeError, OSError, ValueError, TypeError, AttributeError, subprocess.SubprocessError)
+# What Triton raises where it cannot compile or start a kernel: it asserts that it finds libcuda, imports what it has
+# compiled, and runs other programs.
+FAILURES = (
+    TritonError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, SystemError,
+    TypeError, ValueError, subprocess.SubprocessError,
+)  # fmt: skip
 WARPS = 8  # of 32 threads that compute a tile
 CHECKED = (2, 3, 17, 19, 29)  # shape of the volume that the kernels are tried on; its last tile is incomplete
 
@@ -224,17 +230,24 @@ def or_plain(kernel: Callable, plain: Callable) -> Callable:
 def works(device: torch.device, dtype: torch.dtype) -> bool:
     """Return True where the kernels compute what plain torch does; else print a warning. Waits for the device."""
     if triton is None:
-        reason = "Triton is not installed"
-    else:
-        try:
-            reason = None if is_right(device, dtype) else "its kernels compute otherwise than plain torch"
-        except FAILURES as error:
-            if is_out_of_memory(error):
-                raise
-            reason = one_line(error)
-    if reason:
+        warn_once(MISSING)
+        return False
+    try:
+        if is_right(device, dtype):
+            return True
+        warn_once("its kernels compute otherwise than plain torch")
+    except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        warn_once(one_line(error))
+    return False
+
+
+@cache
+def warn_once(reason: str) -> None:
+    """Warn that the kernels are not used, in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
         print_warning(f"norm and PReLU are computed without Triton, which takes more time ({reason})")
-    return reason is None
 
 
 @torch.no_grad()

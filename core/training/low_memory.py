@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from core.training.activation import activate, activate_backward, statistics
 from core.training.convolutions import convolve, convolve_backward, convolve_in_slabs
-from vnet import Down, ResidualStage, Up, VNet
+from vnet import Down, ResidualStage, Up, VNet, check_size
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,12 @@ def with_gradients(network: nn.Module, logits: Tensor) -> list[Tensor]:
 
 
 def features(network: VNet, image: Tensor, precision: torch.dtype, keep: bool) -> Tensor:
-    """Run the network without its last 1x1x1 convolution: (B, 1, X, Y, Z) -> (B, 2C, X, Y, Z) in `precision`."""
+    """Run the network without its last 1x1x1 convolution: (B, 1, X, Y, Z) -> (B, 2C, X, Y, Z) in `precision`.
+
+    Raises:
+        ValueError: when the size cannot be halved often enough.
+    """
+    check_size(image.shape[2:], network.halvings)
 
     def run(transition: Down | Up | None, stage: ResidualStage, inputs: list[Tensor]) -> None:
         unit = Unit.of(transition, stage)

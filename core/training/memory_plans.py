@@ -5,7 +5,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,8 +24,7 @@ from core.training.setup import PLANS, Training
 from core.training.step import apply_gradients, compute_gradients
 
 GIB = 2**30
-TIMED_STEPS, TIMED_SECONDS = 3, 10  # of a plan at most; with a first step each, all take about a minute at most
-TRYING = " + cudnn.benchmark"  # where cuDNN tries its algorithms for each convolution in the first step
+TIMED_STEPS, TIMED_SECONDS = 3, 10  # of a plan at most; with a first step each, three plans take less than a minute
 FREED_GIB = 0.5  # of a card; when more is free than before, a plan may fit that did not
 # Settings, besides the organs, that change what a step computes.
 STEP_SETTINGS = (
@@ -52,8 +50,6 @@ def choose_plan(
 ) -> str:
     """Return the plan of the settings; under "auto" on a GPU that of the plans that fit whose steps take least time.
 
-    Under "auto" it also lets cuDNN try its algorithms for each convolution, where that makes the steps faster.
-
     What was measured is noted in the run folder's run.json. It is not measured again for the same settings, card and
     versions: in this run, or in another of the same parent folder. All processes return the same plan.
 
@@ -74,33 +70,19 @@ def choose_plan(
     if record:
         how = "as measured before with these settings on this card"
     else:
-        record = measure(training, config, device, group) | {"conditions": now}
+        free_gib = torch.cuda.mem_get_info(device)[0] / GIB
+        tables = group.gather(measure_plans(training, config, device))
+        chosen = fastest(tables)
+        plans = {plan: asdict(tried) for plan, tried in tables[0].items()}
+        record = {"chosen": chosen, "free_gib": free_gib, "plans": plans, "conditions": now}
         how = "the first that fits" if config.deterministic else "the fastest that fits"
+        if group.first:
+            print(format_tried(tables[0]))
     if folder:
         folder.note(memory_plan=record)
-    torch.backends.cudnn.benchmark = record.get("cudnn_benchmark", False)
     if group.first:
-        what = f"{record['chosen']}{TRYING if torch.backends.cudnn.benchmark else ''}"
-        print_line(f"memory plan {what} ({how})", sys.stdout)
+        print_line(f"memory plan {record['chosen']} ({how})", sys.stdout)
     return record["chosen"]
-
-
-def measure(training: Training, config: Config, device: torch.device, group: Group) -> dict[str, Any]:
-    """Measure the plans, and the fastest one while cuDNN tries its algorithms; print a table; return what to note."""
-    free_gib = torch.cuda.mem_get_info(device)[0] / GIB
-    tables = group.gather(measure_plans(training, config, device))
-    chosen = fastest(tables)
-    trying = group.gather(None if config.deterministic else measure_benchmark(training, chosen, config, device))
-    is_faster = all(trying) and slowest(trying) < slowest(table[chosen] for table in tables)
-    if group.first:
-        print(format_tried(tables[0] | ({f"{chosen}{TRYING}": trying[0]} if trying[0] else {})))
-    return {
-        "chosen": chosen,
-        "cudnn_benchmark": is_faster,
-        "free_gib": free_gib,
-        "plans": {plan: asdict(tried) for plan, tried in tables[0].items()},
-        "with_cudnn_benchmark": trying[0] and asdict(trying[0]),
-    }
 
 
 def measure_plans(training: Training, config: Config, device: torch.device) -> dict[str, Tried]:
@@ -140,21 +122,6 @@ def measure_plan(training: Training, config: Config, device: torch.device) -> Tr
     return Tried(statistics.median(seconds) if seconds else 0.0, peak_gib)
 
 
-def measure_benchmark(training: Training, plan: str, config: Config, device: torch.device) -> Tried | None:
-    """Measure a plan while cuDNN tries its algorithms in the first step; None where their memory does not fit."""
-    tried = None
-    torch.backends.cudnn.benchmark = True
-    try:
-        tried = measure_plan(replace(training, plan=plan), config, device)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error, smaller=True):
-            raise
-    finally:
-        torch.backends.cudnn.benchmark = False
-    free_memory()  # also what the algorithms that lost have taken
-    return tried
-
-
 def clock(device: torch.device) -> float:
     """Return the seconds of a clock when the device has done all that was launched."""
     if device.type == "cuda":
@@ -165,21 +132,15 @@ def clock(device: torch.device) -> float:
 def fastest(tables: list[dict[str, Tried]]) -> str:
     """Return the plan that fits every process's GPU and is the fastest on the slowest of them; of equals the first."""
     common = [plan for plan in PLANS if all(plan in table for table in tables)]
-    return min(common, key=lambda plan: slowest(table[plan] for table in tables), default=PLANS[-1])
-
-
-def slowest(tried: Iterable[Tried]) -> float:
-    """Return the seconds of the process that takes longest."""
-    return max(each.seconds for each in tried)
+    return min(common, key=lambda plan: max(table[plan].seconds for table in tables), default=PLANS[-1])
 
 
 def format_tried(table: dict[str, Tried]) -> str:
     """Return a small table of the plans that fit."""
-    width = max(10, *(len(plan) + 1 for plan in table))
-    lines = [f"{'plan':<{width}}{'seconds a step':>16}{'peak GiB':>10}"]
+    lines = [f"{'plan':<10}{'seconds a step':>16}{'peak GiB':>10}"]
     for plan, tried in table.items():
         seconds = f"{tried.seconds:.3f}" if tried.seconds else "not timed"
-        lines.append(f"{plan:<{width}}{seconds:>16}{tried.peak_gib:>10.2f}")
+        lines.append(f"{plan:<10}{seconds:>16}{tried.peak_gib:>10.2f}")
     return "\n".join(lines)
 
 
@@ -261,7 +222,7 @@ def step_that_fits(
             failure = one_line(error)
         if not training.any_process(failure is not None):
             return apply_gradients(training, loss)
-        loss, torch.backends.cudnn.benchmark = None, False  # whose workspaces may be what does not fit
+        loss = None
         free_memory()  # only behind the except clause has the error let go of the step's tensors
         restore_buffers(training.network, buffers)
         what = f"out of memory under the plan {training.plan}: the same step again"

@@ -179,7 +179,7 @@ def seed_torch(seed: int, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes time
     torch.backends.cudnn.deterministic = deterministic
-    # Trying cuDNN's algorithms takes gigabytes of workspace: only where that was measured (memory_plans.py).
+    # Off on purpose: trying cuDNN's algorithms takes gigabytes of workspace and picks other ones in every run.
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(seed)
 

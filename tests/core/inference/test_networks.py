@@ -104,6 +104,7 @@ def test_v_net_predicts_in_less_memory_than_layer_by_layer(monkeypatch):
         nn.Conv3d(3, 2, 3, padding=1),
         nn.Conv3d(3, 2, 2, stride=2),
         nn.Conv3d(3, 2, 3, stride=2, padding=1),
+        nn.Conv3d(3, 2, 5, stride=2, padding=2),
         nn.Conv3d(3, 2, 3),
         nn.ConvTranspose3d(3, 2, 2, stride=2),
         nn.ConvTranspose3d(3, 2, 4, stride=2, padding=1),
@@ -116,3 +117,24 @@ def test_a_convolution_in_slabs_is_the_whole_one(monkeypatch, conv, planes):
     x = torch.randn(2, 3, 22, 6, 8)
     monkeypatch.setattr(convolutions, "SLAB_BYTES", x[:, :, :planes].numel() * 4)
     torch.testing.assert_close(convolutions.convolve_in_slabs(conv, x), conv(x), rtol=1e-5, atol=1e-5)
+
+
+def test_v_net_with_one_slope_for_all_channels_is_predicted_in_pieces(monkeypatch):
+    network = VNet(classes=3, channels=4, down_convs=(1, 1), up_convs=(1,))
+    for stage in (network.first, *network.downs, *network.down_stages, *network.ups, *network.up_stages):
+        if hasattr(stage, "activation"):
+            stage.activation = nn.PReLU(init=0.5)
+        else:
+            stage.activations = nn.ModuleList(nn.PReLU(init=0.1) for _ in stage.activations)
+    monkeypatch.setattr("core.training.activation.PIECE_VOXELS", 100)
+    image = torch.rand(1, 1, 12, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(predict_logits(network.eval(), image, torch.float32), network(image))
+
+
+def test_a_size_that_does_not_fit_is_refused():
+    network = VNet(classes=3, channels=2, down_convs=(1, 2, 2), up_convs=(2, 1)).eval()
+    with torch.inference_mode():
+        for size, words in (((10, 8, 8), "expected multiples of 4"), ((4, 4, 4), "a single voxel at the bottom")):
+            with pytest.raises(ValueError, match=words):
+                predict_logits(network, torch.rand(1, 1, *size), torch.float32)

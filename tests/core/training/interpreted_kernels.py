@@ -19,6 +19,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def forget_what_works():
     kernels.works.cache_clear()
+    kernels.warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -36,14 +37,10 @@ def test_a_kernel_that_is_wrong_is_found_out(monkeypatch, capsys, number):
     right = list(kernels.PLAIN)[number]
 
     def wrong(*given):
-        """Leave the second case out: as it was, or zero where it is returned."""
-        before = [value.clone() if isinstance(value, torch.Tensor) else value for value in given]
+        """Be a thousandth too large in the second case."""
         result = right(*given)
-        if result is not None:
-            result[:, 1] = 0
-        else:
-            place = {1: 4, 3: 0}[number]
-            given[place][1] = before[place][1]
+        changed = given[{1: 4, 3: 0}[number]] if result is None else result.transpose(0, 1)
+        changed[1] *= 1.001
         return result
 
     monkeypatch.setattr(kernels, "PLAIN", {wrong if of is right else of: what for of, what in kernels.PLAIN.items()})

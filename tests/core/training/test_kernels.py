@@ -72,29 +72,50 @@ def test_compiled_kernels_read_and_write_each_value_once(
 # ---- Where kernels do not work
 
 
+@pytest.fixture(autouse=True)
+def forget_what_works():
+    kernels.works.cache_clear()
+    kernels.warn_once.cache_clear()
+    yield
+    kernels.works.cache_clear()
+    kernels.warn_once.cache_clear()
+
+
 def test_without_triton_plain_torch_computes_and_a_warning_says_so(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(kernels, "MISSING", "No module named 'triton'")
     monkeypatch.setattr(kernels, "PLAIN", {})
     compute = kernels.or_plain(lambda x: "kernel", lambda x: "plain")
-    kernels.works.cache_clear()
-    try:
-        assert [compute(torch.zeros(1, 2, 4, 4, 4)) for _ in range(2)] == ["plain"] * 2
-    finally:
-        kernels.works.cache_clear()
-    warning = "warning: norm and PReLU are computed without Triton, which takes more time (Triton is not installed)\n"
+    types = (torch.float32, torch.bfloat16, torch.float32)
+    assert [compute(torch.zeros(1, 2, 4, 4, 4, dtype=dtype)) for dtype in types] == ["plain"] * 3
+    warning = "warning: norm and PReLU are computed without Triton, which takes more time (No module named 'triton')\n"
     assert capsys.readouterr().err == warning  # once
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no C compiler"), OSError("no ptxas"), kernels.TritonError("too much")])
+def test_the_warning_comes_from_the_first_process_alone(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setenv("RANK", "1")
+    assert not kernels.works(CPU, torch.float32)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no C compiler"),
+        OSError("no ptxas"),
+        AssertionError("libcuda.so cannot found!"),
+        ImportError("failed to map segment from shared object"),
+        kernels.TritonError("too much"),
+    ],
+)
 def test_kernels_that_fail_are_left_out(monkeypatch, capsys, error):
     def fails(*_):
         raise error
 
     monkeypatch.setattr(kernels, "triton", object())
     monkeypatch.setattr(kernels, "is_right", fails)
-    kernels.works.cache_clear()
     assert not kernels.works(CPU, torch.float32)
-    kernels.works.cache_clear()
     assert f"more time ({error})" in capsys.readouterr().err
 
 
@@ -109,11 +130,9 @@ def test_out_of_memory_is_no_reason_to_leave_them_out(monkeypatch):
 
     monkeypatch.setattr(kernels, "triton", object())
     monkeypatch.setattr(kernels, "is_right", is_right)
-    kernels.works.cache_clear()
     with pytest.raises(torch.OutOfMemoryError):
         kernels.works(CPU, torch.float32)
     assert kernels.works(CPU, torch.float32)
-    kernels.works.cache_clear()
 
 
 def test_kernels_compute_where_channels_come_first(monkeypatch):
