@@ -9,6 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from core.inference.networks import choose_inference_precision, mean_logits, predict_logits
 from core.training import convolutions
+from core.training.low_memory import is_supported
 from vnet import NORMS, VNet
 
 
@@ -126,6 +127,7 @@ def test_v_net_with_one_slope_for_all_channels_is_predicted_in_pieces(monkeypatc
             stage.activation = nn.PReLU(init=0.5)
         else:
             stage.activations = nn.ModuleList(nn.PReLU(init=0.1) for _ in stage.activations)
+    assert is_supported(network)  # found with a volume that is one piece
     monkeypatch.setattr("core.training.activation.PIECE_VOXELS", 100)
     image = torch.rand(1, 1, 12, 8, 8)
     with torch.inference_mode():
