@@ -220,10 +220,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", help="auto (as trained; on a CPU float32), float32, bf16, fp16")
     switch("--skip-existing", help="leave out scans whose label map is there")
     pieces = "remove pieces of an organ up to this share of its largest piece, 0 to 1 (default: 0, none)"
-    parser.add_argument("--drop-pieces", type=float, default=0.0, metavar="SHARE", help=pieces)
-    parser.add_argument(
-        "--largest-piece", action="store_const", const=1.0, dest="drop_pieces", help="the same as --drop-pieces 1"
-    )
+    drop = parser.add_mutually_exclusive_group().add_argument
+    drop("--drop-pieces", type=float, default=0.0, metavar="SHARE", help=pieces)
+    drop("--largest-piece", action="store_const", const=1.0, dest="drop_pieces", help="the same as --drop-pieces 1")
     extra = partial(parser.add_argument, action="append_const", dest="extras", default=[])
     extra("--probabilities", const="--probabilities", help="write CASE_probabilities.nii.gz too")
     extra("--dicom-seg", const="--dicom-seg", help="write CASE_seg.dcm too, a DICOM Segmentation of a DICOM series")

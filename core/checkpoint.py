@@ -165,9 +165,10 @@ def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False
     the others. `fingerprint` is a hash of all weights, 12 hexadecimal digits, for any order of the networks.
 
     Raises:
-        FileNotFoundError, ValueError: when one cannot be read, or does not go together with the first.
+        FileNotFoundError, ValueError: when one cannot be read, does not go together with the first, or is given twice.
     """
     networks, contents = zip(*(load_network(path, device) for path in paths), strict=True)
+    check_different(networks, paths)
     first = contents[0]
     for path, content in zip(paths, contents, strict=True):
         for key in SHARED:
@@ -189,6 +190,16 @@ def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False
             names = ", ".join(untaught)
             print_warning(f"not every checkpoint was taught {names}: 0 mL in volumes.csv says nothing there")
     return list(networks), first | {"training_data": merged, "fingerprint": fingerprint_of(networks)}
+
+
+def check_different(networks: Sequence[nn.Module], paths: Sequence[str]) -> None:
+    """Raise a ValueError when two networks have the same weights: these would count twice, and agree in all."""
+    seen: dict[str, str] = {}
+    for network, path in zip(networks, paths, strict=True):
+        weights = hash_of(network)
+        if weights in seen:
+            raise ValueError(f"{path}: has the weights of {seen[weights]}; expected different networks, leave one out")
+        seen[weights] = path
 
 
 def fingerprint_of(networks: Sequence[nn.Module]) -> str:

@@ -67,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with refusing(USAGE):
         if args.output.suffix.lower() != SUFFIX:
             raise ValueError(f"{args.output}: expected a name that ends in {SUFFIX}")
+        if args.output.is_dir():
+            raise ValueError(f"{args.output}: is a folder, expected a file to write")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         network, content = load_network(args.checkpoint)
         export(network, content["config"], args.output)
     print(f"{args.output} written")

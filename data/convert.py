@@ -10,7 +10,9 @@ doctor found an error; 2 wrong usage, or a source that is not understood.
 """
 
 import argparse
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from core.config import DEFAULT_CONFIG, check, load_organs
+from core.scans.annotated import ANNOTATED
+from core.scans.files import listed
 from core.system.exits import DONE, REFUSED, USAGE, print_error, print_warning, refusing, run_command
 from core.system.files import read_text, user_path
 from core.system.parallel import MAX_WORKERS, cores, in_processes
 from data import doctor
 from data.converted import Converted, DataFolder, convert_case, copy_linked
-from data.label_names import BACKGROUND, OrganMap, load_collections, match_organs, parse_source_organs
+from data.label_names import BACKGROUND, Key, OrganMap, load_collections, match_organs, parse_source_organs
 from data.layouts import Source, read_source, unnamed
 from data.other_formats import check_readable
 
@@ -41,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = parse_source_organs(args.source_organs, source.has_masks)
         if not source.names and not given:
             raise unnamed(source)
+        check_masks(given, source)
         organ_map = match_organs(source.names, given, organs)
+        warn_of_unlisted(source, organ_map)
         check_readable([path for case in source.cases for path in case.files])
         folder = DataFolder(args.data_dir, organs)
         print("\n".join(describe(source, organ_map, organs)), flush=True)
@@ -81,6 +87,24 @@ def convert(source: Source, organ_map: OrganMap, folder: DataFolder, copy: bool,
     counts = f"{len(results)} cases converted, {len(finished)} were finished before, {len(failures)} failed"
     print(f"{folder.path}: {counts}", flush=True)
     return failures
+
+
+def check_masks(given: Mapping[Key, str], source: Source) -> None:
+    """Raise a ValueError when --source-organs names a mask that no case has."""
+    masks = {mask for case in source.cases for mask in case.masks}
+    for name in given if source.has_masks else ():
+        if name not in masks:
+            close = difflib.get_close_matches(str(name), sorted(masks), n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(f"--source-organs: no case has a mask {name}{hint}; found {listed(sorted(masks))}")
+
+
+def warn_of_unlisted(source: Source, organ_map: OrganMap) -> None:
+    """Warn of organs that the source's annotated.csv lists and that none of its ids or masks has."""
+    names = dict.fromkeys(name for case in source.cases for name in case.annotated or ())
+    unknown = [name for name in names if not any(organ_map.is_listed(key, [name]) for key in organ_map.names)]
+    if unknown:
+        print_warning(f"{source.folder / ANNOTATED}: {listed(unknown)} is none of the source's organs")
 
 
 def describe(source: Source, organ_map: OrganMap, organs: Sequence[str]) -> list[str]:
@@ -151,7 +175,7 @@ def read_organ_list(names: Sequence[str] | None, config: Path) -> tuple[str, ...
         organs = load_organs(user_path(names[0]))
     else:
         if len(names) == 1 and names[0] and user_path(names[0]).is_file():
-            lines = read_text(user_path(names[0])).splitlines()
+            lines = [re.sub(r"(^|\s)#.*", "", line) for line in read_text(user_path(names[0])).splitlines()]
             names = [line.strip() for line in lines if line.strip()]
         names = list(names)
         organs = check("organs", names if names[:1] == [BACKGROUND] else [BACKGROUND, *names], "--organs")

@@ -6,12 +6,14 @@ Facts about collections are in data/collections.yaml.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from core.scans.organ_words import OTHER_NAMES, words_of
+from core.system.exits import print_warning
 from core.system.files import read_text
 from core.system.yaml_files import read_yaml
 
@@ -19,6 +21,7 @@ COLLECTIONS = Path(__file__).with_name("collections.yaml")
 BACKGROUND = "background"
 IGNORE = "ignore"  # nnU-Net's name for voxels that nobody annotated
 IDS = range(1, 256)  # of organs in a label map
+OTHER_KINDS = r"\b(mri?|t[12]w?|pet|flair|ultrasound)\b"  # of images that are no CT, as dataset.json names them
 Key = int | str  # what a source tells organs by: the id in a label map, or the name of a mask's file
 
 
@@ -138,6 +141,9 @@ def read_dataset_json(path: Path) -> dict[int, str]:
         raise ValueError(f"{path}: cannot be read ({reason}), expected {expected}") from error
     if channels > 1:
         raise ValueError(f"{path}: says that a case has {channels} images, expected one CT scan")
+    kind = " ".join(map(str, images.values())) if isinstance(images, dict) else str(images)
+    if re.search(OTHER_KINDS, kind, re.IGNORECASE):
+        print_warning(f"{path}: says that the images are {kind}, expected CT")
     if len(set(names.values())) < len(names) or (by_id(labels) is False and len(names) < len(pairs)):
         raise ValueError(f"{path}: its labels name an id or an organ twice")
     if not same_organ(names.pop(0, BACKGROUND), BACKGROUND):
@@ -164,5 +170,8 @@ def parse_source_organs(given: Sequence[str], masks: bool) -> dict[Key, str]:
             raise ValueError(f"--source-organs: got {text!r}, expected {what}")
         if not masks and int(key) not in IDS:
             raise ValueError(f"--source-organs: got {text!r}, expected an id from {IDS[0]} to {IDS[-1]}")
-        names[key if masks else int(key)] = name
+        mask_or_id = key if masks else int(key)
+        if mask_or_id in names:
+            raise ValueError(f"--source-organs: names {key} twice, {names[mask_or_id]} and {name}; expected it once")
+        names[mask_or_id] = name
     return names

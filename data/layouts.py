@@ -197,7 +197,7 @@ def read_tables(source: Source) -> None:
             f"{source.folder}: {WEIGHTS} says that a network has made its labels, which conversion would lose; train "
             "on the folder itself, as one of several of --data-dir"
         )
-    annotated = read_annotated(source.folder)
+    annotated = read_annotated(source.folder, [case.id for case in source.cases])
     source.cases = [replace(case, annotated=annotated.get(case.id)) for case in source.cases]
 
 

@@ -17,6 +17,7 @@ from helpers import TINY, in_ras, same_weights
 
 import infer
 import train
+from core.checkpoint import load_network, save_checkpoint
 from core.config import Config, load_config
 from core.training import kernels
 from core.training.augment import augment
@@ -258,11 +259,15 @@ def test_training_is_the_same_twice_with_deterministic(run, tmp_path):
 
 def test_infer_gives_the_label_maps_of_the_cpu(run, run_main, phantom_data, tmp_path):
     assert run(CUDA, "--epochs", 4)[0] == 0
-    best = tmp_path / "run" / "best.pt"
+    best, other = tmp_path / "run" / "best.pt", tmp_path / "other.pt"
+    net, content = load_network(best)
+    with torch.no_grad():
+        net.classify.bias[1] += 0.5
+    save_checkpoint(other, net, content["config"], training_data=content["training_data"])
     half = [name for name in ("bf16", "fp16") if works(name)][:1]
     for device, precision in (("cpu", "float32"), (CUDA, "float32"), *((CUDA, name) for name in half)):
         out = ["--output", tmp_path / f"{device}_{precision}", "--device", device, "--precision", precision]
-        code, _, err = run_main(infer, phantom_data, "--checkpoint", best, best, "--probabilities", *out)
+        code, _, err = run_main(infer, phantom_data, "--checkpoint", best, other, "--probabilities", *out)
         assert code == 0, err
     for path in sorted((tmp_path / "cpu_float32").glob("phantom_????.nii.gz")):
         expected = in_ras(path)

@@ -416,6 +416,12 @@ def test_another_share_of_pieces_is_wrong_usage(scans, run, typed):
     assert (code, err) == (2, f"error: --drop-pieces: got {typed}, expected a number from 0 to 1\n")
 
 
+def test_two_ways_to_drop_pieces_are_refused(scans, run):
+    code, _, err = run(scans, "--largest-piece", "--drop-pieces", "0.1")
+    assert code == 2
+    assert "argument --drop-pieces: not allowed with argument --largest-piece" in err
+
+
 @pytest.mark.parametrize(
     ("crop", "locate", "told"),
     [

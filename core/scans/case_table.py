@@ -14,7 +14,8 @@ def read_case_table(
 ) -> dict[str, str] | None:
     """Return the second column by case id; None when there is no such file.
 
-    Cases that the file lists and that are not among `ids` are warned of: their names may be misspelled.
+    Blank lines, and blanks around a cell, do not count. Cases that the file lists and that are not among `ids` are
+    warned of: their names may be misspelled.
 
     Args:
         path: the file.
@@ -29,10 +30,15 @@ def read_case_table(
         return None
     try:
         with open_text(path) as file:
-            header, *rows = csv.reader(file)
-        if header != list(columns) or any(len(row) != len(columns) for row in rows):
-            raise ValueError(f"its columns are not {', '.join(columns)}")
-    except (ValueError, csv.Error) as error:  # ValueError: also for a file without a line
+            lines = [[cell.strip() for cell in row] for row in csv.reader(file) if any(map(str.strip, row))]
+        if not lines:
+            raise ValueError("it is empty")
+        header, *rows = lines
+        other = next((row for row in rows if len(row) != len(columns)), None)
+        if header != list(columns) or other:
+            shown = f"{','.join(other)!r}: " if other else ""
+            raise ValueError(f"{shown}its columns are not {', '.join(columns)}")
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: is no list of {what} ({error}); write it again, or remove it") from error
     found = dict(rows)
     if len(found) < len(rows):

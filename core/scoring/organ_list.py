@@ -6,11 +6,12 @@ from pathlib import Path
 
 from core.checkpoint import load_checkpoint
 from core.config import Config, load_config, load_organs
+from core.scans.files import listed
 from core.scans.organ_names import as_list, read_organ_names
 from core.scans.organ_words import same_name
 
 DEFAULT_NOTE = "Organ names from config.yaml, since the label maps hold none; --config or --checkpoint gives others."
-BORROWED_NOTE = "Organ names come from the {names}; there are none in the {others}, whose ids are read by them."
+BORROWED_NOTE = "Organ names come from the {names}; there are none in {others}, whose ids are read by them."
 
 
 def load_given(config: str | Path | None, checkpoint: str | Path | None) -> Config | None:
@@ -54,10 +55,18 @@ def choose_organs(given: Config | None, groups: dict[str, Sequence[Path]]) -> tu
                     f"{first} and {path} differ in the organ names of their headers: {difference}; "
                     "give the list that counts by --config or --checkpoint"
                 )
-        nameless = [other for other, paths in groups.items() if paths and not any(map(names_if_readable, paths))]
-        note = BORROWED_NOTE.format(names=title, others=" and the ".join(nameless)) if nameless else None
+        nameless = [text for other, paths in groups.items() if (text := without_names(other, paths))]
+        note = BORROWED_NOTE.format(names=title, others=" and ".join(nameless)) if nameless else None
         return as_list(names, first), note
     return load_organs(), DEFAULT_NOTE
+
+
+def without_names(title: str, paths: Sequence[Path]) -> str:
+    """Say which label maps of a group hold no organ names; an empty text when all do."""
+    nameless = [path.name for path in paths if not names_if_readable(path)]
+    if len(nameless) == len(paths):
+        return f"the {title}" if paths else ""
+    return f"{len(nameless)} of the {len(paths)} {title} ({listed(nameless)})" if nameless else ""
 
 
 def choose_scored(names: Sequence[str] | None, organs: Sequence[str]) -> tuple[int, ...]:

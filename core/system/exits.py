@@ -136,10 +136,20 @@ def print_warning(message: str) -> None:
 def print_error(error: Exception) -> None:
     """Print an error as one sentence on stderr."""
     name = type(error).__name__
-    message = str(error) or name
+    message = in_the_way(error) or str(error) or name
     if WORKER_TRACEBACK in message:
         message = message.rpartition(f"\n{name}: ")[2]
     print_stderr(f"error: {' '.join(line.strip() for line in message.splitlines())}")
+
+
+def in_the_way(error: Exception) -> str | None:
+    """Say what is in the way of a path to be written, a file or a folder; None for other errors."""
+    expected = {
+        FileExistsError: "is a file, expected a folder",
+        NotADirectoryError: "leads through a file, expected folders",
+        IsADirectoryError: "is a folder, expected a file",
+    }.get(type(error))
+    return f"{error.filename}: {expected}" if expected and getattr(error, "filename", None) else None
 
 
 def one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -351,3 +352,16 @@ def test_several_networks_were_taught_what_each_of_them_was(tmp_path):
         save_checkpoint(tmp_path / f"{name}.pt", build_network(CONFIG), CONFIG, training_data=data)
     _, content = load_networks([tmp_path / "a.pt", tmp_path / "b.pt"], torch.device("cpu"))
     assert content["training_data"]["organs"] == ["liver", "spleen"]
+
+
+def test_a_network_that_is_given_twice_is_refused(tmp_path):
+    """It would count twice, and agree with itself in everything."""
+    network = build_network(CONFIG)
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / f"{name}.pt", network, CONFIG, training_data=TRAINING_DATA)
+    save_checkpoint(tmp_path / "c.pt", build_network(CONFIG), CONFIG, training_data=TRAINING_DATA)
+    a, b, c = (str(tmp_path / f"{name}.pt") for name in "abc")
+    for given in ([a, c, b], [a, a]):
+        with pytest.raises(ValueError, match=re.escape(f"{given[-1]}: has the weights of {a}; expected different")):
+            load_networks(given, torch.device("cpu"))
+    assert len(load_networks([a, c], torch.device("cpu"))[0]) == 2

@@ -127,3 +127,12 @@ def test_the_example_refuses_a_network_of_a_part_of_the_scan(checkpoint, tmp_pat
     said = run_script("docs/onnx_example.py", tmp_path / "model.onnx", save_scan(scan, voxels), tmp_path / "out.nii")
     assert (said.returncode, said.stderr) == (1, f"{scan}: holds NaN or infinite voxels; expected HU\n")
     assert not (tmp_path / "out.nii").exists()
+
+
+def test_a_folder_is_made_for_the_model_and_none_is_replaced(checkpoint, tmp_path, capsys):
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([str(checkpoint), str(tmp_path / "folder.onnx")])
+    assert capsys.readouterr().err == f"error: {tmp_path / 'folder.onnx'}: is a folder, expected a file to write\n"
+    assert main([str(checkpoint), str(tmp_path / "new" / "model.onnx")]) == 0
+    assert (tmp_path / "new" / "model.onnx").is_file()

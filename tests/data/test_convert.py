@@ -168,3 +168,45 @@ def test_names_come_from_the_header_and_must_agree(phantoms, run, tmp_path):
     assert code == 1
     assert "its header says that id 1 is 'liver', but it is read as 'spleen'" in err
     assert not list((tmp_path / "wrong" / "images").iterdir())
+
+
+def test_the_sources_annotated_csv_is_checked(phantoms, run, tmp_path):
+    names = "FLARE22_Tr_{:04d}_0000.nii.gz", "FLARE22_Tr_{:04d}.nii.gz"
+    source = write_pairs(phantoms, tmp_path / "s", "images", "labels", *names, {organ: organ for organ in range(1, 14)})
+    (source / "annotated.csv").write_text("case,organs\nFLARE22_Tr_0001,liver;spleeen\nflare22_tr_0002,liver\n")
+    code, _, err, data = run(source, "--no-doctor")
+    assert code == 0
+    assert "annotated.csv: lists flare22_tr_0002, expected ids of the 2 cases; such lines do nothing" in err
+    assert "annotated.csv: spleeen is none of the source's organs" in err
+    assert annotated(data)["FLARE22_Tr_0001"] == ["liver"]
+
+
+def test_an_organ_list_may_have_comments(phantoms, run, tmp_path):
+    names = "FLARE22_Tr_{:04d}_0000.nii.gz", "FLARE22_Tr_{:04d}.nii.gz"
+    source = write_pairs(phantoms, tmp_path / "s", "images", "labels", *names, {organ: organ for organ in range(1, 14)})
+    (tmp_path / "organs.txt").write_text("# mine\nliver # the largest\n\nspleen\n")
+    code, *_, data = run(source, "--no-doctor", "--organs", tmp_path / "organs.txt")
+    assert code == 0
+    assert load_organs(data / "organs.yaml") == ("background", "liver", "spleen")
+
+
+def test_names_of_masks_and_ids_are_checked(phantoms, run, tmp_path):
+    masks = write_masks(phantoms, tmp_path / "masks", TOTAL)
+    code, _, err, _ = run(masks, "--source-organs", "splen=spleen")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "error: --source-organs: no case has a mask splen (did you mean spleen?); found " in err
+    code, _, err, _ = run(masks, "--source-organs", "liver=liver", "liver=spleen", to=tmp_path / "two")
+    assert (code, err) == (2, "error: --source-organs: names liver twice, liver and spleen; expected it once\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "warned"), [("MRI", True), ("T1w", True), ("CT", False), ("computed tomography", False)]
+)
+def test_a_source_that_is_no_ct_is_warned_of(phantoms, run, tmp_path, kind, warned):
+    names = "case_{:04d}_0000.nii.gz", "case_{:04d}.nii.gz"
+    source = write_pairs(phantoms[:1], tmp_path / "s", "imagesTr", "labelsTr", *names, {1: 1})
+    table = {"channel_names": {"0": kind}, "labels": {"background": 0, "liver": 1}}
+    (source / "dataset.json").write_text(json.dumps(table))
+    code, _, err, _ = run(source, "--no-doctor")
+    assert code == 0
+    assert (f"dataset.json: says that the images are {kind}, expected CT" in err) == warned

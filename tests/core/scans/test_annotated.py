@@ -1,6 +1,7 @@
 """annotated.csv: what is written comes back, and what is no such file is refused by name."""
 
 import os
+import re
 
 import pytest
 
@@ -25,6 +26,27 @@ def test_no_file_annotates_nothing_in_particular(tmp_path):
 def test_another_file_is_refused(tmp_path, text):
     (tmp_path / "annotated.csv").write_text(text)
     with pytest.raises(ValueError, match=r"annotated\.csv: "):
+        read_annotated(tmp_path)
+
+
+def test_blank_lines_and_blanks_around_a_cell_do_not_count(tmp_path, capsys):
+    (tmp_path / "annotated.csv").write_text("case,organs\n\n a , liver;spleen\n,\nb,\n\n")
+    assert read_annotated(tmp_path, ["a", "b"]) == {"a": ("liver", "spleen"), "b": ()}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "(it is empty)"),
+        ("\n\n", "(it is empty)"),
+        ("case;organs\n", "(its columns are not case, organs)"),
+        ("case,organs\na,liver\nb,liver,spleen\n", "('b,liver,spleen': its columns are not case, organs)"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, text, reason):
+    (tmp_path / "annotated.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"is no list of annotated organs {reason}; write it again")):
         read_annotated(tmp_path)
 
 

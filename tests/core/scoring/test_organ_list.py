@@ -14,7 +14,7 @@ from warm import run_script
 
 import evaluate
 import infer
-from core.checkpoint import save_checkpoint
+from core.checkpoint import load_network, save_checkpoint
 from core.config import load_config, save_config
 from core.network import build_network
 from core.scans.geometry import Geometry
@@ -229,6 +229,22 @@ def test_the_ceiling_has_the_references_names_and_the_checkpoints_size(checkpoin
     assert [row.split(",")[2] for row in rows] == list(ORGANS[1:])
 
 
+def test_label_maps_without_names_among_others_are_named(geometry, run, tmp_path):
+    for side in ("predictions", "labels"):
+        for case in ("a", "b", "c"):
+            path = tmp_path / side / f"{case}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            if (side, case) in (("predictions", "b"), ("labels", "c")):
+                save_plain(path, make_labels())
+            else:
+                save_label_map(make_labels(), geometry, path, ORGANS)
+    code, out, _ = run(*folders(tmp_path))
+    assert code == 0
+    nameless = "1 of the 3 predictions (b.nii.gz) and 1 of the 3 references (c.nii.gz)"
+    note = f"Organ names come from the predictions; there are none in {nameless}, whose ids are read by them."
+    assert note in out.replace("\n", " ")
+
+
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +291,11 @@ def test_infer_and_evaluate_agree_in_one_process(checkpoint, run_main, run, tmp_
     """The names of several checkpoints' common settings are those of the label map, too."""
     make_scan(tmp_path / "scans" / "a_0000.nii.gz")
     save_plain(tmp_path / "labels" / "a.nii.gz", make_labels())
-    files = [checkpoint, checkpoint]
+    network, content = load_network(checkpoint)
+    with torch.no_grad():
+        network.classify.bias[1] += 0.5
+    save_checkpoint(tmp_path / "other.pt", network, content["config"], training_data=content["training_data"])
+    files = [checkpoint, tmp_path / "other.pt"]
     code, *_ = run_main(infer, tmp_path / "scans", "--checkpoint", *files, "--output", tmp_path / "predictions")
     assert code == 0
     assert run(*folders(tmp_path))[0] == 0

@@ -95,3 +95,25 @@ def test_ctrl_c_that_is_lost_ends_other_loops_over_cases_too(monkeypatch, tmp_pa
         write_phantom(tmp_path / "data", 1, (16, 16, 16), 0)
     with pytest.raises(KeyboardInterrupt):
         write_reports(tmp_path, {"a": tmp_path / "a.nii"}, None, ("background", "liver"), {})
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda path: path.mkdir(exist_ok=True), "file: is a file, expected a folder"),
+        (lambda path: (path / "in").write_text(""), "file/in: leads through a file, expected folders"),
+        (lambda path: path.parent.write_text(""), ": is a folder, expected a file"),
+    ],
+)
+def test_what_is_in_the_way_is_said(tmp_path, capsys, act, words):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Errno") as caught:
+        act(tmp_path / "file")
+    print_error(caught.value)
+    assert capsys.readouterr().err.endswith(f"{words}\n")
+
+
+def test_an_error_of_ones_own_words_is_left_alone(capsys):
+    print_error(FileExistsError("a: is there"))
+    print_error(FileNotFoundError(2, "No such file or directory", "b"))
+    assert capsys.readouterr().err == "error: a: is there\nerror: [Errno 2] No such file or directory: 'b'\n"
