@@ -168,7 +168,8 @@ def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False
         FileNotFoundError, ValueError: when one cannot be read, does not go together with the first, or is given twice.
     """
     networks, contents = zip(*(load_network(path, device) for path in paths), strict=True)
-    check_different(networks, paths)
+    hashes = [hash_of(network) for network in networks]
+    check_different(hashes, paths)
     first = contents[0]
     for path, content in zip(paths, contents, strict=True):
         for key in SHARED:
@@ -189,23 +190,21 @@ def load_networks(paths: Sequence[str], device: torch.device, warn: bool = False
         if untaught and warn:
             names = ", ".join(untaught)
             print_warning(f"not every checkpoint was taught {names}: 0 mL in volumes.csv says nothing there")
-    return list(networks), first | {"training_data": merged, "fingerprint": fingerprint_of(networks)}
+    return list(networks), first | {"training_data": merged, "fingerprint": fingerprint_of(hashes)}
 
 
-def check_different(networks: Sequence[nn.Module], paths: Sequence[str]) -> None:
+def check_different(hashes: Sequence[str], paths: Sequence[str]) -> None:
     """Raise a ValueError when two networks have the same weights: these would count twice, and agree in all."""
     seen: dict[str, str] = {}
-    for network, path in zip(networks, paths, strict=True):
-        weights = hash_of(network)
+    for weights, path in zip(hashes, paths, strict=True):
         if weights in seen:
             raise ValueError(f"{path}: has the weights of {seen[weights]}; expected different networks, leave one out")
         seen[weights] = path
 
 
-def fingerprint_of(networks: Sequence[nn.Module]) -> str:
-    """Return the fingerprint of networks that are averaged, in any order; the same weights have the same one."""
-    weights = sorted(hash_of(network) for network in networks)
-    return hashlib.sha256("".join(weights).encode()).hexdigest()[:12]
+def fingerprint_of(hashes: Sequence[str]) -> str:
+    """Return the fingerprint of networks that are averaged, given their `hash_of`; the same for any order."""
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()[:12]
 
 
 def hash_of(network: nn.Module) -> str:

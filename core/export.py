@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from core.checkpoint import fingerprint_of, load_network
+from core.checkpoint import fingerprint_of, hash_of, load_network
 from core.config import Config
 from core.system.exits import DONE, USAGE, refusing, run_command
 from core.system.files import user_path, whole_file
@@ -53,7 +53,7 @@ def export(network: nn.Module, config: Config, path: Path) -> None:
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"{path}: torch cannot write this network as ONNX ({error})") from error
-    program.model.metadata_props.update(metadata_of(config, fingerprint_of([network])))
+    program.model.metadata_props.update(metadata_of(config, fingerprint_of([hash_of(network)])))
     with whole_file(path) as temporary:
         program.save(temporary, external_data=False)
 

@@ -139,7 +139,7 @@ class UnitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, unit: Unit, keep: bool, h: Tensor, skip: Tensor | None, *_: nn.Parameter) -> Tensor:
         """Run the unit on `h` and, on the way up, on the skip from across."""
-        ctx.unit, ctx.keep = unit, keep
+        ctx.unit = unit
         result, stats, outputs = unit_forward(unit, [h] if skip is None else [h, skip], keep)
         ctx.save_for_backward(h, skip, *stats, *outputs)
         return result
